@@ -1,0 +1,251 @@
+"""Reads a config file, sets fields of it, and checks it once, before anything is loaded."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import os
+import runpy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cnn.data.batches import NORMALIZATIONS
+from cnn.devices import PLATFORMS
+from cnn.errors import InputError
+from cnn.models import MODEL_NAMES
+from cnn.optimizers import OPTIMIZER_NAMES, SCHEDULE_NAMES
+
+# Where the data lies and what is recorded beside the run do not change its result.
+_FREE_TO_CHANGE = ("dataset.data_dir", "tensorboard")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """The type of a field, what its value must satisfy, and that in words."""
+
+    kind: type
+    valid: Callable[[Any], bool] = lambda _: True
+    words: str = ""
+
+
+def _choice(*names: str) -> _Field:
+    return _Field(str, lambda value: value in names, f"be one of {', '.join(names)}")
+
+
+def _at_least(low: int) -> _Field:
+    return _Field(int, lambda value: value >= low, f"be {low} or more")
+
+
+_NOT_NEGATIVE = _Field(float, lambda value: 0 <= value < math.inf, "be 0 or more, and finite")
+_POSITIVE = _Field(float, lambda value: 0 < value < math.inf, "be positive and finite")
+_BELOW_ONE = _Field(float, lambda value: 0 <= value < 1, "be at least 0 and below 1")
+_FRACTION = _Field(float, lambda value: 0 <= value <= 1, "lie between 0 and 1")
+_WIDTHS = _Field(
+    tuple,
+    lambda value: all(type(width) is int and width >= 1 for width in value),
+    "hold whole numbers of 1 or more",
+)
+
+FIELDS: dict[str, _Field] = {
+    "seed": _Field(int, lambda value: 0 <= value < 2**32, "lie between 0 and 2**32 - 1"),
+    "dataset.name": _Field(str, bool, "name a dataset"),
+    "dataset.data_dir": _Field(str),
+    "dataset.normalization": _choice(*NORMALIZATIONS),
+    "model.name": _choice(*MODEL_NAMES),
+    "model.features": _WIDTHS,
+    "model.kernel_size": _at_least(1),
+    "model.padding": _choice("VALID", "SAME"),
+    "model.hidden": _at_least(1),
+    "model.dtype": _choice("float32", "bfloat16"),
+    "batch_size": _at_least(1),
+    "num_epochs": _at_least(1),
+    "label_smoothing": _BELOW_ONE,
+    "optimizer.name": _choice(*OPTIMIZER_NAMES),
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.momentum": _BELOW_ONE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.clip_norm": _NOT_NEGATIVE,
+    "optimizer.accumulate_steps": _at_least(1),
+    "schedule.name": _choice(*SCHEDULE_NAMES),
+    "schedule.warmup_epochs": _NOT_NEGATIVE,
+    "schedule.end_fraction": _FRACTION,
+    "eval_batch_size": _at_least(1),
+    "checkpoint_every_steps": _at_least(0),
+    "platform": _choice(*PLATFORMS),
+    "num_devices": _at_least(0),
+    "steps_per_call": _at_least(0),
+    "tensorboard": _Field(bool),
+}
+
+
+def load_config(path: str | os.PathLike[str]) -> ConfigDict:
+    """Calls `get_config()` of a Python file. A config is code: run only what you trust.
+
+    Raises:
+      InputError: if there is no such file, or it does not give a config.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"config file {path} does not exist")
+    try:
+        config = runpy.run_path(str(path))["get_config"]()
+    except KeyError as error:
+        raise InputError(f"config file {path} must define get_config() ({error})") from error
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"config file {path} is broken: {type(error).__name__}: {reason}"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(
+            f"get_config() of {path} must return an ml_collections.ConfigDict, "
+            f"not {type(config).__name__}"
+        )
+    return config
+
+
+def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
+    """Sets fields from the command line.
+
+    Args:
+      config: left as it is.
+      flags: `--config.field=value` or `--config.field value`; tuples as `"(16, 32)"`; a
+        boolean alone means true.
+
+    Raises:
+      InputError: for anything else, an unknown field, or a value not of the field's type.
+
+    >>> override(ConfigDict({"seed": 0}), ["--config.seed=7"]).seed
+    7
+    """
+    config = copy.deepcopy(config)
+    rest = list(flags)
+    while rest:
+        flag = rest.pop(0)
+        prefix, _, setting = flag.partition("--config.")
+        name, equals, text = setting.partition("=")
+        if prefix or not name:
+            raise InputError(f"unknown flag {flag!r}; python train.py --help lists the flags")
+        _check_known(name)
+        kind = FIELDS[name].kind
+        if not equals:
+            # `--config.field value`, as other flags have it; a bare boolean is true.
+            text = "true" if kind is bool else (rest.pop(0) if rest else "")
+        value = _parse(name, text, kind)
+        *parents, leaf = name.split(".")
+        holder: Any = config
+        for parent in parents:
+            holder = holder.get(parent, ConfigDict())
+        if leaf not in holder:
+            raise InputError(f"config field {name} is missing; configs/baseline.py shows it")
+        holder[leaf] = value
+    return config
+
+
+def _parse(name: str, text: str, kind: type) -> Any:
+    """The value of a field's type that a text means."""
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return tuple(ast.literal_eval(text)) if kind is tuple else kind(text)
+    except (ValueError, KeyError, SyntaxError, TypeError) as error:
+        raise InputError(f"--config.{name}={text}: {text!r} is not {_IN_WORDS[kind]}") from error
+
+
+_IN_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    tuple: 'a tuple such as "(16, 32)"',
+}
+
+
+def overrides_help() -> str:
+    """All fields and what each may be, one a line."""
+    width = max(map(len, FIELDS))
+    lines = (
+        f"  --config.{name:<{width}}  {_IN_WORDS[field.kind]}"
+        + (f"; must {field.words}" if field.words else "")
+        for name, field in FIELDS.items()
+    )
+    return "fields (configs/baseline.py explains each):\n" + "\n".join(lines)
+
+
+def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields as one level of dotted names, in order.
+
+    >>> flatten({"model": {"name": "cnn"}, "seed": 0})
+    {'model.name': 'cnn', 'seed': 0}
+    """
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict | dict) and value:
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses a config with an unknown, missing, mistyped or impossible field.
+
+    Raises:
+      InputError: names the field, its value and what it should be.
+    """
+    flat = flatten(config)
+    for name in flat:
+        _check_known(name)
+    for name, field in FIELDS.items():
+        if name not in flat:
+            raise InputError(f"config field {name} is missing; configs/baseline.py shows it")
+        _check_field(name, flat[name], field)
+    if flat["schedule.warmup_epochs"] > flat["num_epochs"]:
+        raise InputError(
+            f"schedule.warmup_epochs={flat['schedule.warmup_epochs']} is longer than "
+            f"num_epochs={flat['num_epochs']}"
+        )
+
+
+def _check_known(name: str) -> None:
+    if name not in FIELDS:
+        near = difflib.get_close_matches(name, FIELDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "configs/baseline.py lists all fields"
+        raise InputError(f"unknown config field {name}; {hint}")
+
+
+def _check_field(name: str, value: Any, field: _Field) -> None:
+    kinds = {float: (float, int), tuple: (tuple, list)}.get(field.kind, (field.kind,))
+    if not isinstance(value, kinds) or (isinstance(value, bool) and field.kind is not bool):
+        raise InputError(
+            f"config field {name}={value!r} must be {_IN_WORDS[field.kind]}, "
+            f"not {type(value).__name__}"
+        )
+    if not field.valid(value):
+        raise InputError(f"config field {name}={value!r} must {field.words}")
+
+
+def resolved(config: ConfigDict) -> dict[str, Any]:
+    """The config as nested JSON values: what `config.json` holds."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Fields in which two resolved configs would give different results.
+
+    >>> differences({"seed": 0, "tensorboard": True}, {"seed": 1, "tensorboard": False})
+    ['seed: 0 -> 1']
+    """
+    old, new = flatten(before), flatten(after)
+    return [
+        f"{name}: {old.get(name, 'unset')} -> {new.get(name, 'unset')}"
+        for name in {**old, **new}
+        if name not in _FREE_TO_CHANGE and old.get(name) != new.get(name)
+    ]

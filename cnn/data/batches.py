@@ -1,0 +1,72 @@
+"""From resident uint8 images to the batches a step sees, on the device."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from cnn.data.dataset import Dataset, Split
+
+NORMALIZATIONS = ("scale", "standardize")
+
+
+class DeviceSplit(struct.PyTreeNode):
+    """A split that lives on the devices, with the constants that normalize it.
+
+    Attributes:
+      images: `uint8[N, H, W, C]`.
+      labels: `int32[N]`.
+      mean: `float32[C]`, subtracted from pixel / 255.
+      std: `float32[C]`, divides the difference.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+    @classmethod
+    def place(
+        cls, split: Split, dataset: Dataset, normalization: str, sharding: jax.sharding.Sharding
+    ) -> DeviceSplit:
+        """Copies a split to the devices once.
+
+        Args:
+          split: `dataset.train` or `dataset.test`.
+          dataset: whose train split gives mean and std.
+          normalization: "standardize" (zero mean and unit variance per channel), or "scale"
+            (pixel / 255, as in the seed).
+          sharding: where it goes.
+        """
+        mean, std = np.zeros_like(dataset.mean), np.ones_like(dataset.std)
+        if normalization == "standardize":
+            mean = dataset.mean
+            std = np.where(dataset.std > 0, dataset.std, std)  # a channel may be constant
+        return cls(*jax.device_put((split.images, split.labels, mean, std), sharding))
+
+    def take(self, index: jax.Array) -> dict[str, jax.Array]:
+        """The normalized batch of these examples: `int32[B]` -> image and label."""
+        image = normalize(self.images[index], self.mean, self.std)
+        return {"image": image, "label": self.labels[index]}
+
+
+def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+    """(pixel / 255 - mean) / std: `uint8[B, H, W, C]`, `float32[C]` twice -> `float32[B, H, W, C]`.
+
+    >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), jnp.array([0.5]), jnp.array([0.25]))
+    Array([[[[2.]]]], dtype=float32)
+    """
+    scaled = images.astype(jnp.float32) / 255.0
+    return (scaled - mean[None, None, None, :]) / std[None, None, None, :]
+
+
+def epoch_order(key: jax.Array, epoch: jax.Array | int, num_examples: int) -> jax.Array:
+    """The order of one epoch: `int32[num_examples]`, a pure function of key and epoch.
+
+    >>> order = epoch_order(jax.random.key(0), epoch=3, num_examples=5)
+    >>> sorted(order.tolist())
+    [0, 1, 2, 3, 4]
+    """
+    return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)

@@ -1,0 +1,133 @@
+"""The decode-once cache: the arrays of a prepared dataset in one file that later starts map.
+
+Layout: one line `crc32-of-the-rest-of-the-line SPACE json`, then each array at the next multiple
+of 64 bytes. One file, so that a rename publishes or replaces all of it at once.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import re
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+
+from cnn.data.dataset import Dataset, Split
+from cnn.data.files import replacing
+from cnn.errors import InputError
+
+_FORMAT = 1
+_ALIGN = 64
+_CHUNK = 1 << 22
+
+
+def directory() -> Path:
+    """Where this program keeps what it can make again (`XDG_CACHE_HOME` is respected)."""
+    return Path(platformdirs.user_cache_dir("cnn"))
+
+
+def load(prepared: Path, name: str) -> Dataset | None:
+    """The decoded arrays of the prepared directory, mapped read-only.
+
+    None when there is no cache, or when it is damaged or older than the prepared files.
+    Every byte is checked (CRC-32), so a flipped bit costs a new decoding, not a result.
+    """
+    try:
+        data = np.memmap(_file(prepared), np.uint8, mode="r")
+        line = bytes(data[:_CHUNK]).split(b"\n", 1)[0]
+        checksum, text = line.split(b" ", 1)
+        if int(checksum, 16) != zlib.crc32(text):
+            return None
+        header = json.loads(text)
+        if header["identity"] != _identity(prepared):
+            return None
+        arrays, position = [], len(line) + 1
+        for shape, dtype in header["arrays"]:
+            position += -position % _ALIGN
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            arrays.append(np.asarray(data[position : position + size]).view(dtype).reshape(shape))
+            position += size
+        if position != len(data) or _checksums(arrays) != header["checksums"]:
+            return None
+        return Dataset(
+            name=name,
+            train=Split(arrays[0], arrays[1]),
+            test=Split(arrays[2], arrays[3]),
+            class_names=tuple(header["class_names"]),
+            mean=np.array(header["mean"], np.float32),
+            std=np.array(header["std"], np.float32),
+            fingerprint=header["fingerprint"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, IndexError, InputError):
+        return None
+
+
+def store(prepared: Path, dataset: Dataset) -> bool:
+    """Writes the cache of a prepared directory; tells on stderr, in a line, if it cannot."""
+    target = _file(prepared)
+    arrays = [
+        np.ascontiguousarray(array)
+        for split in (dataset.train, dataset.test)
+        for array in (split.images, split.labels)
+    ]
+    header = {
+        "identity": _identity(prepared),
+        "class_names": dataset.class_names,
+        "mean": dataset.mean.tolist(),
+        "std": dataset.std.tolist(),
+        "fingerprint": dataset.fingerprint,
+        "arrays": [[array.shape, array.dtype.str] for array in arrays],
+        "checksums": _checksums(arrays),
+    }
+    text = json.dumps(header).encode()
+    try:
+        with replacing(target) as stream:
+            stream.write(b"%08x %s\n" % (zlib.crc32(text), text))
+            for array in arrays:
+                stream.write(bytes(-stream.tell() % _ALIGN))
+                stream.write(array.data)
+    except OSError as error:
+        print(
+            f"cnn: cannot keep the decoded images in {target.parent} ({error.strerror}); "
+            "every start will decode them anew (XDG_CACHE_HOME moves the cache)",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def _file(prepared: Path) -> Path:
+    resolved = prepared.resolve()
+    digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]
+    # One name per prepared directory: a new cache replaces the stale one.
+    name = re.sub(r"[^\w.]", "_", f"{resolved.parent.name}-{resolved.name}")
+    return directory() / "decoded" / f"{name}-{digest}.cache"
+
+
+def _identity(prepared: Path) -> list[Any]:
+    """What must be unchanged for a cache of this directory to be current."""
+    files = sorted(entry for entry in prepared.iterdir() if entry.is_file())
+    return [
+        _FORMAT,
+        str(prepared.resolve()),
+        hashlib.sha256((prepared / "dataset_info.json").read_bytes()).hexdigest(),
+        [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+    ]
+
+
+def _checksums(arrays: list[np.ndarray]) -> list[int]:
+    """CRC-32 of the chunks of each array, on all cores (zlib lets go of the interpreter lock)."""
+    chunks = [
+        flat[start : start + _CHUNK]
+        for flat in (array.reshape(-1).view(np.uint8) for array in arrays)
+        for start in range(0, flat.size, _CHUNK)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(zlib.crc32, chunks))

@@ -1,0 +1,156 @@
+"""What every dataset looks like to the rest of the program: arrays, names and statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+
+import numpy as np
+
+from cnn.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """Images and labels, checked once, here.
+
+    Attributes:
+      images: uint8[N, H, W, C]; may be a read-only memory map.
+      labels: int32[N].
+
+    Raises:
+      InputError: a wrong type, dtype, rank or length, or no images at all.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        _check_array("images", self.images, np.uint8, "[N, H, W, C]")
+        _check_array("labels", self.labels, np.int32, "[N]")
+        if not self.images.size:
+            raise InputError(f"images are empty (shape {self.images.shape}): give at least one")
+        if len(self.images) != len(self.labels):
+            raise InputError(
+                f"{len(self.images)} images but {len(self.labels)} labels: give one label per image"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A train and a test split with what is needed to interpret them.
+
+    `Dataset.from_splits` computes the statistics and the fingerprint for arrays of your own.
+
+    Attributes:
+      name: what messages call it.
+      train, test: the two splits; images of one shape throughout.
+      class_names: one name per class; labels index into it.
+      mean, std: float32[C], per channel over the train split, in units of pixel/255.
+      fingerprint: hex digest of the decoded content (images and labels of both splits),
+        the same whatever file format the images came from.
+
+    Raises:
+      InputError: parts that do not fit together, or labels outside 0..num_classes-1.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    mean: np.ndarray
+    std: np.ndarray
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        if self.train.images.shape[1:] != self.test.images.shape[1:]:
+            raise InputError(
+                f"{self.name}: train images are {self.train.images.shape[1:]} but test images "
+                f"{self.test.images.shape[1:]}: bring them to one (height, width, channels)"
+            )
+        for title, split in (("train", self.train), ("test", self.test)):
+            low, high = int(split.labels.min()), int(split.labels.max())
+            if low < 0 or high >= self.num_classes:
+                raise InputError(
+                    f"{self.name}: labels of the {title} split run from {low} to {high}, but with "
+                    f"{self.num_classes} classes they must lie in 0..{self.num_classes - 1}"
+                )
+        for title, values in (("mean", self.mean), ("std", self.std)):
+            _check_array(title, values, np.float32, "[C]")
+            if values.shape != self.image_shape[-1:] or not np.isfinite(values).all():
+                raise InputError(
+                    f"{self.name}: {title} must be {self.image_shape[-1]} finite numbers, one per "
+                    f"channel, not {values}"
+                )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+    @classmethod
+    def from_splits(
+        cls, name: str, *, train: Split, test: Split, class_names: tuple[str, ...]
+    ) -> Dataset:
+        """A `Dataset` of arrays at hand, its statistics and fingerprint computed.
+
+        >>> split = Split(np.full((2, 4, 4, 1), 51, np.uint8), np.array([0, 1], np.int32))
+        >>> data = Dataset.from_splits("grey", train=split, test=split, class_names=("a", "b"))
+        >>> data.image_shape, data.mean.item()
+        ((4, 4, 1), 0.20000000298023224)
+
+        Raises:
+          InputError: as for `Dataset`.
+        """
+        mean, std = channel_statistics(train.images)
+        return cls(name, train, test, tuple(class_names), mean, std, fingerprint(train, test))
+
+
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and population standard deviation of each channel of uint8[N, H, W, C].
+
+    Both are float32[C] in units of pixel/255. They come from integer counts of pixel values,
+    so they do not depend on the order of summation.
+    """
+    channels = images.shape[-1]
+    counts = np.zeros((channels, 256), np.int64)
+    for start in range(0, len(images), 1024):  # bincount widens to int64: a piece at a time
+        pixels = images[start : start + 1024].reshape(-1, channels)
+        for channel in range(channels):
+            counts[channel] += np.bincount(pixels[:, channel], minlength=256)
+    values = np.arange(256)
+    mean, std = [], []
+    for total, square in zip(
+        (counts @ values).tolist(), (counts @ values**2).tolist(), strict=True
+    ):
+        number = images.size // channels
+        mean.append(total / number / 255)
+        std.append(math.sqrt(number * square - total * total) / number / 255)
+    return np.array(mean, np.float32), np.array(std, np.float32)
+
+
+def fingerprint(train: Split, test: Split) -> str:
+    """SHA-256 of shapes and little-endian values of both splits, in order."""
+    digest = hashlib.sha256()
+    for split in (train, test):
+        for array in (split.images, split.labels.astype("<i4", copy=False)):
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _check_array(title: str, value: object, dtype: type[np.generic], shape: str) -> None:
+    wanted = f"{title} must be a numpy array {np.dtype(dtype).name}{shape}"
+    if not isinstance(value, np.ndarray):
+        raise InputError(f"{wanted}, not {type(value).__name__}: convert with numpy.asarray")
+    if value.dtype != dtype or value.ndim != shape.count(",") + 1:
+        raise InputError(f"{wanted}, not {value.dtype.name}{list(value.shape)}: convert it first")

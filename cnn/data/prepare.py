@@ -1,0 +1,155 @@
+"""From a name to a directory of prepared files, in the layout and with the builders of TFDS."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import io
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cnn.data import download
+from cnn.errors import InputError
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+_NAME = re.compile(r"(\w+)(?:/([\w.\-]+))?(?::(\d+\.\d+\.\d+))?")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """`name[/config][:version]`, taken apart."""
+
+    name: str
+    config: str | None
+    version: str | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}/{self.config}" if self.config else self.name
+
+    @classmethod
+    def parse(cls, text: str) -> Request:
+        match = _NAME.fullmatch(text)
+        if match is None:
+            raise InputError(
+                f"{text!r} is not a dataset name: write name, name/config or name:version, such "
+                "as cifar10 or cifar10:3.0.2"
+            )
+        return cls(*match.groups())
+
+
+def find(root: Path, request: Request) -> Path | None:
+    """The newest prepared version under a TFDS data directory, without importing TFDS."""
+    folder = root / request.name
+    default = folder / ".config" / "metadata.json"  # how TFDS notes the default config
+    if request.config:
+        folder /= request.config
+    elif default.is_file():
+        folder /= json.loads(default.read_text())["default_config_name"]
+    versions = [request.version] if request.version else _versions(folder)
+    prepared = [folder / v for v in versions if (folder / v / "dataset_info.json").is_file()]
+    return prepared[-1] if prepared else None
+
+
+def prepare(root: Path, request: Request) -> Path:
+    """Downloads and prepares a dataset under `root`; nothing half-made stays behind.
+
+    Raises:
+      InputError: an unknown name, config or version; a directory that cannot be written; no
+        network; a wrong archive; or a dataset that only TensorFlow can prepare.
+    """
+    if not is_writable(root):
+        raise InputError(
+            f"{request.name} is not in {root}, and that directory cannot be written to prepare it "
+            "there: set TFDS_DATA_DIR (or data_dir) to another directory"
+        )
+    from cnn.data.builders import BUILDERS
+
+    ours = request.name in BUILDERS
+    cls: Any = BUILDERS[request.name] if ours else _stock_builder_class(request.name)
+    try:
+        builder = cls(data_dir=root, config=request.config, version=request.version)
+    except (AssertionError, ValueError) as error:
+        raise InputError(f"{request.name}: {first_line(error)}") from error
+    _ensure_archives(builder, root / "downloads", only_check=not ours)
+    print(f"cnn: preparing {request.name} in {builder.data_dir}", file=sys.stderr)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells the same at length
+            builder.download_and_prepare(file_format=_file_format())
+    except Exception as error:
+        if (found := find(root, request)) is not None:
+            return found  # another process was faster
+        raise InputError(_why_not_prepared(request.name, error)) from error
+    return Path(builder.data_dir)
+
+
+def first_line(error: Exception) -> str:
+    """What a library has to say, short enough to stand in a line of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in the folder, or the folder itself be made."""
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def _versions(folder: Path) -> list[str]:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    versions = [name for name in names if _VERSION.fullmatch(name)]
+    return sorted(versions, key=lambda name: [int(part) for part in name.split(".")])
+
+
+def _stock_builder_class(name: str) -> Any:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
+
+    try:
+        return tfds.builder_cls(name)
+    except registered.DatasetNotFoundError as error:
+        from cnn.data.builders import BUILDERS
+
+        known = {*BUILDERS, *tfds.list_builders(with_community_datasets=False)}
+        near = difflib.get_close_matches(name.lower(), sorted(known), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see tensorflow.org/datasets"
+        raise InputError(f"there is no dataset {name!r} in TFDS: {hint}") from error
+
+
+def _ensure_archives(
+    builder: tfds.core.DatasetBuilder, downloads: Path, *, only_check: bool
+) -> None:
+    from tensorflow_datasets.core.download.resource import get_dl_fname
+
+    for url, info in (builder.url_infos or {}).items():
+        place = downloads / "manual" / (info.filename or "")
+        if only_check:  # of a stock builder we do not know which archives it will want
+            return download.check_reachable(url, place)
+        file = get_dl_fname(url, info.checksum)  # where TFDS keeps what it downloaded itself
+        cached = [downloads / builder.name / file, downloads / file]
+        download.ensure_archive(
+            url, size=info.size, sha256=info.checksum, place=place, cached=cached
+        )
+
+
+def _file_format() -> str:
+    """Both formats are read by `tfds.data_source`; array_record has no wheels for macOS."""
+    return "array_record" if importlib.util.find_spec("array_record") else "parquet"
+
+
+def _why_not_prepared(name: str, error: Exception) -> str:
+    if isinstance(error, ImportError):
+        package = "tensorflow" if "tensorflow" in str(error) else error.name
+        return (
+            f"the TFDS builder of {name} needs {package}: pip install {package}, or prepare the "
+            "dataset with file_format='array_record' elsewhere and set TFDS_DATA_DIR to it"
+        )
+    return f"cannot prepare {name}: {type(error).__name__}: {first_line(error)}"

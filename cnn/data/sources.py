@@ -1,0 +1,187 @@
+"""`load_dataset`: find the prepared dataset, prepare it if need be, decode it once."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnn.data import cache
+from cnn.data.dataset import Dataset, Split
+from cnn.data.prepare import Request, find, first_line, is_writable, prepare
+from cnn.errors import InputError
+
+_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
+_BATCH = 256  # records read at a time
+
+
+def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+    """Loads an image-classification dataset into arrays, preparing it on the first call.
+
+    >>> data = load_dataset("digits")
+    >>> data.train.images.shape, data.test.images.shape, data.num_classes
+    ((1437, 8, 8, 1), (360, 8, 8, 1), 10)
+
+    The first call downloads and prepares what is missing (without TensorFlow for cifar10,
+    cifar100, mnist, fashion_mnist and digits) and keeps the decoded arrays in the user's cache
+    directory; later calls map them into memory. The test split is the split named "test" or,
+    where there is none, "validation".
+
+    Args:
+      name: a TFDS name, `name[/config][:version]`, or "digits" (in scikit-learn, no download).
+      data_dir: where TFDS datasets are; by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+        It may be read-only if it holds the dataset.
+
+    Returns:
+      A `Dataset` of uint8 images [N, H, W, C] and int32 labels [N], to be read only.
+
+    Raises:
+      InputError: one line saying what is wrong and what to do: unknown name, no network, wrong
+        archive, directory not writable, TensorFlow needed, images of several sizes, bad labels.
+    """
+    request = Request.parse(name)
+    try:
+        prepared = _prepared(_data_dir(data_dir), request)
+        dataset = cache.load(prepared, request.title)
+        if dataset is None:
+            dataset = _decode(prepared, request.title)
+            if cache.store(prepared, dataset):
+                dataset = cache.load(prepared, request.title) or dataset
+    except OSError as error:
+        raise InputError(f"{name}: {error}") from error
+    return dataset
+
+
+def _data_dir(given: str | os.PathLike[str] | None) -> Path:
+    text = os.fspath(given or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    if "://" in text:
+        raise InputError(f"data_dir {text} is not a local directory: copy the dataset to one")
+    return Path(text).expanduser().absolute()
+
+
+def _prepared(root: Path, request: Request) -> Path:
+    roots = [root]
+    if request.name == "digits":  # needs no download, so it must work wherever anything does
+        roots.append(cache.directory() / "prepared")
+    for place in roots:
+        if (found := find(place, request)) is not None:
+            return found
+    return prepare(next(filter(is_writable, roots), root), request)
+
+
+def _decode(prepared: Path, name: str) -> Dataset:
+    """Reads the prepared files into arrays: seconds per 10,000 images, hence the cache."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder: Any = tfds.builder_from_directory(prepared)
+        splits = builder.info.splits
+        image_key, label_key = _keys(builder, name)
+        test = "test" if "test" in splits else "validation"
+        if "train" not in splits or test not in splits:
+            raise InputError(
+                f"{name} has the splits {', '.join(splits)}: train and test are needed"
+            )
+        return Dataset.from_splits(
+            name,
+            train=_decode_split(builder, "train", image_key, label_key),
+            test=_decode_split(builder, test, image_key, label_key),
+            class_names=tuple(builder.info.features[label_key].names),
+        )
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise InputError(f"{name} does not fit in memory: choose a smaller dataset") from error
+    except Exception as error:
+        raise InputError(
+            f"cannot read the prepared {name} ({first_line(error)}): delete {prepared} to have it "
+            "prepared again"
+        ) from error
+
+
+def _keys(builder: Any, name: str) -> tuple[str, str]:
+    import tensorflow_datasets as tfds
+
+    features, keys = builder.info.features, builder.info.supervised_keys
+    match keys:
+        case (str(image), str(label)):
+            is_classification = (
+                isinstance(features[image], tfds.features.Image)
+                and isinstance(features[label], tfds.features.ClassLabel)
+                and features[image].np_dtype == np.uint8
+                and features[image].shape[-1] in _PIL_MODES
+            )
+            if is_classification:
+                return image, label
+    raise InputError(
+        f"{name} is not a dataset of 8-bit images with one class each (its supervised keys are "
+        f"{keys}): choose an image-classification dataset"
+    )
+
+
+def _decode_split(builder: Any, split: str, image_key: str, label_key: str) -> Split:
+    from tqdm import tqdm
+
+    number = builder.info.splits[split].num_examples
+    examples = _examples(builder, split, image_key, label_key)
+    labels = np.empty(number, np.int32)
+    images = np.empty(0, np.uint8)
+    bar = tqdm(examples, desc=f"decoding {builder.name} {split}", total=number, unit=" images")
+    index = -1
+    for index, (image, label) in enumerate(bar):
+        if index == 0:
+            images = np.empty((number, *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            raise InputError(
+                f"{builder.name} has images of several sizes ({images.shape[1:]} and {image.shape}"
+                f" in {split}): resize them first, or choose a dataset with one size"
+            )
+        images[index], labels[index] = image, label
+    if index + 1 != number:
+        raise ValueError(f"{index + 1} examples in {split}, {number} expected")
+    for array in (images, labels):
+        array.setflags(write=False)  # as the mapped arrays of later calls
+    return Split(images, labels)
+
+
+def _examples(
+    builder: Any, split: str, image_key: str, label_key: str
+) -> Iterator[tuple[np.ndarray, int]]:
+    """All examples of a split in the order of the files."""
+    import PIL.Image
+    import tensorflow_datasets as tfds
+
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if not formats & {"array_record", "parquet"}:
+        yield from _examples_through_tensorflow(builder, split, image_key, label_key)
+        return
+    mode = _PIL_MODES[builder.info.features[image_key].shape[-1]]
+    # Pillow is called here, not by TFDS: a third faster, and grey and colour are converted.
+    source = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
+    for start in range(0, len(source), _BATCH):
+        for example in source.__getitems__(list(range(start, min(start + _BATCH, len(source))))):
+            with PIL.Image.open(io.BytesIO(example[image_key])) as image:
+                pixels = np.asarray(image.convert(mode))
+            yield pixels.reshape(*pixels.shape[:2], -1), int(example[label_key])
+
+
+def _examples_through_tensorflow(
+    builder: Any, split: str, image_key: str, label_key: str
+) -> Iterator[tuple[np.ndarray, int]]:
+    import tensorflow_datasets as tfds
+
+    if importlib.util.find_spec("tensorflow") is None:
+        raise InputError(
+            f"{builder.data_dir} holds {builder.info.file_format.value} files, which only "
+            "TensorFlow reads: pip install tensorflow, or set TFDS_DATA_DIR to another directory "
+            "to have the dataset prepared there without it"
+        )
+    one_file_after_another = tfds.ReadConfig(interleave_cycle_length=1)
+    examples = builder.as_dataset(split=split, read_config=one_file_after_another)
+    for example in tfds.as_numpy(examples):
+        yield example[image_key], int(example[label_key])

@@ -1,0 +1,83 @@
+"""Which devices a run uses, and how its arrays lie on them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cnn.errors import InputError
+
+PLATFORMS = ("auto", "cpu", "gpu", "tpu")
+Device = Any  # jax.Device, which type checkers take for a variable
+_FAKE_CPUS_FLAG = "xla_force_host_platform_device_count"
+
+
+def one_device_per_core() -> None:
+    """Makes each CPU core this process may use a JAX device of its own.
+
+    A batch sharded over the cores trains faster than one device with a thread pool. Call it
+    before the first array is made: afterwards, or if `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS`
+    already says how many there are, it leaves things as they are. Other platforms are
+    untouched.
+    """
+    if "JAX_NUM_CPU_DEVICES" in os.environ or _FAKE_CPUS_FLAG in os.environ.get("XLA_FLAGS", ""):
+        return
+    if hasattr(os, "sched_getaffinity"):  # respects containers and taskset; Linux only
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    with contextlib.suppress(RuntimeError):  # too late: the backend has started
+        jax.config.update("jax_num_cpu_devices", cores)
+
+
+def find_devices(platform: str = "auto", limit: int = 0) -> list[Device]:
+    """The devices of a platform; of the fastest one there is for "auto".
+
+    Args:
+      platform: one of `PLATFORMS`.
+      limit: take so many at most; 0 takes all.
+
+    Raises:
+      InputError: if the platform is unknown or not there. Never falls back to another one.
+    """
+    if platform not in PLATFORMS:
+        raise InputError(f"unknown platform {platform!r}; known: {', '.join(PLATFORMS)}")
+    one_device_per_core()
+    if platform == "cpu":
+        # Keeps a GPU that is there from being started, and its memory from being taken.
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        devices = jax.devices(None if platform == "auto" else platform)
+    except RuntimeError as error:
+        raise InputError(
+            f"platform={platform}: JAX finds no {platform.upper()} here "
+            f"({str(error).splitlines()[0]}); install the jax build for it (see the README) "
+            f"or use --config.platform=auto"
+        ) from error
+    return devices[:limit] if limit else devices
+
+
+def batch_mesh(devices: list[Device], batch_size: int) -> Mesh:
+    """A one-axis mesh, "batch", over the most devices that divide the batch evenly.
+
+    >>> batch_mesh(jax.devices(), batch_size=32).axis_names
+    ('batch',)
+    """
+    count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+    return jax.make_mesh(
+        (count,), ("batch",), (jax.sharding.AxisType.Auto,), devices=devices[:count]
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def sharded(mesh: Mesh) -> NamedSharding:
+    """The first axis (the batch) is cut into one piece per device."""
+    return NamedSharding(mesh, PartitionSpec("batch"))

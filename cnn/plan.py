@@ -1,0 +1,110 @@
+"""From a config to the objects of a run: data, model, optimizer, and how many steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cnn.data import Dataset, load_dataset
+from cnn.devices import replicated
+from cnn.errors import InputError
+from cnn.models import create_model
+from cnn.optimizers import create_optimizer, create_schedule
+from cnn.steps import CrossEntropy, TrainState, create_train_state
+
+# Streams of random keys, folded into the run's seed.
+_INIT, _ORDER = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What stays the same during a run.
+
+    Attributes:
+      config: the checked `ConfigDict`; `Any`, as no type checker knows its fields.
+      dataset: its splits, on the host.
+      mesh: the devices.
+      model: the network.
+      schedule: learning rate by number of updates.
+      steps_per_epoch: whole batches in the train split.
+      steps_per_call: steps in one call of the compiled function.
+    """
+
+    config: Any
+    dataset: Dataset
+    mesh: Mesh
+    model: nn.Module
+    schedule: optax.Schedule
+    steps_per_epoch: int
+    steps_per_call: int
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.config.num_epochs
+
+    @property
+    def order_key(self) -> jax.Array:
+        """The key from which each epoch's order follows."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), _ORDER)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, on every device of the mesh."""
+        optimizer = {**self.config.optimizer.to_dict(), "learning_rate": self.schedule}
+        state = create_train_state(
+            self.model,
+            create_optimizer(**optimizer),
+            jax.random.fold_in(jax.random.key(self.config.seed), _INIT),
+            self.dataset.image_shape,
+            loss_fn=CrossEntropy(self.config.label_smoothing),
+        )
+        return jax.device_put(state, replicated(self.mesh))
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of the update that a step (counted from 0) belongs to."""
+        update = step // self.config.optimizer.accumulate_steps
+        return float(jnp.asarray(self.schedule(update)))
+
+
+def make_plan(checked: ConfigDict, mesh: Mesh) -> Plan:
+    """Loads the data and builds the model and schedule that a checked config names.
+
+    Raises:
+      InputError: if the dataset cannot be had, or is smaller than a batch.
+    """
+    config: Any = checked
+    dataset = load_dataset(config.dataset.name, config.dataset.data_dir or None)
+    num_images = len(dataset.train.labels)
+    steps_per_epoch = num_images // config.batch_size
+    if not steps_per_epoch:
+        raise InputError(
+            f"batch_size={config.batch_size} is more than the {num_images:,} training images "
+            f"of {dataset.name}"
+        )
+    # Updates, not steps: an optimizer that accumulates moves its schedule on once per update.
+    updates_per_epoch = steps_per_epoch / config.optimizer.accumulate_steps
+    schedule = create_schedule(
+        config.schedule.name,
+        config.optimizer.learning_rate,
+        num_updates=round(updates_per_epoch * config.num_epochs),
+        warmup_updates=round(updates_per_epoch * config.schedule.warmup_epochs),
+        end_fraction=config.schedule.end_fraction,
+    )
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return Plan(
+        config=config,
+        dataset=dataset,
+        mesh=mesh,
+        model=create_model(num_classes=dataset.num_classes, **config.model.to_dict()),
+        schedule=schedule,
+        steps_per_epoch=steps_per_epoch,
+        # XLA compiles a loop of steps badly for a CPU; elsewhere it frees the host.
+        steps_per_call=config.steps_per_call or (1 if on_cpu else 50),
+    )

@@ -1,0 +1,216 @@
+"""What a person sees while a run goes on."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from cnn.metrics import Metrics
+from cnn.plan import Plan
+
+_PLAIN_SECONDS = 10.0
+_LIVE_SECONDS = 0.2
+
+
+def say(line: str) -> None:
+    """Prints a line to standard output, above a live bar if there is one."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Progress:
+    """Epoch, step, loss, accuracy, images/s and time left, while training.
+
+    On a terminal one line that is redrawn; elsewhere a plain line every ten seconds.
+
+    Args:
+      num_epochs: of the whole run.
+      steps_per_epoch: optimizer steps.
+      batch_size: images per step.
+      start_step: where this process takes up the run.
+    """
+
+    def __init__(
+        self, *, num_epochs: int, steps_per_epoch: int, batch_size: int, start_step: int
+    ) -> None:
+        self._num_epochs = num_epochs
+        self._steps_per_epoch = steps_per_epoch
+        self._batch_size = batch_size
+        self._live = sys.stderr.isatty()
+        self._period = _LIVE_SECONDS if self._live else _PLAIN_SECONDS
+        self._start_step = self._step = start_step
+        self._start_time = self._shown = time.monotonic()
+        self._bar = tqdm(
+            total=num_epochs * steps_per_epoch,
+            initial=start_step,
+            bar_format="{desc} {bar:16} {postfix}",
+            disable=not self._live,
+            dynamic_ncols=True,
+            leave=False,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+    def due(self) -> bool:
+        """Whether it is time to show something: asking is cheap, fetching metrics is not."""
+        return time.monotonic() - self._shown >= self._period
+
+    def show(self, step: int, metrics: Metrics) -> None:
+        """Shows where the run is.
+
+        Args:
+          step: steps done of the whole run.
+          metrics: of the epoch so far, on the host.
+        """
+        self._shown = now = time.monotonic()
+        rate = (step - self._start_step) / max(now - self._start_time, 1e-9)
+        total = self._num_epochs * self._steps_per_epoch
+        left = (total - step) / rate if rate else math.inf
+        epoch = (step - 1) // self._steps_per_epoch
+        where = (
+            f"epoch {epoch + 1}/{self._num_epochs}  "
+            f"step {step - epoch * self._steps_per_epoch:,}/{self._steps_per_epoch:,}"
+        )
+        what = (
+            f"loss {metrics.loss:.4f}  accuracy {100 * metrics.accuracy:.2f} %  "
+            f"{rate * self._batch_size:,.0f} images/s  ETA {duration(left)}"
+        )
+        if self._live:
+            self._bar.set_description_str(where, refresh=False)
+            self._bar.set_postfix_str(what, refresh=False)
+            self._bar.update(step - self._step)
+            self._bar.refresh()
+        else:
+            say(f"{where}  {what}")
+        self._step = step
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> duration(59.6), duration(3599), duration(7325)
+    ('1:00', '59:59', '2:02:05')
+    """
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def epoch_line(record: Mapping[str, Any], *, num_epochs: int) -> str:
+    """One finished epoch in words."""
+    return (
+        f"epoch {record['epoch']}/{num_epochs}  "
+        f"train: loss {record['train_loss']:.4f}  accuracy {100 * record['train_accuracy']:.2f} %"
+        f"   test: loss {record['test_loss']:.4f}  accuracy {100 * record['test_accuracy']:.2f} % "
+        f"of {record['test_count']:,} images   {record['images_per_second']:,.0f} images/s"
+    )
+
+
+def result_line(result: Mapping[str, Any]) -> str:
+    """A finished run in words."""
+    return (
+        f"test accuracy {100 * result['test_accuracy']:.2f} % of {result['test_count']:,} images "
+        f"(best {100 * result['best_test_accuracy']:.2f} %, epoch {result['best_epoch']}) "
+        f"in {duration(result['wall_seconds'])}"
+    )
+
+
+def describe(plan: Plan, params: Any, num_devices: int) -> str:
+    """What is about to be trained: data, devices, layers.
+
+    Args:
+      plan: of the run.
+      params: the model's parameters.
+      num_devices: how many devices there are; the plan's mesh may use fewer.
+    """
+    data, used, batch_size = plan.dataset, plan.mesh.size, plan.config.batch_size
+    kind = plan.mesh.devices.flat[0].device_kind
+    lines = [
+        f"data: {data.name}, {len(data.train):,} train and {len(data.test):,} test images of "
+        f"{_by(data.image_shape)}, {data.num_classes} classes",
+        f"devices: {used} x {kind}, {batch_size // used} images each per step",
+    ]
+    if used < num_devices:
+        lines.append(
+            f"note: batch_size={batch_size} does not divide evenly over {num_devices} devices; "
+            f"{num_devices - used} stay idle"
+        )
+    return "\n".join([*lines, model_summary(plan.model, params, data.image_shape)])
+
+
+def model_summary(model: nn.Module, params: Any, image_shape: tuple[int, int, int]) -> str:
+    """A table of the layers that hold parameters.
+
+    FLOPs are of the forward pass for one image, two per multiply-add, convolutions and dense
+    layers only; biases, activations and pooling add a few per cent at most.
+
+    Args:
+      model: takes `[B, H, W, C]`.
+      params: its parameters.
+      image_shape: (H, W, C).
+    """
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    outputs = jax.eval_shape(
+        lambda params, image: model.apply(
+            {"params": params}, image, capture_intermediates=True, mutable=["intermediates"]
+        )[1]["intermediates"],
+        params,
+        image,
+    )
+    rows = [("layer", "output", "parameters", "MFLOP"), ("input", _by(image_shape), "", "")]
+    total_size, total_flops = 0, 0.0
+    for path, layer in _layers(params):
+        shape = _output_shape(outputs, path)
+        size = sum(leaf.size for leaf in layer.values())
+        # Each weight meets each output position once, and multiplies and adds there.
+        flops = 2.0 * math.prod(jnp.shape(layer.get("kernel", 0.0))) * math.prod(shape[:-1])
+        flops = flops if "kernel" in layer else 0.0
+        rows.append(("/".join(path), _by(shape), f"{size:,}", f"{flops / 1e6:.2f}"))
+        total_size += size
+        total_flops += flops
+    rows.append(("total", "", f"{total_size:,}", f"{total_flops / 1e6:.2f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip()
+        for a, b, c, d in rows
+    )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _layers(params: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """The modules with parameters of their own: their paths and those parameters."""
+    own = {name: value for name, value in params.items() if not isinstance(value, Mapping)}
+    layers = [(path, own)] if own else []
+    for name in params.keys() - own.keys():
+        layers += _layers(params[name], (*path, name))
+    return sorted(layers, key=lambda layer: layer[0])
+
+
+def _output_shape(outputs: Any, path: tuple[str, ...]) -> tuple[int, ...]:
+    """Output shape of one image at a layer, without the batch axis."""
+    for name in path:
+        outputs = outputs[name]
+    return outputs["__call__"][0].shape[1:]

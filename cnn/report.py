@@ -1,0 +1,209 @@
+"""The files by which a run directory explains itself."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cnn.config import differences
+from cnn.errors import InputError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+class RunDirectory:
+    """A run's folder: `config.json`, `environment.json`, `metrics.jsonl`, `result.json`.
+
+    Making the object only looks; `start` is the first to write.
+
+    Args:
+      path: the folder; it need not exist.
+
+    Raises:
+      InputError: if it cannot be written, or is a file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        nearest = self.path
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise InputError(
+                f"work directory {self.path} cannot be written ({nearest} is not a writable "
+                f"directory); choose another --workdir"
+            )
+        self._metrics = self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where Orbax keeps the checkpoints."""
+        return self.path / "checkpoints"
+
+    def check_config(self, config: dict[str, Any]) -> None:
+        """Refuses to go on with a run of another config.
+
+        Args:
+          config: resolved.
+
+        Raises:
+          InputError: names the fields that differ.
+        """
+        if (before := self._read("config.json")) is None:
+            return
+        if changed := differences(before, config):
+            raise InputError(
+                f"{self.path} holds a run of another config ({'; '.join(changed)}); "
+                f"choose another --workdir, or delete that one"
+            )
+
+    def start(self, config: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
+        """Makes the folder and writes what is known before the first step."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write("config.json", config)
+            self.write("environment.json", _environment(mesh))
+        except OSError as error:
+            raise InputError(
+                f"work directory {self.path} cannot be written ({error.strerror}); "
+                f"choose another --workdir"
+            ) from error
+        self._drop_torn_record()
+
+    def _drop_torn_record(self) -> None:
+        """Cuts off a record that a killed process did not finish."""
+        if self._metrics.exists():
+            whole = self._metrics.read_bytes().rpartition(b"\n")
+            os.truncate(self._metrics, len(whole[0]) + len(whole[1]))
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        """Writes a JSON file so that a reader finds the old one or the new one, never half."""
+        temporary = self.path / f".{name}.tmp"
+        with temporary.open("w") as file:
+            file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path / name)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON ({error}); choose another --workdir") from error
+
+    def result(self) -> dict[str, Any] | None:
+        """The final figures, if the run is finished."""
+        return self._read("result.json")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records of `metrics.jsonl`, in order."""
+        if not self._metrics.exists():
+            return []
+        try:
+            return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+        except ValueError as error:
+            raise InputError(
+                f"{self._metrics} is damaged ({error}); choose another --workdir"
+            ) from error
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record, unless the step has one: a resumed run repeats what was lost.
+
+        Args:
+          record: JSON values; `step` identifies it.
+        """
+        if any(known["step"] == record["step"] for known in self.records()):
+            return
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Versions, devices and commit: what else a result depends on."""
+    devices = mesh.devices.ravel()
+    return {
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "platform": devices[0].platform,
+        "devices": [device.device_kind for device in devices],
+        "commit": _commit(),
+        "command": sys.argv,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, "+changes" if it was edited; None outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        revision = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, check=True, timeout=10,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision + ("+changes" if dirty else "")
+
+
+class TensorBoard:
+    """Scalars as TensorBoard event files, written without TensorFlow.
+
+    Args:
+      directory: where `tensorboard --logdir` will find them.
+
+    Raises:
+      InputError: if the package tensorboard is not installed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.require()
+        # The classes are made at run time from protobuf descriptors: `Any` to a type checker.
+        event: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
+        summary: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
+        writer: Any = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+        self._event, self._summary = event.Event, summary.Summary
+        self._writer = writer.EventFileWriter(str(directory))
+
+    @staticmethod
+    def require() -> None:
+        """Raises InputError unless the package is there."""
+        if importlib.util.find_spec("tensorboard") is None:
+            raise InputError(
+                "tensorboard=True needs the package tensorboard: pip install '.[tensorboard]'"
+            )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds a record's numbers at its step, and puts them on disk."""
+        values = [
+            self._summary.Value(tag=name, simple_value=float(value))
+            for name, value in record.items()
+            if name != "step"
+        ]
+        summary = self._summary(value=values)
+        event = self._event(wall_time=time.time(), step=record["step"], summary=summary)
+        self._writer.add_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._writer.close()

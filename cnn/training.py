@@ -1,0 +1,273 @@
+"""The training loop.
+
+Order within an epoch: train all steps, evaluate, append the record, save the checkpoint. So a
+checkpoint never knows of a record that is not on disk, and a resumed run repeats at most what
+came after its checkpoint, with the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from cnn.checkpoints import Checkpoints, digest
+from cnn.config import check_config, resolved
+from cnn.data import Split
+from cnn.data.batches import DeviceSplit, epoch_order
+from cnn.devices import batch_mesh, find_devices, replicated, sharded
+from cnn.errors import InputError
+from cnn.evaluation import evaluate
+from cnn.metrics import Metrics, total
+from cnn.plan import Plan, make_plan
+from cnn.plots import plot_curves, plot_samples
+from cnn.progress import Progress, describe, epoch_line, result_line, say
+from cnn.report import RunDirectory, TensorBoard
+from cnn.steps import TrainState, train_step
+
+_NONE = Metrics(loss_sum=0.0, correct=0, count=0)
+_SHOWN_SAMPLES = 24
+_FINAL = ("test_accuracy", "test_loss", "test_count", "train_accuracy", "train_loss")
+
+
+def train_and_evaluate(
+    config: ConfigDict, workdir: str | os.PathLike[str]
+) -> tuple[TrainState, dict[str, Any]]:
+    """Trains as a config says, or goes on where the same run stopped.
+
+    Args:
+      config: all fields of `configs/baseline.py`.
+      workdir: the run directory; made if it is not there.
+
+    Returns:
+      The final state, and what `result.json` holds: accuracies are fractions, losses in nats.
+
+    Raises:
+      InputError: if config, data or directory cannot give a run; nothing is written then.
+    """
+    started = time.monotonic()
+    check_config(config)
+    checked: Any = config
+    run = RunDirectory(workdir)
+    run.check_config(resolved(config))
+    if checked.tensorboard:
+        TensorBoard.require()
+    devices = find_devices(checked.platform, checked.num_devices)
+    plan = make_plan(config, batch_mesh(devices, checked.batch_size))
+    state = plan.initial_state()
+    say(describe(plan, state.params, len(devices)))
+
+    finished = run.result()
+    if finished is None:
+        run.start(resolved(config), plan.mesh)
+    with Checkpoints(run.checkpoints) as checkpoints:
+        state, before = _restore(state, plan, checkpoints)
+        if finished is not None:
+            say(f"finished before: {result_line(finished)}; {run.path} is left as it is")
+            return state, finished
+        started -= before.get("wall_seconds", 0.0)
+        state = _train(state, plan, run, checkpoints, before, started)
+    result = _finish(state, plan, run, started)
+    say(f"finished: {result_line(result)}\ndigest: {result['digest']}")
+    say(f"see {run.path}: curves.png, samples.png, result.json")
+    return state, result
+
+
+def _restore(
+    state: TrainState, plan: Plan, checkpoints: Checkpoints
+) -> tuple[TrainState, dict[str, Any]]:
+    """The latest checkpoint's state and record; the fresh state and {} without one."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return state, {}
+    record = checkpoints.read_record(step)
+    if record["dataset"] != plan.dataset.fingerprint:
+        raise InputError(
+            f"the run was trained on other {plan.dataset.name} images than those found now; "
+            f"restore the data or choose another --workdir"
+        )
+    state = checkpoints.restore(state, step)
+    if step < plan.num_steps:
+        say(f"resuming at step {step:,} of {plan.num_steps:,}")
+    return state, record
+
+
+def _train(
+    state: TrainState,
+    plan: Plan,
+    run: RunDirectory,
+    checkpoints: Checkpoints,
+    before: dict[str, Any],
+    started: float,
+) -> TrainState:
+    """Trains from the state's step to the last, epoch by epoch."""
+    config, data, step = plan.config, plan.dataset, int(state.step)
+    train, test = _place(plan, data.train), _place(plan, data.test)
+    if "epoch_record" in before:
+        run.append(before["epoch_record"])  # in case metrics.jsonl was lost
+    board = TensorBoard(run.path / "tensorboard") if config.tensorboard else None
+
+    def save(state: TrainState, **record: Any) -> None:
+        seconds = time.monotonic() - started
+        checkpoints.save(state, {"dataset": data.fingerprint, "wall_seconds": seconds, **record})
+
+    progress = Progress(
+        num_epochs=config.num_epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+        batch_size=config.batch_size,
+        start_step=step,
+    )
+    metrics = Metrics(**before["epoch_metrics"]) if "epoch_metrics" in before else _NONE
+    with progress:
+        for epoch in range(step // plan.steps_per_epoch, config.num_epochs):
+            begun, first_step = time.monotonic(), int(state.step)
+            state, metrics = _train_epoch(state, epoch, metrics, train, plan, progress, save)
+            rate = (int(state.step) - first_step) * config.batch_size / (time.monotonic() - begun)
+            tested = evaluate(state, test, batch_size=config.eval_batch_size)
+            record = _record(plan, epoch, metrics, tested, rate)
+            run.append(record)
+            if board:
+                board.write(record)
+            save(state, epoch_record=record, test_accuracy=record["test_accuracy"])
+            say(epoch_line(record, num_epochs=config.num_epochs))
+            metrics = _NONE
+    if board:
+        board.close()
+    return state
+
+
+def _train_epoch(
+    state: TrainState,
+    epoch: int,
+    metrics: Metrics,
+    train: DeviceSplit,
+    plan: Plan,
+    progress: Progress,
+    save: Callable[..., None],
+) -> tuple[TrainState, Metrics]:
+    """Trains to the end of an epoch, from wherever in it the state is.
+
+    `metrics`, on the host, are those of the epoch's steps that the state has behind it; those
+    of the whole epoch come back.
+    """
+    config, step, end = plan.config, int(state.step), (epoch + 1) * plan.steps_per_epoch
+    every = config.checkpoint_every_steps
+    order = epoch_order(plan.order_key, epoch, len(plan.dataset.train.labels))
+    order = jax.device_put(order, replicated(plan.mesh))
+    pending: list[Metrics] = []
+    while step < end:
+        stop = min(end, (step // every + 1) * every) if every else end
+        steps = plan.steps_per_call if stop - step >= plan.steps_per_call else 1
+        state, scores = _train_steps(
+            state,
+            train,
+            order,
+            batch_size=config.batch_size,
+            steps=steps,
+            sharding=sharded(plan.mesh),
+        )
+        step += steps
+        pending.append(scores)
+        if progress.due() and len(pending) > 1:
+            # All but the newest call: the device goes on while the host reads.
+            metrics, pending = total([metrics, *pending[:-1]]), pending[-1:]
+            progress.show(step - steps, metrics)
+        if step == stop < end:
+            metrics, pending = total([metrics, *pending]), []
+            save(state, epoch_metrics=dataclasses.asdict(metrics))
+    return state, total([metrics, *pending])
+
+
+@functools.partial(
+    jax.jit, static_argnames=("batch_size", "steps", "sharding"), donate_argnames="state"
+)
+def _train_steps(
+    state: TrainState,
+    train: DeviceSplit,
+    order: jax.Array,
+    *,
+    batch_size: int,
+    steps: int,
+    sharding: NamedSharding,
+) -> tuple[TrainState, Metrics]:
+    """Gathers, normalizes and trains, `steps` times; the metrics keep one entry per step."""
+    steps_per_epoch = order.shape[0] // batch_size
+
+    def one(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
+        start = (state.step % steps_per_epoch) * batch_size
+        index = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
+        index = jax.lax.with_sharding_constraint(index, sharding)
+        return train_step(state, train.take(index))
+
+    if steps == 1:
+        return one(state, None)
+    return jax.lax.scan(one, state, None, length=steps)
+
+
+def _record(
+    plan: Plan, epoch: int, trained: Metrics, tested: Metrics, images_per_second: float
+) -> dict[str, Any]:
+    """One line of `metrics.jsonl`. Training figures are running ones, from during the epoch."""
+    step = (epoch + 1) * plan.steps_per_epoch
+    return {
+        "step": step,
+        "epoch": epoch + 1,
+        "train_loss": trained.loss,
+        "train_accuracy": trained.accuracy,
+        "test_loss": tested.loss,
+        "test_accuracy": tested.accuracy,
+        "test_count": tested.count,
+        "learning_rate": plan.learning_rate(step - 1),
+        "images_per_second": images_per_second,
+    }
+
+
+def _finish(state: TrainState, plan: Plan, run: RunDirectory, started: float) -> dict[str, Any]:
+    """Draws the pictures, then writes `result.json`, which marks the run as finished."""
+    records, test = run.records(), plan.dataset.test
+    last, best = records[-1], max(records, key=lambda record: record["test_accuracy"])
+    title = f"{type(plan.model).__name__} on {plan.dataset.name}, seed {plan.config.seed}"
+    plot_curves(records, run.path / "curves.png", title=title)
+    shown = Split(test.images[:_SHOWN_SAMPLES], test.labels[:_SHOWN_SAMPLES])
+    plot_samples(
+        shown,
+        _predict(state, plan, shown),
+        plan.dataset.class_names,
+        run.path / "samples.png",
+        title=f"{title}: predicted class of the first test images",
+    )
+    result = {
+        **{name: last[name] for name in _FINAL},
+        "best_test_accuracy": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "num_epochs": plan.config.num_epochs,
+        "num_steps": plan.num_steps,
+        "seed": plan.config.seed,
+        "dataset": plan.dataset.fingerprint,
+        "digest": digest(state),
+        "wall_seconds": time.monotonic() - started,
+    }
+    run.write("result.json", result)
+    return result
+
+
+def _predict(state: TrainState, plan: Plan, split: Split) -> np.ndarray:
+    """The predicted classes of a few images, `int[N]`."""
+    batch = _place(plan, split).take(jnp.arange(len(split)))
+    variables = {"params": state.params, **state.model_state}
+    return np.asarray(state.apply_fn(variables, batch["image"], train=False).argmax(-1))
+
+
+def _place(plan: Plan, split: Split) -> DeviceSplit:
+    normalization = plan.config.dataset.normalization
+    return DeviceSplit.place(split, plan.dataset, normalization, replicated(plan.mesh))

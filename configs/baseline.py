@@ -1,0 +1,82 @@
+"""The seed's network and recipe on CIFAR-10.
+
+    python train.py --config configs/baseline.py
+
+Test accuracy and time: see the table in README.md.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Every field there is; other configs change a few of these."""
+    config = ConfigDict()
+
+    # Same seed, same devices, same versions: same bits.
+    config.seed = 0
+
+    config.dataset = ConfigDict()
+    # cifar10, cifar100, mnist, fashion_mnist, digits, or any TFDS image classification set.
+    config.dataset.name = "cifar10"
+    # Where TFDS keeps it; "" means $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
+    config.dataset.data_dir = ""
+    # "scale": pixel / 255, as in the seed. "standardize": per-channel mean 0, variance 1.
+    config.dataset.normalization = "scale"
+
+    config.model = ConfigDict()
+    config.model.name = "cnn"
+    # Channels of each block (convolution, relu, 2x2 max-pooling).
+    config.model.features = (32, 64)
+    # Pixels, both ways.
+    config.model.kernel_size = 3
+    # "VALID" shrinks the image at each convolution, "SAME" does not.
+    config.model.padding = "VALID"
+    # Width of the dense layer before the logits.
+    config.model.hidden = 64
+    # Of the computation: "float32" or "bfloat16". Parameters stay float32.
+    config.model.dtype = "float32"
+
+    # Images per step, over all devices. The last, incomplete batch of an epoch is left out
+    # (another few images each time, as the order is new).
+    config.batch_size = 32
+    config.num_epochs = 10
+    # 0 is plain cross-entropy.
+    config.label_smoothing = 0.0
+
+    config.optimizer = ConfigDict()
+    # "adam", "adamw" or "sgd" (with Nesterov momentum).
+    config.optimizer.name = "adam"
+    # The schedule's peak.
+    config.optimizer.learning_rate = 1e-3
+    # Of "sgd" only.
+    config.optimizer.momentum = 0.9
+    # On kernels only; decoupled for "adamw", L2 for the others.
+    config.optimizer.weight_decay = 0.0
+    # Largest global norm of the gradient; 0 does not clip.
+    config.optimizer.clip_norm = 0.0
+    # Steps whose mean gradient makes one update.
+    config.optimizer.accumulate_steps = 1
+
+    config.schedule = ConfigDict()
+    # "constant", "cosine" or "linear" after the warm-up.
+    config.schedule.name = "constant"
+    # Linear rise from 0; fractions of an epoch are fine.
+    config.schedule.warmup_epochs = 0.0
+    # Where "cosine" and "linear" end, as a fraction of the peak.
+    config.schedule.end_fraction = 0.0
+
+    # Test images per call; changes speed, not results.
+    config.eval_batch_size = 1000
+    # Save within epochs too, each so many steps; 0 saves at the end of each epoch only.
+    config.checkpoint_every_steps = 0
+
+    # "cpu", "gpu" or "tpu" is an error where there is none; "auto" takes the fastest there is.
+    config.platform = "auto"
+    # Use so many devices at most; 0 uses all. On a CPU each core is one.
+    config.num_devices = 0
+    # Steps per compiled call; 0 is 1 on a CPU and 50 elsewhere. Changes speed, not results.
+    config.steps_per_call = 0
+
+    # Also write TensorBoard event files (pip install '.[tensorboard]').
+    config.tensorboard = False
+    return config

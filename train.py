@@ -1,0 +1,65 @@
+"""Trains an image classifier: on CIFAR-10 as in configs/baseline.py, or as another config says.
+
+The same command again continues the run, or says that it is finished.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from cnn.config import load_config, override, overrides_help
+from cnn.errors import InputError
+from cnn.training import train_and_evaluate
+
+_HERE = Path(__file__).resolve().parent
+_EXAMPLES = """examples:
+  python train.py --config configs/digits.py     under a minute, nothing to download
+  python train.py --config configs/baseline.py --config.batch_size=128 --config.seed=1
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; python train.py --help lists the flags")
+
+
+def main(argv: list[str]) -> None:
+    """Flags -> config -> `train_and_evaluate`."""
+    parser = _Parser(
+        prog="train.py",
+        description=__doc__,
+        epilog=f"{_EXAMPLES}\n{overrides_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=_HERE / "configs" / "baseline.py",
+        metavar="FILE",
+        help="a Python file with a get_config() function (default: configs/baseline.py)",
+    )
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        metavar="DIR",
+        help="the run directory (default: checkpoints/<config name>/ beside train.py)",
+    )
+    flags, rest = parser.parse_known_args(argv)
+    config = override(load_config(flags.config), rest)
+    train_and_evaluate(config, flags.workdir or _HERE / "checkpoints" / flags.config.stem)
+
+
+if __name__ == "__main__":
+    # Orbax and TFDS say much that is no concern of the person at the screen.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues the run", file=sys.stderr)
+        sys.exit(130)
