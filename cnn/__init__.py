@@ -7,7 +7,14 @@ from cnn.checkpoints import Checkpoints, digest
 from cnn.config import load_config
 from cnn.data import Dataset, Split, load_dataset
 from cnn.data.batches import DeviceSplit, epoch_order, normalize
-from cnn.devices import batch_mesh, find_devices, one_device_per_core, replicated, sharded
+from cnn.devices import (
+    batch_mesh,
+    find_devices,
+    one_device_per_core,
+    replicated,
+    sharded,
+    stay_close,
+)
 from cnn.errors import InputError
 from cnn.evaluation import evaluate
 from cnn.metrics import Metrics, total
@@ -42,6 +49,7 @@ __all__ = [
     "one_device_per_core",
     "replicated",
     "sharded",
+    "stay_close",
     "total",
     "train_and_evaluate",
     "train_step",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from cnn.errors import InputError
 
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 Device = Any  # jax.Device, which type checkers take for a variable
+_MAX_AHEAD = 8
 _FAKE_CPUS_FLAG = "xla_force_host_platform_device_count"
 
 
@@ -22,7 +24,7 @@ def one_device_per_core() -> None:
     A batch sharded over the cores trains faster than one device with a thread pool. Call it
     before the first array is made: afterwards, or if `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS`
     already says how many there are, it leaves things as they are. Other platforms are
-    untouched.
+    untouched. In a loop of your own over several CPU devices, call `stay_close` too.
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ or _FAKE_CPUS_FLAG in os.environ.get("XLA_FLAGS", ""):
         return
@@ -81,3 +83,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def sharded(mesh: Mesh) -> NamedSharding:
     """The first axis (the batch) is cut into one piece per device."""
     return NamedSharding(mesh, PartitionSpec("batch"))
+
+
+def stay_close(results: Sequence[Any]) -> None:
+    """Waits until at most eight of these results are still being computed.
+
+    A host that dispatches steps without ever waiting gets ahead of its devices. With several
+    CPU devices that is a deadlock (seen with jaxlib 0.10.2 on 2 cores): at 32 executions in
+    flight a device takes no more, its launcher keeps the thread that another device needs to
+    reach the all-reduce, and XLA aborts the process after 40 s. Eight are plenty to keep
+    devices busy.
+
+    Args:
+      results: of calls in the order of dispatch, any pytree each.
+    """
+    if len(results) > _MAX_AHEAD:
+        jax.block_until_ready(results[-_MAX_AHEAD - 1])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cnn.data.batches import DeviceSplit
+from cnn.devices import stay_close
 from cnn.metrics import Metrics, total
 from cnn.steps import TrainState, eval_step
 
@@ -41,7 +42,8 @@ def evaluate(state: TrainState, split: DeviceSplit, *, batch_size: int = 1000) -
         devices = sharding.mesh.size
         batch_size = -(-min(batch_size, num_examples) // devices) * devices
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.mesh.axis_names))
-    return total(
-        _score_batch(state, split, start, batch_size=batch_size, sharding=sharding)
-        for start in range(0, num_examples, batch_size)
-    )
+    parts: list[Metrics] = []
+    for start in range(0, num_examples, batch_size):
+        parts.append(_score_batch(state, split, start, batch_size=batch_size, sharding=sharding))
+        stay_close(parts)
+    return total(parts)

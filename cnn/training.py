@@ -24,7 +24,7 @@ from cnn.checkpoints import Checkpoints, digest
 from cnn.config import check_config, resolved
 from cnn.data import Split
 from cnn.data.batches import DeviceSplit, epoch_order
-from cnn.devices import batch_mesh, find_devices, replicated, sharded
+from cnn.devices import batch_mesh, find_devices, replicated, sharded, stay_close
 from cnn.errors import InputError
 from cnn.evaluation import evaluate
 from cnn.metrics import Metrics, total
@@ -177,6 +177,7 @@ def _train_epoch(
         )
         step += steps
         pending.append(scores)
+        stay_close(pending)
         if progress.due() and len(pending) > 1:
             # All but the newest call: the device goes on while the host reads.
             metrics, pending = total([metrics, *pending[:-1]]), pending[-1:]

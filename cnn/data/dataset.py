@@ -89,6 +89,7 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, whether or not each occurs."""
         return len(self.class_names)
 
     @property

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnn.data.files import replacing
+from cnn.data.progress import progress_bar
 from cnn.errors import InputError
 
 if TYPE_CHECKING:
     import requests
 
-_CONNECT_S = 5  # for one address of the host
-_ANSWER_S = 8  # from the name look-up to the first byte, all addresses and redirects together
+_CONNECT_S = 4  # for one address of the host
+_ANSWER_S = 6  # from the name look-up to the first byte, all addresses and redirects together
 _STALL_S = 30  # between two pieces of the body
 
 
@@ -52,21 +53,22 @@ def ensure_archive(url: str, *, size: int, sha256: str, place: Path, cached: lis
 
 
 def check_reachable(url: str, place: Path) -> None:
-    """Raises the InputError of `ensure_archive` within seconds if `url` cannot be reached."""
+    """Raises the InputError of `ensure_archive` within seconds if nobody answers at `url`."""
     _open(url, place).close()
 
 
 def _download(url: str, size: int, sha256: str, place: Path) -> None:
     import requests
-    from tqdm import tqdm
 
     digest, received = hashlib.sha256(), 0
     try:
         with (
             _open(url, place) as response,
             replacing(place) as stream,
-            tqdm(desc=place.name, total=size, unit="B", unit_scale=True) as bar,
+            progress_bar(desc=place.name, total=size, unit="B", unit_scale=True) as bar,
         ):
+            if response.status_code != 200:
+                raise InputError(f"{url} answers HTTP {response.status_code}: {_other_ways(place)}")
             for block in response.iter_content(1 << 18):
                 stream.write(block)
                 digest.update(block)
@@ -105,9 +107,6 @@ def _open(url: str, place: Path) -> requests.Response:
     if isinstance(answer, Exception):
         reason = str(answer) if isinstance(answer, TimeoutError) else type(answer).__name__
         raise InputError(f"cannot reach {url} ({reason}): {_other_ways(place)}") from answer
-    if answer.status_code != 200:
-        answer.close()
-        raise InputError(f"{url} answers HTTP {answer.status_code}: {_other_ways(place)}")
     return answer
 
 

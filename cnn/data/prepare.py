@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,12 @@ class Request:
 
     @property
     def title(self) -> str:
+        """What to call the dataset: its name without the version."""
         return f"{self.name}/{self.config}" if self.config else self.name
 
     @classmethod
     def parse(cls, text: str) -> Request:
+        """Raises `InputError` if the text has another form."""
         match = _NAME.fullmatch(text)
         if match is None:
             raise InputError(
@@ -100,7 +103,11 @@ def first_line(error: Exception) -> str:
 def is_writable(folder: Path) -> bool:
     """Whether files can be made in the folder, or the folder itself be made."""
     nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    try:  # os.access does not know of every reason, and says yes to root
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError:
+        return False
+    return True
 
 
 def _versions(folder: Path) -> list[str]:
@@ -131,13 +138,15 @@ def _ensure_archives(
 
     for url, info in (builder.url_infos or {}).items():
         place = downloads / "manual" / (info.filename or "")
-        if only_check:  # of a stock builder we do not know which archives it will want
-            return download.check_reachable(url, place)
         file = get_dl_fname(url, info.checksum)  # where TFDS keeps what it downloaded itself
         cached = [downloads / builder.name / file, downloads / file]
-        download.ensure_archive(
-            url, size=info.size, sha256=info.checksum, place=place, cached=cached
-        )
+        if not only_check:
+            download.ensure_archive(
+                url, size=info.size, sha256=info.checksum, place=place, cached=cached
+            )
+        elif not any(path.is_file() for path in (place, *cached)):
+            # Which archives a stock builder wants is not known: one answer is enough.
+            return download.check_reachable(url, place)
 
 
 def _file_format() -> str:

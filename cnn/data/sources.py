@@ -14,6 +14,7 @@ import numpy as np
 from cnn.data import cache
 from cnn.data.dataset import Dataset, Split
 from cnn.data.prepare import Request, find, first_line, is_writable, prepare
+from cnn.data.progress import progress_bar
 from cnn.errors import InputError
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
@@ -125,13 +126,12 @@ def _keys(builder: Any, name: str) -> tuple[str, str]:
 
 
 def _decode_split(builder: Any, split: str, image_key: str, label_key: str) -> Split:
-    from tqdm import tqdm
-
     number = builder.info.splits[split].num_examples
     examples = _examples(builder, split, image_key, label_key)
     labels = np.empty(number, np.int32)
     images = np.empty(0, np.uint8)
-    bar = tqdm(examples, desc=f"decoding {builder.name} {split}", total=number, unit=" images")
+    title = f"decoding {builder.name} {split}"
+    bar = progress_bar(examples, desc=title, total=number, unit=" images")
     index = -1
     for index, (image, label) in enumerate(bar):
         if index == 0:

@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import http.server
 import io
+import os
+import shutil
 import socket
 import tarfile
 import threading
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+GIVEN_DATA_DIR = os.environ.get("TFDS_DATA_DIR")  # before any fixture replaces it
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +29,29 @@ def data_dir(tmp_path, monkeypatch):
     return tmp_path / "tfds"
 
 
+@pytest.fixture(scope="session")
+def prepared_digits(tmp_path_factory):
+    """A data directory with the digits prepared, made once."""
+    from cnn.data import load_dataset
+
+    root = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        load_dataset("digits", root / "tfds")
+    return root / "tfds"
+
+
+@pytest.fixture
+def digits_dir(prepared_digits, data_dir):
+    """As `data_dir`, with the digits prepared; nothing is decoded yet."""
+    shutil.copytree(prepared_digits / "digits", data_dir / "digits")
+    return data_dir / "digits" / "1.0.0"
+
+
 @pytest.fixture
 def real_cifar10():
     """The TFDS data directory that holds the real CIFAR-10, if this machine has one."""
-    root = Path(__file__).parents[3] / "shared" / "tfds"
+    root = Path(GIVEN_DATA_DIR or Path(__file__).parents[3] / "shared" / "tfds")
     if not (root / "cifar10").is_dir():
         pytest.skip("no prepared CIFAR-10 here")
     return root

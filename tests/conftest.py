@@ -1,0 +1,66 @@
+"""Fixtures that several rooms share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import cnn
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory):
+    """Keeps datasets and caches of the tests away from the user's."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+        patch.setenv("TFDS_DATA_DIR", str(home / "tfds"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits(own_home):
+    return cnn.load_dataset("digits")
+
+
+@pytest.fixture
+def config():
+    """A run of two short epochs that takes a few seconds."""
+    config = cnn.load_config(REPOSITORY / "configs" / "digits.py")
+    config.model.features = (4, 8)
+    config.model.hidden = 16
+    config.num_epochs = 2
+    config.batch_size = 96  # 14 steps per epoch, and 93 images left out
+    config.num_devices = 2
+    return config
+
+
+@pytest.fixture
+def batch():
+    """A normalized batch of 8 small images, the same in every test."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(8, 16, 16, 3)).astype(np.float32)
+    return {"image": jax.numpy.asarray(image), "label": jax.numpy.arange(8) % 4}
+
+
+@pytest.fixture
+def run_train():
+    """Runs train.py as a user does; gives the finished process."""
+
+    def run(*flags, **variables):
+        import os
+
+        return subprocess.run(
+            [sys.executable, str(REPOSITORY / "train.py"), *map(str, flags)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **variables},
+            timeout=240,
+        )
+
+    return run

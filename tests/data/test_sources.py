@@ -1,0 +1,261 @@
+"""Where datasets are looked for, which can be read, and what is said of the others."""
+
+import errno
+import json
+import os
+import shutil
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+
+from cnn.data import load_dataset
+from cnn.errors import InputError
+
+
+def message_of(name, data_dir=None):
+    with pytest.raises(InputError) as error:
+        load_dataset(name, data_dir)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+class OwnImages(tfds.core.GeneratorBasedBuilder):
+    """A registered builder such as a researcher writes; the class attributes are its content."""
+
+    VERSION = tfds.core.Version("1.2.0")
+    splits = ("train", "validation")
+    sizes = ((4, 6),)
+    mode = "RGB"
+    classes = 3
+    labels = (0, 1, 2)
+
+    def _info(self):
+        channels = len(PIL.Image.new(self.mode, (1, 1)).getbands())
+        features = {
+            "image": tfds.features.Image(shape=(None, None, channels)),
+            "label": tfds.features.ClassLabel(num_classes=self.classes),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples() for split in self.splits}
+
+    def _generate_examples(self):
+        for i in range(12):
+            image = PIL.Image.new(self.mode, self.sizes[i % len(self.sizes)][::-1], i)
+            yield i, {"image": image, "label": self.labels[i % len(self.labels)]}
+
+
+def test_any_builder_that_needs_no_tensorflow(data_dir):
+    data = load_dataset("own_images")
+    assert data.name == "own_images"
+    assert data.train.images.shape == (12, 4, 6, 3)
+    assert data.class_names == ("0", "1", "2")
+    assert (data_dir / "own_images" / "1.2.0").is_dir()
+
+
+def test_images_of_several_sizes(data_dir, monkeypatch):
+    monkeypatch.setattr(OwnImages, "sizes", ((4, 6), (5, 6)))
+    message = message_of("own_images")
+    assert "(4, 6, 3)" in message
+    assert "(5, 6, 3)" in message
+
+
+def test_labels_out_of_range(data_dir, monkeypatch):
+    monkeypatch.setattr(OwnImages, "labels", (0, -1))  # TFDS writes -1 for "not labelled"
+    assert "run from -1 to 0" in message_of("own_images")
+
+
+def test_no_test_split(data_dir, monkeypatch):
+    monkeypatch.setattr(OwnImages, "splits", ("train", "extra"))
+    assert "train, extra" in message_of("own_images")
+
+
+def test_builder_that_needs_tensorflow(data_dir, monkeypatch, capfd):
+    def generate(self):
+        from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow as tf
+
+        yield 0, {"image": tf.zeros([1]), "label": 0}
+
+    monkeypatch.setattr(OwnImages, "_generate_examples", generate)
+    message = message_of("own_images")
+    assert "pip install tensorflow" in message
+    assert not (data_dir / "own_images" / "1.2.0").exists()
+    assert not list(data_dir.rglob("*incomplete*"))
+    assert "****" not in capfd.readouterr().out
+
+
+def test_unknown_names(data_dir):
+    assert "cifar10" in message_of("cifar01")
+    assert "digits" in message_of("digts")
+    assert "cifar10" in message_of("CIFAR10")
+    assert "xyzzy" in message_of("xyzzy")
+    assert not data_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["", "../etc", "a b", "cifar10:newest", "cifar10:3", "/cifar10"])
+def test_not_a_name(name, data_dir):
+    assert repr(name) in message_of(name)
+
+
+def as_tfrecord(prepared):
+    """Makes it a directory such as stock TFDS with TensorFlow leaves (all but the records)."""
+    info = json.loads((prepared / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    (prepared / "dataset_info.json").write_text(json.dumps(info))
+    for file in prepared.glob("*array_record*"):
+        file.rename(prepared / file.name.replace("array_record", "tfrecord"))
+
+
+def test_tfrecord_without_tensorflow(digits_dir, monkeypatch):
+    as_tfrecord(digits_dir)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = message_of("digits")
+    assert str(digits_dir) in message
+    assert "pip install tensorflow" in message
+    assert "TFDS_DATA_DIR" in message
+
+
+def test_tfrecord_with_tensorflow(digits_dir, monkeypatch):
+    """The way through TensorFlow, with a stand-in for what TensorFlow would return."""
+    expected = load_dataset("digits")
+    as_tfrecord(digits_dir)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+
+    def as_dataset(self, *, split, read_config):
+        assert read_config.interleave_cycle_length == 1  # or the files would be mixed
+        part = getattr(expected, split)
+        pairs = zip(part.images, part.labels, strict=True)
+        return [{"image": image, "label": label} for image, label in pairs]
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "as_dataset", as_dataset)
+    monkeypatch.setattr(tfds, "ReadConfig", types.SimpleNamespace)
+    monkeypatch.setattr(tfds, "as_numpy", iter)
+    assert load_dataset("digits").fingerprint == expected.fingerprint
+
+
+def test_damaged_records(digits_dir):
+    file = next(digits_dir.glob("digits-train*"))
+    file.write_bytes(file.read_bytes()[:1000])
+    assert f"delete {digits_dir}" in message_of("digits")
+
+
+def test_missing_records(digits_dir):
+    next(digits_dir.glob("digits-train*")).unlink()
+    assert f"delete {digits_dir}" in message_of("digits")
+
+
+def test_data_dir_argument_wins_and_tilde_is_expanded(data_dir, tmp_path):
+    load_dataset("digits", "~/data")
+    assert (tmp_path / "home" / "data" / "digits" / "1.0.0").is_dir()
+    assert not data_dir.exists()
+
+
+def test_default_data_dir(tmp_path, monkeypatch):
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    load_dataset("digits")
+    assert (tmp_path / "home" / "tensorflow_datasets" / "digits").is_dir()
+
+
+def test_newest_version_unless_one_is_named(data_dir, monkeypatch):
+    load_dataset("own_images")
+    folder = data_dir / "own_images"
+    shutil.copytree(folder / "1.2.0", folder / "1.10.0")
+    monkeypatch.setattr("cnn.data.prepare.prepare", None)  # nothing may be prepared
+    seen = []
+    monkeypatch.setattr("cnn.data.cache.load", lambda prepared, name: seen.append(prepared.name))
+    load_dataset("own_images")
+    load_dataset("own_images:1.2.0")
+    assert seen[::2] == ["1.10.0", "1.2.0"]
+
+
+def test_remote_data_dir(data_dir):
+    assert "gs://bucket" in message_of("cifar10", "gs://bucket/tfds")
+
+
+def read_only(monkeypatch, folder):
+    """Root may write anywhere, so the operating system's refusal is imitated."""
+    mkdir = os.mkdir
+
+    def refuse(path, *args, **kwargs):
+        if Path(path).is_relative_to(folder):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr("os.mkdir", refuse)
+
+
+def test_read_only_data_dir_that_holds_the_dataset(digits_dir, data_dir, monkeypatch):
+    before = sorted((path, path.stat().st_mtime_ns) for path in data_dir.rglob("*"))
+    read_only(monkeypatch, data_dir)
+    assert len(load_dataset("digits").train) == 1437
+    assert sorted((path, path.stat().st_mtime_ns) for path in data_dir.rglob("*")) == before
+
+
+def test_read_only_data_dir_without_the_dataset(data_dir, monkeypatch):
+    data_dir.mkdir()
+    read_only(monkeypatch, data_dir)
+    message = message_of("cifar10")
+    assert str(data_dir) in message
+    assert "cannot be written" in message
+    assert "TFDS_DATA_DIR" in message
+
+
+@pytest.mark.parametrize("below", ["file/tfds", "file"])
+def test_data_dir_at_or_below_a_file(below, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in message_of("cifar10", tmp_path / below)
+
+
+@pytest.mark.parametrize("kind", ["read-only", "below a file", "proc"])
+def test_digits_work_everywhere(kind, tmp_path, data_dir, monkeypatch):
+    (tmp_path / "file").write_text("")
+    data_dir.mkdir()
+    if kind == "read-only":
+        read_only(monkeypatch, data_dir)
+    root = {"read-only": data_dir, "below a file": tmp_path / "file" / "x", "proc": "/proc/nowhere"}
+    assert len(load_dataset("digits", root[kind]).train) == 1437
+    assert not list(data_dir.iterdir())
+    assert len(load_dataset("digits", root[kind]).train) == 1437
+
+
+def test_nothing_but_one_line_and_bars_is_printed(data_dir, capfd):
+    load_dataset("digits")
+    output = capfd.readouterr()
+    assert output.out == ""
+    lines = [line for line in output.err.replace("\r", "\n").split("\n") if line.strip()]
+    plain = [
+        line for line in lines if "it/s" not in line and "/s]" not in line and "[A" not in line
+    ]
+    assert plain == [f"cnn: preparing digits in {data_dir}/digits/1.0.0"]
+
+
+@pytest.mark.slow
+def test_real_cifar10(real_cifar10):
+    """Counts and statistics as published; then the mapped arrays in under a second."""
+    data = load_dataset("cifar10", real_cifar10)
+    assert len(data.train) == 50_000
+    assert len(data.test) == 10_000
+    np.testing.assert_allclose(data.mean, [0.49139968, 0.48215841, 0.44653091], rtol=1e-6)
+    np.testing.assert_allclose(data.std, [0.24703223, 0.24348513, 0.26158784], rtol=1e-6)
+    assert np.bincount(data.train.labels).tolist() == [5000] * 10
+    source = tfds.data_source("cifar10", split="test", data_dir=real_cifar10, download=False)
+    for index in range(0, 10_000, 999):
+        np.testing.assert_array_equal(source[index]["image"], data.test.images[index])
+        assert source[index]["label"] == data.test.labels[index]
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        again = load_dataset("cifar10", real_cifar10)
+        times.append(time.perf_counter() - start)
+    assert again.fingerprint == data.fingerprint
+    assert min(times) < 1

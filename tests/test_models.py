@@ -1,0 +1,62 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cnn import CNN, InputError, create_model
+
+
+def count(model, image_shape):
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
+    return sum(leaf.size for leaf in jax.tree.leaves(variables))
+
+
+def test_the_seed_network_has_the_parameters_of_the_keras_script():
+    assert count(CNN(10), (32, 32, 3)) == 167_562
+
+
+@pytest.mark.parametrize(
+    ("fields", "image_shape", "expected"),
+    [
+        # (3*3*1 + 1) * 32, (3*3*32 + 1) * 64, (5*5*64 + 1) * 64, (64 + 1) * 10
+        ({}, (28, 28, 1), 320 + 18_496 + 102_464 + 650),
+        # SAME halves the sides only: 8 -> 4 -> 2
+        ({"padding": "SAME"}, (8, 8, 1), 320 + 18_496 + 16_448 + 650),
+        # 20x12 -> 16x8 -> 8x4: (5*5*2 + 1) * 8, (8*4*8 + 1) * 16, (16 + 1) * 10
+        ({"features": (8,), "kernel_size": 5, "hidden": 16}, (20, 12, 2), 408 + 4_112 + 170),
+    ],
+)
+def test_any_size_and_channels_that_the_layers_allow(fields, image_shape, expected):
+    assert count(CNN(10, **fields), image_shape) == expected
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_logits():
+    model = CNN(10, dtype=jnp.bfloat16)
+    image = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    variables = model.init(jax.random.key(0), image)
+    logits, inner = model.apply(variables, image, capture_intermediates=True, mutable=True)
+    assert logits.dtype == jnp.float32
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables["params"]))
+    assert inner["intermediates"]["Conv_1"]["__call__"][0].dtype == jnp.bfloat16
+    exact = CNN(10).apply(variables, image)
+    assert not jnp.array_equal(logits, exact)
+    assert jnp.allclose(logits, exact, atol=0.05)
+
+
+@pytest.mark.parametrize("side", [1, 3, 5, 8, 9])
+def test_a_too_small_image_is_refused_with_the_ways_out(side):
+    with pytest.raises(InputError, match=rf"{side}x32 pixels are too small.*model\.padding=SAME"):
+        count(CNN(10), (side, 32, 3))
+
+
+def test_the_smallest_image_works():
+    assert CNN(3).init_with_output(jax.random.key(0), jnp.zeros((1, 10, 10, 1)))[0].shape == (1, 3)
+
+
+def test_a_single_image_without_batch_axis_is_refused():
+    with pytest.raises(InputError, match=r"\[B, H, W, C\]"):
+        count(CNN(10), (32, 32))
+
+
+def test_unknown_model():
+    with pytest.raises(InputError, match="unknown model 'resnet'; known: cnn"):
+        create_model("resnet", 10)

@@ -1,0 +1,97 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn import InputError, create_optimizer, create_schedule
+
+PARAMS = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5])}
+GRADS = {"kernel": jnp.array([[3.0, -4.0]]), "bias": jnp.array([0.0])}
+
+
+def updates(tx, grads=GRADS, steps=1):
+    opt_state = tx.init(PARAMS)
+    for _ in range(steps):
+        result, opt_state = tx.update(grads, opt_state, PARAMS)
+    return jax.tree.map(np.asarray, result)
+
+
+def test_adam_moves_by_the_learning_rate_at_first():
+    result = updates(create_optimizer("adam", 1e-2))
+    np.testing.assert_allclose(result["kernel"], [[-1e-2, 1e-2]], rtol=1e-5)
+
+
+def test_adam_is_exactly_optax_adam():
+    import optax
+
+    ours, theirs = create_optimizer("adam", 1e-3), optax.adam(1e-3)
+    for a, b in zip(*(jax.tree.leaves(updates(tx, steps=5)) for tx in (ours, theirs)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_sgd_has_nesterov_momentum():
+    # v1 = g, v2 = g + m v1; the Nesterov step is g + m v.
+    result = updates(create_optimizer("sgd", 0.1, momentum=0.5), steps=2)
+    np.testing.assert_allclose(result["kernel"], -0.1 * 1.75 * GRADS["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_weight_decay_pulls_on_kernels_only(name):
+    zero = jax.tree.map(jnp.zeros_like, GRADS)
+    result = updates(create_optimizer(name, 0.1, weight_decay=0.01), zero)
+    assert (np.sign(result["kernel"]) == -np.sign(PARAMS["kernel"])).all()
+    assert (result["bias"] == 0).all()
+
+
+def test_adamw_decay_is_decoupled():
+    zero = jax.tree.map(jnp.zeros_like, GRADS)
+    result = updates(create_optimizer("adamw", 0.1, weight_decay=0.01), zero)
+    np.testing.assert_allclose(result["kernel"], -0.1 * 0.01 * PARAMS["kernel"], rtol=1e-6)
+
+
+def test_clipping_scales_the_global_norm_down():
+    result = updates(create_optimizer("sgd", 1.0, momentum=0.0, clip_norm=1.0))
+    np.testing.assert_allclose(result["kernel"], [[-0.6, 0.8]], rtol=1e-6)
+
+
+def test_accumulation_updates_once_with_the_mean_gradient():
+    tx = create_optimizer("sgd", 1.0, momentum=0.0, accumulate_steps=2)
+    opt_state = tx.init(PARAMS)
+    first, opt_state = tx.update(GRADS, opt_state, PARAMS)
+    second, _ = tx.update(jax.tree.map(lambda g: 3 * g, GRADS), opt_state, PARAMS)
+    assert (first["kernel"] == 0).all()
+    np.testing.assert_allclose(second["kernel"], -2 * GRADS["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.0, 0.5, 1.0, 0.55, 0.1, 0.1]),
+        ("cosine", [0.0, 0.5, 1.0, 0.55, 0.1, 0.1]),
+    ],
+)
+def test_schedules_at_their_corners(name, expected):
+    schedule = create_schedule(name, 1.0, num_updates=14, warmup_updates=4, end_fraction=0.1)
+    values = [float(schedule(step)) for step in (0, 2, 4, 9, 14, 99)]
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+
+
+def test_cosine_is_above_the_line_early_and_below_it_late():
+    cosine, line = (create_schedule(name, 1.0, num_updates=100) for name in ("cosine", "linear"))
+    assert cosine(25) > line(25)
+    assert cosine(75) < line(75)
+
+
+def test_the_schedule_drives_the_optimizer():
+    schedule = create_schedule("linear", 1.0, num_updates=2)
+    tx = create_optimizer("sgd", schedule, momentum=0.0)
+    np.testing.assert_allclose(updates(tx, steps=2)["kernel"], -0.5 * GRADS["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make", [create_optimizer, lambda n, r: create_schedule(n, r, num_updates=1)]
+)
+def test_unknown_names(make):
+    with pytest.raises(InputError, match="unknown .* 'adaam'; known: "):
+        make("adaam", 0.1)
