@@ -1,7 +1,29 @@
-"""Every test and doctest runs on four fake devices, and never broadcasts ranks by accident."""
+"""Every test and doctest: four fake devices, no broadcasting by accident, a home of its own."""
+
+import os
 
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory):
+    """Keeps datasets and caches of the tests away from the user's."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+        patch.setenv("TFDS_DATA_DIR", str(home / "tfds"))
+        yield
+
+
+def pytest_configure(config):
+    """Compiles each function once for all tests, and for the processes that they start."""
+    directory = str(config.cache.mkdir("jax"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -22,11 +22,13 @@ def one_device_per_core() -> None:
     """Makes each CPU core this process may use a JAX device of its own.
 
     A batch sharded over the cores trains faster than one device with a thread pool. Call it
-    before the first array is made: afterwards, or if `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS`
-    already says how many there are, it leaves things as they are. Other platforms are
-    untouched. In a loop of your own over several CPU devices, call `stay_close` too.
+    before the first array is made: afterwards, or if `jax_num_cpu_devices` or `XLA_FLAGS` say
+    already how many there are, it leaves things as they are. Other platforms are untouched.
+    In a loop of your own over several CPU devices, call `stay_close` too.
     """
-    if "JAX_NUM_CPU_DEVICES" in os.environ or _FAKE_CPUS_FLAG in os.environ.get("XLA_FLAGS", ""):
+    # getattr: jax declares its options at run time, unseen by type checkers.
+    chosen = getattr(jax.config, "jax_num_cpu_devices") > 0  # noqa: B009
+    if chosen or _FAKE_CPUS_FLAG in os.environ.get("XLA_FLAGS", ""):
         return
     if hasattr(os, "sched_getaffinity"):  # respects containers and taskset; Linux only
         cores = len(os.sched_getaffinity(0))

@@ -9,13 +9,11 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from cnn.metrics import Metrics
 from cnn.plan import Plan
+from cnn.summary import model_summary
 
 _PLAIN_SECONDS = 10.0
 _LIVE_SECONDS = 0.2
@@ -135,19 +133,20 @@ def result_line(result: Mapping[str, Any]) -> str:
     )
 
 
-def describe(plan: Plan, params: Any, num_devices: int) -> str:
+def describe(plan: Plan, variables: Any, num_devices: int) -> str:
     """What is about to be trained: data, devices, layers.
 
     Args:
       plan: of the run.
-      params: the model's parameters.
+      variables: the model's, parameters and all.
       num_devices: how many devices there are; the plan's mesh may use fewer.
     """
     data, used, batch_size = plan.dataset, plan.mesh.size, plan.config.batch_size
+    height, width, channels = data.image_shape
     kind = plan.mesh.devices.flat[0].device_kind
     lines = [
         f"data: {data.name}, {len(data.train):,} train and {len(data.test):,} test images of "
-        f"{_by(data.image_shape)}, {data.num_classes} classes",
+        f"{height}x{width}x{channels}, {data.num_classes} classes",
         f"devices: {used} x {kind}, {batch_size // used} images each per step",
     ]
     if used < num_devices:
@@ -155,62 +154,4 @@ def describe(plan: Plan, params: Any, num_devices: int) -> str:
             f"note: batch_size={batch_size} does not divide evenly over {num_devices} devices; "
             f"{num_devices - used} stay idle"
         )
-    return "\n".join([*lines, model_summary(plan.model, params, data.image_shape)])
-
-
-def model_summary(model: nn.Module, params: Any, image_shape: tuple[int, int, int]) -> str:
-    """A table of the layers that hold parameters.
-
-    FLOPs are of the forward pass for one image, two per multiply-add, convolutions and dense
-    layers only; biases, activations and pooling add a few per cent at most.
-
-    Args:
-      model: takes `[B, H, W, C]`.
-      params: its parameters.
-      image_shape: (H, W, C).
-    """
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    outputs = jax.eval_shape(
-        lambda params, image: model.apply(
-            {"params": params}, image, capture_intermediates=True, mutable=["intermediates"]
-        )[1]["intermediates"],
-        params,
-        image,
-    )
-    rows = [("layer", "output", "parameters", "MFLOP"), ("input", _by(image_shape), "", "")]
-    total_size, total_flops = 0, 0.0
-    for path, layer in _layers(params):
-        shape = _output_shape(outputs, path)
-        size = sum(leaf.size for leaf in layer.values())
-        # Each weight meets each output position once, and multiplies and adds there.
-        flops = 2.0 * math.prod(jnp.shape(layer.get("kernel", 0.0))) * math.prod(shape[:-1])
-        flops = flops if "kernel" in layer else 0.0
-        rows.append(("/".join(path), _by(shape), f"{size:,}", f"{flops / 1e6:.2f}"))
-        total_size += size
-        total_flops += flops
-    rows.append(("total", "", f"{total_size:,}", f"{total_flops / 1e6:.2f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join(
-        f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip()
-        for a, b, c, d in rows
-    )
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _layers(params: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    """The modules with parameters of their own: their paths and those parameters."""
-    own = {name: value for name, value in params.items() if not isinstance(value, Mapping)}
-    layers = [(path, own)] if own else []
-    for name in params.keys() - own.keys():
-        layers += _layers(params[name], (*path, name))
-    return sorted(layers, key=lambda layer: layer[0])
-
-
-def _output_shape(outputs: Any, path: tuple[str, ...]) -> tuple[int, ...]:
-    """Output shape of one image at a layer, without the batch axis."""
-    for name in path:
-        outputs = outputs[name]
-    return outputs["__call__"][0].shape[1:]
+    return "\n".join([*lines, model_summary(plan.model, variables, data.image_shape)])

@@ -69,6 +69,11 @@ class TrainState(struct.PyTreeNode):
     tx: optax.GradientTransformation = struct.field(pytree_node=False)
     loss_fn: LossFn = struct.field(pytree_node=False)
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `apply_fn` takes first: the parameters and the other collections."""
+        return {"params": self.params, **self.model_state}
+
 
 def create_train_state(
     model: nn.Module,
@@ -169,7 +174,6 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
     >>> int(jax.jit(eval_step)(state, batch).count)
     3
     """
-    variables = {"params": state.params, **state.model_state}
-    logits = state.apply_fn(variables, batch["image"], train=False)
+    logits = state.apply_fn(state.variables, batch["image"], train=False)
     losses = state.loss_fn(logits, batch["label"])
     return Metrics.of(losses, logits, batch["label"], batch.get("mask"))

@@ -64,7 +64,7 @@ def train_and_evaluate(
     devices = find_devices(checked.platform, checked.num_devices)
     plan = make_plan(config, batch_mesh(devices, checked.batch_size))
     state = plan.initial_state()
-    say(describe(plan, state.params, len(devices)))
+    say(describe(plan, state.variables, len(devices)))
 
     finished = run.result()
     if finished is None:
@@ -265,8 +265,7 @@ def _finish(state: TrainState, plan: Plan, run: RunDirectory, started: float) ->
 def _predict(state: TrainState, plan: Plan, split: Split) -> np.ndarray:
     """The predicted classes of a few images, `int[N]`."""
     batch = _place(plan, split).take(jnp.arange(len(split)))
-    variables = {"params": state.params, **state.model_state}
-    return np.asarray(state.apply_fn(variables, batch["image"], train=False).argmax(-1))
+    return np.asarray(state.apply_fn(state.variables, batch["image"], train=False).argmax(-1))
 
 
 def _place(plan: Plan, split: Split) -> DeviceSplit:

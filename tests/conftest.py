@@ -1,5 +1,6 @@
 """Fixtures that several rooms share."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,23 +14,12 @@ import cnn
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_home(tmp_path_factory):
-    """Keeps datasets and caches of the tests away from the user's."""
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-        patch.setenv("TFDS_DATA_DIR", str(home / "tfds"))
-        yield
-
-
 @pytest.fixture(scope="session")
 def digits(own_home):
     return cnn.load_dataset("digits")
 
 
-@pytest.fixture
-def config():
+def short_config():
     """A run of two short epochs that takes a few seconds."""
     config = cnn.load_config(REPOSITORY / "configs" / "digits.py")
     config.model.features = (4, 8)
@@ -38,6 +28,11 @@ def config():
     config.batch_size = 96  # 14 steps per epoch, and 93 images left out
     config.num_devices = 2
     return config
+
+
+@pytest.fixture
+def config():
+    return short_config()
 
 
 @pytest.fixture
@@ -53,8 +48,6 @@ def run_train():
     """Runs train.py as a user does; gives the finished process."""
 
     def run(*flags, **variables):
-        import os
-
         return subprocess.run(
             [sys.executable, str(REPOSITORY / "train.py"), *map(str, flags)],
             capture_output=True,

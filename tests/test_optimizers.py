@@ -93,5 +93,5 @@ def test_the_schedule_drives_the_optimizer():
     "make", [create_optimizer, lambda n, r: create_schedule(n, r, num_updates=1)]
 )
 def test_unknown_names(make):
-    with pytest.raises(InputError, match="unknown .* 'adaam'; known: "):
+    with pytest.raises(InputError, match=r"unknown .* 'adaam'; known: "):
         make("adaam", 0.1)

@@ -24,7 +24,7 @@ GOLDEN = {"loss": 2.341574, "loss_after": 2.212909, "param_norm": 13.794252}
 MODEL = CNN(num_classes=4, features=(4, 8), hidden=16)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def state():
     return create_train_state(MODEL, optax.adam(1e-3), jax.random.key(0), SHAPE)
 
@@ -82,10 +82,13 @@ def test_vmap_over_seeds_agrees_with_each_seed(batch):
     tx = optax.sgd(0.1)
     create = functools.partial(create_train_state, MODEL, tx, image_shape=SHAPE)
     keys = jax.random.split(jax.random.key(5), 3)
-    states, metrics = jax.vmap(train_step, in_axes=(0, None))(jax.vmap(create)(keys), batch)
+    step = jax.jit(train_step)
+    states, metrics = jax.jit(jax.vmap(train_step, in_axes=(0, None)))(
+        jax.vmap(create)(keys), batch
+    )
     assert metrics.loss.shape == (3,)
     for i, key in enumerate(keys):
-        alone, _ = train_step(create(key), batch)
+        alone, _ = step(create(key), batch)
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], states.params), alone.params)
 
 
@@ -97,6 +100,7 @@ def test_the_step_can_be_differentiated(state, batch):
         inputs = {**batch, "image": scale * batch["image"]}
         return eval_step(train_step(state, inputs)[0], batch).loss
 
+    loss_after = jax.jit(loss_after)
     slope = jax.grad(loss_after)(1.0)
     numeric = (loss_after(1.0 + 1e-2) - loss_after(1.0 - 1e-2)) / 2e-2
     assert float(slope) == pytest.approx(float(numeric), rel=2e-2)
@@ -143,7 +147,7 @@ def test_batch_statistics_and_dropout_work(batch):
     once, first = train_step(state, batch)
     mean = once.model_state["batch_stats"]["BatchNorm_0"]["mean"]
     np.testing.assert_allclose(mean, 0.5 * batch["image"].mean((0, 1, 2)), atol=1e-6)
-    again, repeated = train_step(state, batch)
+    _, repeated = train_step(state, batch)
     assert float(repeated.loss) == float(first.loss), "the same step draws the same numbers"
     _, later = train_step(state.replace(step=state.step + 1), batch)
     assert float(later.loss) != float(first.loss), "another step draws others"

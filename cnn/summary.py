@@ -1,0 +1,70 @@
+"""A model's layers as a table: shapes, parameters, FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def model_summary(model: nn.Module, variables: Any, image_shape: tuple[int, int, int]) -> str:
+    """A table of the layers that hold parameters.
+
+    FLOPs are of the forward pass for one image, two per multiply-add, convolutions and dense
+    layers only; biases, activations and pooling add a few per cent at most.
+
+    Args:
+      model: takes `[B, H, W, C]`.
+      variables: its parameters and other collections; shapes are enough.
+      image_shape: (H, W, C).
+    """
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+    def intermediates(variables: Any, image: jax.Array) -> Any:
+        _, state = model.apply(
+            variables, image, train=False, capture_intermediates=True, mutable=["intermediates"]
+        )
+        return state["intermediates"]
+
+    outputs = jax.eval_shape(intermediates, variables, image)
+    rows = [("layer", "output", "parameters", "MFLOP"), ("input", _by(image_shape), "", "")]
+    total_size, total_flops = 0, 0.0
+    for path, layer in _layers(variables["params"]):
+        shape = _output_shape(outputs, path)
+        size = sum(leaf.size for leaf in layer.values())
+        # Each weight of a kernel meets each output position once, and multiplies and adds there.
+        weights = layer["kernel"].size if "kernel" in layer else 0
+        flops = 2.0 * weights * math.prod(shape[:-1])
+        rows.append(("/".join(path), _by(shape), f"{size:,}", f"{flops / 1e6:.2f}"))
+        total_size += size
+        total_flops += flops
+    rows.append(("total", "", f"{total_size:,}", f"{total_flops / 1e6:.2f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip()
+        for a, b, c, d in rows
+    )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _layers(params: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """The modules with parameters of their own: their paths and those parameters."""
+    own = {name: value for name, value in params.items() if not isinstance(value, Mapping)}
+    layers = [(path, own)] if own else []
+    for name in params.keys() - own.keys():
+        layers += _layers(params[name], (*path, name))
+    return sorted(layers, key=lambda layer: layer[0])
+
+
+def _output_shape(outputs: Any, path: tuple[str, ...]) -> tuple[int, ...]:
+    """Output shape of one image at a layer, without the batch axis."""
+    for name in path:
+        outputs = outputs[name]
+    return outputs["__call__"][0].shape[1:]

@@ -1,0 +1,129 @@
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnn import CNN, Checkpoints, InputError, create_train_state, digest, train_step
+
+SHAPE = (16, 16, 3)
+
+
+def new_state(seed=0, **fields):
+    model = CNN(4, **{"features": (4, 8), "hidden": 16, **fields})
+    return create_train_state(model, optax.adam(1e-3), jax.random.key(seed), SHAPE)
+
+
+BATCH = {"image": jnp.ones((8, *SHAPE)), "label": jnp.arange(8) % 4}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The states of a short training, by step."""
+    step = jax.jit(train_step)
+    states = [new_state()]
+    for _ in range(4):
+        states.append(step(states[-1], BATCH)[0])
+    return states
+
+
+def names(directory):
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is None
+        checkpoints.save(trained[3], {"note": [1, 0.1]})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 3
+        restored = checkpoints.restore(new_state(seed=9), 3)
+        assert checkpoints.read_record(3)["note"] == [1, 0.1]
+    jax.tree.map(np.testing.assert_array_equal, restored.params, trained[3].params)
+    jax.tree.map(np.testing.assert_array_equal, restored.opt_state, trained[3].opt_state)
+    assert digest(restored) == digest(trained[3])
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        for state, accuracy in zip(trained, [0.1, 0.9, 0.5, None, 0.3], strict=True):
+            record = {} if accuracy is None else {"test_accuracy": accuracy}
+            checkpoints.save(state, record)
+        checkpoints.wait()
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (4, 1)
+    assert names(tmp_path) == [1, 4]
+
+
+def test_the_caller_may_donate_what_it_saved(tmp_path, trained):
+    expected = digest(trained[2])
+    step = jax.jit(train_step, donate_argnums=0)
+    state = jax.tree.map(jnp.copy, trained[2])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {})
+        for _ in range(3):
+            state, _ = step(state, BATCH)
+        checkpoints.wait()
+        assert digest(checkpoints.restore(new_state(), 2)) == expected
+
+
+def test_restoring_onto_other_devices(tmp_path, trained):
+    from cnn import batch_mesh, replicated
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained[1], {})
+        checkpoints.wait()
+        mesh = batch_mesh(jax.devices()[:4], 4)
+        restored = checkpoints.restore(jax.device_put(new_state(), replicated(mesh)), 1)
+    assert len(restored.params["Conv_0"]["kernel"].sharding.device_set) == 4
+    assert digest(restored) == digest(trained[1])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_another_model_is_refused(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained[1], {})
+        checkpoints.wait()
+        with pytest.raises(InputError, match="cannot be restored"):
+            checkpoints.restore(new_state(hidden=17), 1)
+    gc.collect()  # of Orbax's abandoned reads, whose complaints are caught here
+
+
+def test_a_changed_value_is_noticed(tmp_path, trained, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained[1], {})
+        checkpoints.wait()
+        # What is on disk is well-formed, but not what the digest was taken of.
+        record = {**checkpoints.read_record(1), "digest": digest(trained[2])}
+        monkeypatch.setattr(checkpoints, "read_record", lambda _: record)
+        with pytest.raises(InputError, match="its digest does not match"):
+            checkpoints.restore(new_state(), 1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_truncated_checkpoint_is_one_line(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained[1], {})
+        checkpoints.wait()
+        for path in (tmp_path / "1" / "state").rglob("*"):
+            if path.is_file() and path.name not in ("_METADATA", "commit_success.txt"):
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(InputError) as error:
+            checkpoints.restore(new_state(), 1)
+    gc.collect()
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "1") in str(error.value)
+
+
+def test_the_digest_sees_every_bit(trained):
+    state = trained[1]
+    kernel = state.params["Dense_1"]["kernel"]
+    flipped = np.array(kernel)
+    flipped.view(np.uint32)[0, 0] ^= 1
+    params = {**state.params, "Dense_1": {**state.params["Dense_1"], "kernel": flipped}}
+    assert digest(state.replace(params=params)) != digest(state)
+    assert digest(state.replace(params={**params, "Dense_1": state.params["Dense_1"]})) == digest(
+        state
+    )
+    assert digest(state.replace(step=state.step + 1)) != digest(state)

@@ -1,0 +1,153 @@
+import pytest
+from ml_collections import ConfigDict
+
+from cnn import InputError, load_config
+from cnn.config import FIELDS, check_config, differences, flatten, override, resolved
+from tests.conftest import REPOSITORY
+
+BASELINE = REPOSITORY / "configs" / "baseline.py"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.py")))
+def test_every_config_is_whole_and_valid(path):
+    config = load_config(path)
+    check_config(config)
+    assert set(flatten(config)) == set(FIELDS)
+
+
+def test_every_field_of_the_baseline_has_a_comment():
+    lines = BASELINE.read_text().splitlines()
+    for number, line in enumerate(lines):
+        if line.strip().startswith("config.") and "ConfigDict()" not in line:
+            above = lines[number - 1].strip()
+            explained = above.startswith("#") or above.endswith("= ConfigDict()")
+            assert explained or "batch_size" in above or ".name" in line, line
+
+
+@pytest.mark.parametrize(
+    ("flag", "complaint"),
+    [
+        ("batch_size=0", "batch_size=0 must be 1 or more"),
+        ("num_epochs=0", "num_epochs=0 must be 1 or more"),
+        ("seed=-1", "seed=-1 must lie between"),
+        ("optimizer.learning_rate=-0.1", "must be positive and finite"),
+        ("optimizer.learning_rate=inf", "must be positive and finite"),
+        ("optimizer.name=adaam", "'adaam' must be one of adam, adamw, sgd"),
+        ("optimizer.momentum=1", "below 1"),
+        ("optimizer.accumulate_steps=0", "must be 1 or more"),
+        ("schedule.name=step", "must be one of constant, cosine, linear"),
+        ("schedule.end_fraction=2", "between 0 and 1"),
+        ("schedule.warmup_epochs=11", "longer than num_epochs=10"),
+        ("model.name=resnet", "must be one of cnn"),
+        ("model.dtype=float16", "must be one of float32, bfloat16"),
+        ("model.padding=FULL", "must be one of VALID, SAME"),
+        ("model.features=(32, 0)", "whole numbers of 1 or more"),
+        ("model.features=(32, 1.5)", "whole numbers of 1 or more"),
+        ("dataset.name=", "must name a dataset"),
+        ("dataset.normalization=none", "must be one of scale, standardize"),
+        ("platform=npu", "must be one of auto, cpu, gpu, tpu"),
+        ("label_smoothing=1", "at least 0 and below 1"),
+    ],
+)
+def test_impossible_values(flag, complaint):
+    config = override(load_config(BASELINE), [f"--config.{flag}"])
+    with pytest.raises(InputError) as error:
+        check_config(config)
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--config.batchsize=3"], "unknown config field batchsize; did you mean batch_size?"),
+        (["--config.model.nothing=3"], "unknown config field model.nothing"),
+        (["--config.optimizer=sgd"], "unknown config field optimizer"),
+        (["--config.batch_size=many"], "'many' is not a whole number"),
+        (["--config.batch_size=1.5"], "'1.5' is not a whole number"),
+        (["--config.batch_size"], "is not a whole number"),
+        (["--config.tensorboard=maybe"], "'maybe' is not true or false"),
+        (["--config.model.features=32"], "is not a tuple"),
+        (["--config.model.features=(32"], "is not a tuple"),
+        (["--batch_size=3"], "unknown flag '--batch_size=3'"),
+        (["3"], "unknown flag '3'"),
+    ],
+)
+def test_wrong_flags(flags, complaint):
+    with pytest.raises(InputError) as error:
+        override(load_config(BASELINE), flags)
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_take_both_forms_and_leave_the_original_alone():
+    config = load_config(BASELINE)
+    flags = ["--config.batch_size", "64", "--config.tensorboard", "--config.model.features=(4,)"]
+    changed = override(config, flags)
+    assert (changed.batch_size, changed.tensorboard, changed.model.features) == (64, True, (4,))
+    assert (config.batch_size, config.tensorboard, config.model.features) == (32, False, (32, 64))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("x = (", "is broken: SyntaxError"),
+        ("import nothing_of_that_name", "is broken: ModuleNotFoundError"),
+        ("def get_config():\n    raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("def get_config():\n    return {}['key']", "key"),
+        ("x = 1", "must define get_config()"),
+        ("def get_config():\n    return {}", "must return an ml_collections.ConfigDict, not dict"),
+        ("import sys; sys.exit(0)", "is broken: SystemExit"),
+    ],
+)
+def test_broken_config_files(tmp_path, text, complaint):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_config(path)
+    assert complaint in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_config_file(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_config(tmp_path / "none.py")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("batch_size", 3.0, "batch_size=3.0 must be a whole number, not float"),
+        ("batch_size", True, "must be a whole number, not bool"),
+        ("seed", "0", "must be a whole number, not str"),
+        ("learning_rte", 1.0, "unknown config field learning_rte"),
+    ],
+)
+def test_wrong_types_and_unknown_fields_of_a_file(field, value, complaint):
+    config = load_config(BASELINE)
+    config[field] = None  # a file may set anything; flags are checked before
+    config = ConfigDict({**config.to_dict(), field: value})
+    with pytest.raises(InputError, match=complaint):
+        check_config(config)
+
+
+def test_a_missing_field():
+    config = load_config(BASELINE)
+    del config.optimizer["momentum"]
+    with pytest.raises(InputError, match=r"config field optimizer\.momentum is missing"):
+        check_config(config)
+
+
+def test_whole_numbers_are_fine_where_a_number_is_asked_for():
+    config = load_config(BASELINE)
+    config.optimizer = ConfigDict({**config.optimizer.to_dict(), "learning_rate": 1})
+    check_config(config)
+
+
+def test_differences_name_what_changes_the_result_only():
+    before = resolved(load_config(BASELINE))
+    flags = ["--config.seed=1", "--config.tensorboard", "--config.dataset.data_dir=/data"]
+    after = resolved(override(load_config(BASELINE), flags))
+    assert differences(before, after) == ["seed: 0 -> 1"]
+    assert differences(before, before) == []

@@ -1,0 +1,67 @@
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cnn import InputError, batch_mesh, find_devices, stay_close
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "available", "used"), [(32, 4, 4), (30, 4, 3), (7, 4, 1), (2, 4, 2), (33, 2, 1)]
+)
+def test_the_mesh_takes_the_most_devices_that_divide_the_batch(batch_size, available, used):
+    assert batch_mesh(jax.devices()[:available], batch_size).size == used
+
+
+def test_a_limit_on_devices():
+    assert len(find_devices("cpu", 3)) == 3
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_missing_platform_is_an_error_and_never_the_cpu(platform):
+    with pytest.raises(InputError, match=f"platform={platform}: JAX finds no {platform.upper()}"):
+        find_devices(platform)
+
+
+def test_an_unknown_platform():
+    with pytest.raises(InputError, match="unknown platform 'npu'; known: auto, cpu"):
+        find_devices("npu")
+
+
+def in_new_process(code, **variables):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+COUNT = "import jax, os, cnn; cnn.one_device_per_core(); print(len(jax.devices()) "
+
+
+def test_each_core_is_a_device():
+    assert in_new_process(COUNT + "== len(os.sched_getaffinity(0)))") == "True"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"JAX_NUM_CPU_DEVICES": "3"}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}],
+)
+def test_the_users_own_setting_stands(variables):
+    assert in_new_process(COUNT + ")", **variables) == "3"
+
+
+def test_stay_close_waits_for_the_older_results(monkeypatch):
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    results = [jnp.full((), i) for i in range(20)]
+    stay_close(results[:8])
+    assert waited == []
+    stay_close(results)
+    assert [int(result) for result in waited] == [11]

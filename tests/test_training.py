@@ -1,0 +1,249 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import cnn
+from cnn import InputError, digest, train_and_evaluate
+from cnn.report import RunDirectory
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(record):
+    return {name: value for name, value in record.items() if name != "images_per_second"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, digits):
+    """One undisturbed run, for all tests that only look."""
+    from tests.conftest import short_config
+
+    workdir = tmp_path_factory.mktemp("run")
+    state, result = train_and_evaluate(short_config(), workdir)
+    return workdir, state, result
+
+
+def test_the_run_directory_explains_itself(finished):
+    workdir, state, result = finished
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {
+        "checkpoints", "config.json", "curves.png", "environment.json", "metrics.jsonl",
+        "result.json", "samples.png",
+    }  # fmt: skip
+    assert json.loads((workdir / "result.json").read_text()) == result
+    assert json.loads((workdir / "config.json").read_text())["batch_size"] == 96
+    assert json.loads((workdir / "environment.json").read_text())["devices"] == ["cpu", "cpu"]
+    assert result["test_count"] == 360
+    assert result["num_steps"] == int(state.step) == 28
+    assert result["digest"] == digest(state)
+    assert result["num_params"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    for name in ("curves.png", "samples.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_epoch_has_a_record(finished):
+    workdir, _, result = finished
+    first, second = records(workdir)
+    assert (first["step"], second["step"]) == (14, 28)
+    assert (first["epoch"], second["epoch"]) == (1, 2)
+    assert second["train_loss"] < first["train_loss"]
+    assert second["test_accuracy"] == result["test_accuracy"]
+    assert result["best_test_accuracy"] == max(r["test_accuracy"] for r in (first, second))
+    assert second["learning_rate"] == pytest.approx(1e-3)
+    assert first["images_per_second"] > 0
+
+
+def test_a_finished_run_says_so_and_is_left_alone(finished, capsys, config):
+    workdir, state, result = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    again, same = train_and_evaluate(config, workdir)
+    assert "finished before" in capsys.readouterr().out
+    assert (digest(again), same) == (digest(state), result)
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+
+
+def test_another_config_in_the_same_directory_is_refused(finished, config):
+    workdir, *_ = finished
+    config.seed = 1
+    config.optimizer.learning_rate = 1e-2
+    with pytest.raises(InputError) as error:
+        train_and_evaluate(config, workdir)
+    assert "optimizer.learning_rate: 0.001 -> 0.01; seed: 0 -> 1" in str(error.value)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, config, tmp_path):
+    _, state, _ = finished
+    again, _ = train_and_evaluate(config, tmp_path / "again")
+    assert digest(again) == digest(state)
+    config.seed = 1
+    other, _ = train_and_evaluate(config, tmp_path / "other")
+    assert digest(other) != digest(state)
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it on the way."""
+
+
+@pytest.mark.parametrize("steps", [5, 14, 17, 28])
+def test_a_run_stopped_anywhere_ends_in_the_same_bits(
+    finished, config, tmp_path, monkeypatch, capsys, steps
+):
+    """Stopped at step 5 (in the first epoch), 14 (at its end), 17 and 28, and continued."""
+    workdir, state, result = finished
+    config.checkpoint_every_steps = 5 if steps < 28 else 0
+    trained = []
+    original = cnn.training._train_steps
+
+    def stop(*args, **kwargs):
+        if sum(trained) >= steps:
+            raise Killed
+        trained.append(kwargs["steps"])
+        return original(*args, **kwargs)
+
+    def stop_before_the_end(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cnn.training, "_train_steps", stop)
+        patch.setattr(cnn.training, "_finish", stop_before_the_end)
+        with pytest.raises(Killed):
+            train_and_evaluate(config, tmp_path)
+    capsys.readouterr()
+    resumed, resumed_result = train_and_evaluate(config, tmp_path)
+    taken_up = {5: 5, 14: 14, 17: 15, 28: None}[steps]
+    if taken_up:
+        assert f"resuming at step {taken_up} of 28" in capsys.readouterr().out
+    assert digest(resumed) == digest(state)
+    assert [without_speed(record) for record in records(tmp_path)] == [
+        without_speed(record) for record in records(workdir)
+    ]
+    for name in ("test_accuracy", "test_loss", "train_loss", "best_test_accuracy", "digest"):
+        assert resumed_result[name] == result[name]
+
+
+def test_steps_per_call_change_nothing_but_speed(finished, config, tmp_path):
+    workdir, state, _ = finished
+    config.steps_per_call = 5
+    several, _ = train_and_evaluate(config, tmp_path)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        several.params,
+        state.params,
+    )
+    for ours, theirs in zip(records(tmp_path), records(workdir), strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+
+
+def test_a_batch_that_does_not_divide_uses_fewer_devices_and_says_so(config, tmp_path, capsys):
+    config.batch_size, config.num_devices, config.num_epochs = 99, 4, 1
+    train_and_evaluate(config, tmp_path)
+    said = capsys.readouterr().out
+    assert "devices: 3 x cpu, 33 images each per step" in said
+    assert "batch_size=99 does not divide evenly over 4 devices; 1 stay idle" in said
+
+
+def test_everything_that_a_config_can_choose(config, tmp_path):
+    config.optimizer.name = "sgd"
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.accumulate_steps = 2
+    config.schedule.name = "cosine"
+    config.schedule.warmup_epochs = 0.5
+    config.model.dtype = "bfloat16"
+    config.label_smoothing = 0.1
+    config.dataset.normalization = "standardize"
+    _, result = train_and_evaluate(config, tmp_path)
+    first, second = records(tmp_path)
+    # 14 updates in all, 4 of them warm-up; the last one is number 13, counted from 0.
+    assert second["learning_rate"] == pytest.approx(1e-3 * 0.5 * (1 + np.cos(0.9 * np.pi)))
+    assert second["train_loss"] < first["train_loss"]
+    assert np.isfinite(result["test_loss"])
+
+
+def test_tensorboard_files_hold_the_records(config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config.tensorboard, config.num_epochs = True, 1
+    train_and_evaluate(config, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (record,) = records(tmp_path)
+    assert events.Scalars("test_accuracy")[0].step == record["step"]
+    assert events.Scalars("test_loss")[0].value == pytest.approx(record["test_loss"], rel=1e-6)
+
+
+def test_tensorboard_that_is_not_installed_is_one_line(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    config.tensorboard = True
+    with pytest.raises(InputError, match=r"pip install '\.\[tensorboard\]'"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("batch_size", 1438, "batch_size=1438 is more than the 1,437 training images of digits"),
+        ("model.padding", "VALID", "8x8 pixels are too small"),
+        ("dataset.name", "digitz", "digits"),
+        ("platform", "tpu", "finds no TPU"),
+    ],
+)
+def test_what_cannot_work_leaves_no_directory(config, tmp_path, field, value, complaint):
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError, match=complaint):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_work_directory_that_is_a_file(config, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(InputError, match="is not a writable directory"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_work_directory_without_permission(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(InputError, match="cannot be written"):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+def test_other_images_under_the_same_name_are_refused(config, tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(
+        cnn.training,
+        "_finish",
+        lambda *_: (_ for _ in ()).throw(Killed),
+    )
+    config.num_epochs = 1
+    with pytest.raises(Killed):
+        train_and_evaluate(config, tmp_path)
+    images = np.array(digits.train.images)
+    images[0, 0, 0, 0] ^= 1
+    changed = cnn.Dataset.from_splits(
+        "digits",
+        train=cnn.Split(images, digits.train.labels),
+        test=digits.test,
+        class_names=digits.class_names,
+    )
+    monkeypatch.setattr("cnn.plan.load_dataset", lambda *_: changed)
+    with pytest.raises(InputError, match="other digits images than those found now"):
+        train_and_evaluate(config, tmp_path)
+
+
+def test_a_record_that_a_killed_process_did_not_finish_is_cut_off(tmp_path):
+    run = RunDirectory(tmp_path)
+    mesh = cnn.batch_mesh(jax.devices()[:1], 1)
+    run.start({}, mesh)
+    run.append({"step": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "los')
+    run.start({}, mesh)
+    assert run.records() == [{"step": 1}]
+    run.append({"step": 1})
+    run.append({"step": 2})
+    assert run.records() == [{"step": 1}, {"step": 2}]
