@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,7 @@ class DeviceSplit(struct.PyTreeNode):
 
     @classmethod
     def place(
-        cls, split: Split, dataset: Dataset, normalization: str, sharding: jax.sharding.Sharding
+        cls, split: Split, dataset: Dataset, normalization: str, where: jax.sharding.Sharding | Any
     ) -> DeviceSplit:
         """Copies a split to the devices once.
 
@@ -38,13 +40,13 @@ class DeviceSplit(struct.PyTreeNode):
           dataset: whose train split gives mean and std.
           normalization: "standardize" (zero mean and unit variance per channel), or "scale"
             (pixel / 255, as in the seed).
-          sharding: where it goes.
+          where: a sharding, or one device.
         """
         mean, std = np.zeros_like(dataset.mean), np.ones_like(dataset.std)
         if normalization == "standardize":
             mean = dataset.mean
             std = np.where(dataset.std > 0, dataset.std, std)  # a channel may be constant
-        return cls(*jax.device_put((split.images, split.labels, mean, std), sharding))
+        return cls(*jax.device_put((split.images, split.labels, mean, std), where))
 
     def take(self, index: jax.Array) -> dict[str, jax.Array]:
         """The normalized batch of these examples: `int32[B]` -> image and label."""

@@ -1,0 +1,57 @@
+"""What the README tells people to type."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+MAIN, TEST = (text.strip() for language, text in BLOCKS if "python3 -m venv" in text)
+
+
+def test_the_two_commands_are_one_line_each():
+    assert MAIN.count("\n") == TEST.count("\n") == 0
+    assert MAIN.endswith("train.py --config configs/digits.py")
+    assert TEST.endswith("-m pytest")
+
+
+def test_the_script_runs_as_printed(tmp_path):
+    (script,) = (text for language, text in BLOCKS if language == "python")
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    accuracies = [float(value) for value in re.findall(r"test accuracy ([\d.]+)%", done.stdout)]
+    assert len(accuracies) == 5
+    assert accuracies[-1] > 90
+
+
+def test_files_that_the_readme_names_exist():
+    for name in re.findall(r"(?:configs|tests|docs)/[\w./]+\.\w+", README):
+        assert (REPOSITORY / name).exists(), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_main_command_in_a_fresh_clone(tmp_path):
+    """Makes an environment and trains, exactly as printed."""
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a git checkout")
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(clone)], check=True)
+    done = subprocess.run(MAIN, shell=True, cwd=clone, capture_output=True, text=True)
+    shutil.rmtree(clone / ".venv", ignore_errors=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = clone / "checkpoints" / "digits"
+    assert json.loads((run / "result.json").read_text())["test_accuracy"] >= 0.97
+    assert (run / "curves.png").exists()
+    assert any((run / "checkpoints").iterdir())
