@@ -117,8 +117,12 @@ def _train(
     board = TensorBoard(run.path / "tensorboard") if config.tensorboard else None
 
     def save(state: TrainState, **record: Any) -> None:
-        seconds = time.monotonic() - started
-        checkpoints.save(state, {"dataset": data.fingerprint, "wall_seconds": seconds, **record})
+        always = {
+            "config": resolved(config),
+            "dataset": data.fingerprint,
+            "wall_seconds": time.monotonic() - started,
+        }
+        checkpoints.save(state, {**always, **record})
 
     progress = Progress(
         num_epochs=config.num_epochs,
