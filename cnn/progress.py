@@ -50,7 +50,7 @@ class Progress:
         self._bar = tqdm(
             total=num_epochs * steps_per_epoch,
             initial=start_step,
-            bar_format="{desc} {bar:16} {postfix}",
+            bar_format="{bar:12} {desc}",
             disable=not self._live,
             dynamic_ncols=True,
             leave=False,
@@ -88,12 +88,11 @@ class Progress:
             f"step {step - epoch * self._steps_per_epoch:,}/{self._steps_per_epoch:,}"
         )
         what = (
-            f"loss {metrics.loss:.4f}  accuracy {100 * metrics.accuracy:.2f} %  "
+            f"loss {metrics.loss:.4f}  accuracy {_percent(metrics.accuracy)}  "
             f"{rate * self._batch_size:,.0f} images/s  ETA {duration(left)}"
         )
         if self._live:
-            self._bar.set_description_str(where, refresh=False)
-            self._bar.set_postfix_str(what, refresh=False)
+            self._bar.set_description_str(f"{where}  {what}", refresh=False)
             self._bar.update(step - self._step)
             self._bar.refresh()
         else:
@@ -116,19 +115,25 @@ def duration(seconds: float) -> str:
 
 def epoch_line(record: Mapping[str, Any], *, num_epochs: int) -> str:
     """One finished epoch in words."""
-    return (
-        f"epoch {record['epoch']}/{num_epochs}  "
-        f"train: loss {record['train_loss']:.4f}  accuracy {100 * record['train_accuracy']:.2f} %"
-        f"   test: loss {record['test_loss']:.4f}  accuracy {100 * record['test_accuracy']:.2f} % "
-        f"of {record['test_count']:,} images   {record['images_per_second']:,.0f} images/s"
+    parts = (
+        f"{part}: loss {record[f'{part}_loss']:.4f}, {_percent(record[f'{part}_accuracy'])} right"
+        for part in ("train", "test")
     )
+    return (
+        f"epoch {record['epoch']}/{num_epochs}  {'  '.join(parts)} "
+        f"of {record['test_count']:,}  ({record['images_per_second']:,.0f} images/s)"
+    )
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
 
 
 def result_line(result: Mapping[str, Any]) -> str:
     """A finished run in words."""
     return (
-        f"test accuracy {100 * result['test_accuracy']:.2f} % of {result['test_count']:,} images "
-        f"(best {100 * result['best_test_accuracy']:.2f} %, epoch {result['best_epoch']}) "
+        f"test accuracy {_percent(result['test_accuracy'])} of {result['test_count']:,} images "
+        f"(best {_percent(result['best_test_accuracy'])}, epoch {result['best_epoch']}) "
         f"in {duration(result['wall_seconds'])}"
     )
 
