@@ -88,7 +88,7 @@ class Progress:
             f"step {step - epoch * self._steps_per_epoch:,}/{self._steps_per_epoch:,}"
         )
         what = (
-            f"loss {metrics.loss:.4f}  accuracy {_percent(metrics.accuracy)}  "
+            f"loss {metrics.loss:.4f}  accuracy {_percent(float(metrics.accuracy))}  "
             f"{rate * self._batch_size:,.0f} images/s  ETA {duration(left)}"
         )
         if self._live:
