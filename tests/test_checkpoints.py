@@ -1,5 +1,3 @@
-import gc
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,16 +78,6 @@ def test_restoring_onto_other_devices(tmp_path, trained):
     assert digest(restored) == digest(trained[1])
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_another_model_is_refused(tmp_path, trained):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(trained[1], {})
-        checkpoints.wait()
-        with pytest.raises(InputError, match="cannot be restored"):
-            checkpoints.restore(new_state(hidden=17), 1)
-    gc.collect()  # of Orbax's abandoned reads, whose complaints are caught here
-
-
 def test_a_changed_value_is_noticed(tmp_path, trained, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(trained[1], {})
@@ -99,21 +87,6 @@ def test_a_changed_value_is_noticed(tmp_path, trained, monkeypatch):
         monkeypatch.setattr(checkpoints, "read_record", lambda _: record)
         with pytest.raises(InputError, match="its digest does not match"):
             checkpoints.restore(new_state(), 1)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_truncated_checkpoint_is_one_line(tmp_path, trained):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(trained[1], {})
-        checkpoints.wait()
-        for path in (tmp_path / "1" / "state").rglob("*"):
-            if path.is_file() and path.name not in ("_METADATA", "commit_success.txt"):
-                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        with pytest.raises(InputError) as error:
-            checkpoints.restore(new_state(), 1)
-    gc.collect()
-    assert "\n" not in str(error.value)
-    assert str(tmp_path / "1") in str(error.value)
 
 
 def test_the_digest_sees_every_bit(trained):

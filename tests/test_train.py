@@ -121,3 +121,17 @@ def test_an_interrupted_run_continues_with_the_same_command(
     code, out, _ = train(*flags)
     assert code == 0
     assert "finished: test accuracy" in out
+
+
+def test_a_damaged_checkpoint_is_one_line(run_train, tmp_path):
+    run = tmp_path / "run"
+    flags = ("--config", DIGITS, "--config.num_epochs=1", "--workdir", run)
+    assert run_train(*flags).returncode == 0
+    (run / "result.json").unlink()  # as if it had been killed just before its end
+    for path in (run / "checkpoints" / "44" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    done = run_train(*flags)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"error: checkpoint {run / 'checkpoints' / '44'} cannot be restored" in done.stderr
