@@ -22,6 +22,8 @@ def own_home(tmp_path_factory):
 
 def pytest_configure(config):
     """Compiles each function once for all tests, and for the processes that they start."""
+    if not hasattr(config, "cache"):  # pytest -p no:cacheprovider
+        return
     directory = str(config.cache.mkdir("jax"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -43,12 +43,13 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--workdir",
-        type=Path,
         metavar="DIR",
         help="the run directory (default: checkpoints/<config name>/ beside train.py)",
     )
     flags, rest = parser.parse_known_args(argv)
     config = override(load_config(flags.config), rest)
+    if flags.workdir == "":
+        parser.error("--workdir is empty")
     train_and_evaluate(config, flags.workdir or _HERE / "checkpoints" / flags.config.stem)
 
 
@@ -57,7 +58,7 @@ if __name__ == "__main__":
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         main(sys.argv[1:])
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -48,7 +48,10 @@ class Checkpoints:
     lets their errors out.
 
     Args:
-      directory: made when the first checkpoint is saved.
+      directory: made if it is not there.
+
+    Raises:
+      InputError: if it cannot be made.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -58,15 +61,24 @@ class Checkpoints:
         self._directory = Path(directory).absolute()
         self._ocp = ocp
         policy = ocp.checkpoint_managers
+
+        def accuracy(metrics: Any) -> float:
+            return metrics["test_accuracy"]
+
         options = ocp.CheckpointManagerOptions(
+            # Orbax writes metrics to disk only for best_fn; a resumed run ranks by them.
+            best_fn=accuracy,
             preservation_policy=policy.AnyPreservationPolicy(
-                [
-                    policy.LatestN(1),
-                    policy.BestN(get_metric_fn=lambda metrics: metrics["test_accuracy"], n=1),
-                ]
+                [policy.LatestN(1), policy.BestN(get_metric_fn=accuracy, n=1)]
             ),
-            create=True,
         )
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{self._directory} cannot hold checkpoints ({error.strerror}); "
+                f"choose another --workdir"
+            ) from error
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -88,12 +100,8 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """Step of the checkpoint with the highest test accuracy; None without one."""
         self._manager.reload()
-        scored = {
-            step: accuracy
-            for step in self._manager.all_steps()
-            if (accuracy := self.read_record(step).get("test_accuracy")) is not None
-        }
-        return max(scored, key=lambda step: (scored[step], step), default=None)
+        step = self._manager.best_step()
+        return step if step is not None and "test_accuracy" in self.read_record(step) else None
 
     def save(self, state: TrainState, record: dict[str, Any]) -> None:
         """Starts saving a state under its step; raises what the save before it ran into.
@@ -106,7 +114,7 @@ class Checkpoints:
         # A copy: the caller's next step donates these buffers while they are being written.
         arrays = jax.tree.map(jnp.copy, _arrays(state))
         accuracy = record.get("test_accuracy")
-        self._manager.save(
+        saved = self._manager.save(
             int(state.step),
             args=args.Composite(
                 state=args.StandardSave(arrays),
@@ -115,6 +123,8 @@ class Checkpoints:
             # A checkpoint within an epoch has no accuracy and must never be the best one.
             metrics={"test_accuracy": -1.0 if accuracy is None else accuracy},
         )
+        if not saved:
+            raise RuntimeError(f"step {int(state.step)} was not saved: a later one is there")
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises if it is not."""
@@ -132,7 +142,9 @@ class Checkpoints:
             composite = self._manager.restore(step, args=args.Composite(record=args.JsonRestore()))
         except Exception as error:
             raise self._damaged(step, error) from error
-        return dict(composite["record"])
+        if "digest" not in (record := dict(composite["record"])):
+            raise self._damaged(step, "its record is incomplete")
+        return record
 
     def restore(self, state: TrainState, step: int) -> TrainState:
         """Reads a checkpoint into the structure and onto the devices of `state`.

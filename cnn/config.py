@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import copy
 import dataclasses
 import difflib
 import json
 import math
 import os
 import runpy
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,10 @@ def _choice(*names: str) -> _Field:
     return _Field(str, lambda value: value in names, f"be one of {', '.join(names)}")
 
 
+_MAX_WIDTH = 2**16  # more is a slip of the hand, and would only exhaust the memory
+_WIDTH = _Field(int, lambda value: 1 <= value <= _MAX_WIDTH, f"lie between 1 and {_MAX_WIDTH}")
+
+
 def _at_least(low: int) -> _Field:
     return _Field(int, lambda value: value >= low, f"be {low} or more")
 
@@ -49,8 +53,8 @@ _BELOW_ONE = _Field(float, lambda value: 0 <= value < 1, "be at least 0 and belo
 _FRACTION = _Field(float, lambda value: 0 <= value <= 1, "lie between 0 and 1")
 _WIDTHS = _Field(
     tuple,
-    lambda value: all(type(width) is int and width >= 1 for width in value),
-    "hold whole numbers of 1 or more",
+    lambda value: all(type(width) is int and 1 <= width <= _MAX_WIDTH for width in value),
+    f"hold whole numbers from 1 to {_MAX_WIDTH}",
 )
 
 FIELDS: dict[str, _Field] = {
@@ -60,9 +64,9 @@ FIELDS: dict[str, _Field] = {
     "dataset.normalization": _choice(*NORMALIZATIONS),
     "model.name": _choice(*MODEL_NAMES),
     "model.features": _WIDTHS,
-    "model.kernel_size": _at_least(1),
+    "model.kernel_size": _WIDTH,
     "model.padding": _choice("VALID", "SAME"),
-    "model.hidden": _at_least(1),
+    "model.hidden": _WIDTH,
     "model.dtype": _choice("float32", "bfloat16"),
     "batch_size": _at_least(1),
     "num_epochs": _at_least(1),
@@ -93,16 +97,23 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"config file {path} does not exist")
+        raise InputError(
+            f"config file {path} {'is a directory' if path.is_dir() else 'does not exist'}"
+        )
+    # A config may import its neighbours as `from configs import baseline`.
+    sys.path.insert(0, str(path.resolve().parent.parent))
     try:
-        config = runpy.run_path(str(path))["get_config"]()
-    except KeyError as error:
-        raise InputError(f"config file {path} must define get_config() ({error})") from error
+        get_config = runpy.run_path(str(path)).get("get_config")
+        config = get_config() if callable(get_config) else None
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"config file {path} is broken: {type(error).__name__}: {reason}"
         ) from error
+    finally:
+        sys.path.pop(0)
+    if get_config is None:
+        raise InputError(f"config file {path} must define get_config()")
     if not isinstance(config, ConfigDict):
         raise InputError(
             f"get_config() of {path} must return an ml_collections.ConfigDict, "
@@ -125,8 +136,7 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
     >>> override(ConfigDict({"seed": 0}), ["--config.seed=7"]).seed
     7
     """
-    config = copy.deepcopy(config)
-    rest = list(flags)
+    flat, rest = flatten(config), list(flags)
     while rest:
         flag = rest.pop(0)
         prefix, _, setting = flag.partition("--config.")
@@ -134,19 +144,31 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
         if prefix or not name:
             raise InputError(f"unknown flag {flag!r}; python train.py --help lists the flags")
         _check_known(name)
+        if name not in flat:
+            raise InputError(f"config field {name} is missing; configs/baseline.py shows it")
         kind = FIELDS[name].kind
         if not equals:
             # `--config.field value`, as other flags have it; a bare boolean is true.
-            text = "true" if kind is bool else (rest.pop(0) if rest else "")
-        value = _parse(name, text, kind)
+            if rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            elif kind is bool:
+                text = "true"
+            else:
+                raise InputError(f"--config.{name} needs a value: --config.{name}=value")
+        flat[name] = _parse(name, text, kind)
+    return _unflatten(flat)
+
+
+def _unflatten(flat: dict[str, Any]) -> ConfigDict:
+    """The inverse of `flatten`."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
         *parents, leaf = name.split(".")
-        holder: Any = config
+        holder = nested
         for parent in parents:
-            holder = holder.get(parent, ConfigDict())
-        if leaf not in holder:
-            raise InputError(f"config field {name} is missing; configs/baseline.py shows it")
+            holder = holder.setdefault(parent, {})
         holder[leaf] = value
-    return config
+    return ConfigDict(nested)
 
 
 def _parse(name: str, text: str, kind: type) -> Any:
@@ -154,7 +176,11 @@ def _parse(name: str, text: str, kind: type) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        return tuple(ast.literal_eval(text)) if kind is tuple else kind(text)
+        if kind is not tuple:
+            return kind(text)
+        if not isinstance(value := ast.literal_eval(text), tuple | list):
+            raise ValueError(text)
+        return tuple(value)
     except (ValueError, KeyError, SyntaxError, TypeError) as error:
         raise InputError(f"--config.{name}={text}: {text!r} is not {_IN_WORDS[kind]}") from error
 
@@ -190,7 +216,7 @@ def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, 
         if isinstance(value, ConfigDict | dict) and value:
             flat.update(flatten(value, f"{prefix}{name}."))
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 

@@ -30,7 +30,7 @@ def one_device_per_core() -> None:
     chosen = getattr(jax.config, "jax_num_cpu_devices") > 0  # noqa: B009
     if chosen or _FAKE_CPUS_FLAG in os.environ.get("XLA_FLAGS", ""):
         return
-    if hasattr(os, "sched_getaffinity"):  # respects containers and taskset; Linux only
+    if hasattr(os, "sched_getaffinity"):  # respects cpusets and taskset; Linux only
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
@@ -56,11 +56,12 @@ def find_devices(platform: str = "auto", limit: int = 0) -> list[Device]:
         jax.config.update("jax_platforms", "cpu")
     try:
         devices = jax.devices(None if platform == "auto" else platform)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter for JAX_PLATFORMS=cuda
+        what = "device" if platform == "auto" else platform.upper()
+        reason = (str(error) or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}").splitlines()[0]
         raise InputError(
-            f"platform={platform}: JAX finds no {platform.upper()} here "
-            f"({str(error).splitlines()[0]}); install the jax build for it (see the README) "
-            f"or use --config.platform=auto"
+            f"platform={platform}: JAX finds no {what} here ({reason}); install the jax build "
+            f"for it (see the README) or choose another --config.platform"
         ) from error
     return devices[:limit] if limit else devices
 

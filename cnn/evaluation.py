@@ -38,10 +38,11 @@ def evaluate(state: TrainState, split: DeviceSplit, *, batch_size: int = 1000) -
     """
     num_examples = split.labels.shape[0]
     sharding = split.labels.sharding
+    batch_size = min(batch_size, num_examples)
     if isinstance(sharding, NamedSharding):
         devices = sharding.mesh.size
-        batch_size = -(-min(batch_size, num_examples) // devices) * devices
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.mesh.axis_names))
+        batch_size = -(-batch_size // devices) * devices
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(sharding.mesh.axis_names))
     parts: list[Metrics] = []
     for start in range(0, num_examples, batch_size):
         parts.append(_score_batch(state, split, start, batch_size=batch_size, sharding=sharding))

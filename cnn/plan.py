@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from cnn.data import Dataset, load_dataset
 from cnn.devices import replicated
@@ -68,18 +67,17 @@ class Plan:
         return jax.device_put(state, replicated(self.mesh))
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of the update that a step (counted from 0) belongs to."""
-        update = step // self.config.optimizer.accumulate_steps
+        """The learning rate of the last update made when `step` steps are done."""
+        update = max(step // self.config.optimizer.accumulate_steps - 1, 0)
         return float(jnp.asarray(self.schedule(update)))
 
 
-def make_plan(checked: ConfigDict, mesh: Mesh) -> Plan:
+def make_plan(config: Any, mesh: Mesh) -> Plan:
     """Loads the data and builds the model and schedule that a checked config names.
 
     Raises:
-      InputError: if the dataset cannot be had, or is smaller than a batch.
+      InputError: if the dataset cannot be had, or is too small for the batch or the schedule.
     """
-    config: Any = checked
     dataset = load_dataset(config.dataset.name, config.dataset.data_dir or None)
     num_images = len(dataset.train.labels)
     steps_per_epoch = num_images // config.batch_size
@@ -89,12 +87,17 @@ def make_plan(checked: ConfigDict, mesh: Mesh) -> Plan:
             f"of {dataset.name}"
         )
     # Updates, not steps: an optimizer that accumulates moves its schedule on once per update.
-    updates_per_epoch = steps_per_epoch / config.optimizer.accumulate_steps
+    accumulate, num_steps = config.optimizer.accumulate_steps, steps_per_epoch * config.num_epochs
+    if accumulate > num_steps:
+        raise InputError(
+            f"optimizer.accumulate_steps={accumulate} is more than the {num_steps:,} steps of the "
+            f"run: nothing would be trained"
+        )
     schedule = create_schedule(
         config.schedule.name,
         config.optimizer.learning_rate,
-        num_updates=round(updates_per_epoch * config.num_epochs),
-        warmup_updates=round(updates_per_epoch * config.schedule.warmup_epochs),
+        num_updates=num_steps // accumulate,
+        warmup_updates=round(steps_per_epoch * config.schedule.warmup_epochs / accumulate),
         end_fraction=config.schedule.end_fraction,
     )
     on_cpu = mesh.devices.flat[0].platform == "cpu"

@@ -28,14 +28,15 @@ class RunDirectory:
     Making the object only looks; `start` is the first to write.
 
     Args:
-      path: the folder; it need not exist.
-
-    Raises:
-      InputError: if it cannot be written, or is a file.
+      path: the folder; it need not exist. `~` is the home directory.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).absolute()
+        self.path = Path(path).expanduser().absolute()
+        self._metrics = self.path / "metrics.jsonl"
+
+    def check_writable(self) -> None:
+        """Raises InputError if the folder cannot be made or written, or is a file."""
         nearest = self.path
         while not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent
@@ -44,7 +45,6 @@ class RunDirectory:
                 f"work directory {self.path} cannot be written ({nearest} is not a writable "
                 f"directory); choose another --workdir"
             )
-        self._metrics = self.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -98,25 +98,22 @@ class RunDirectory:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
-        try:
-            return json.loads(path.read_text()) if path.exists() else None
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON ({error}); choose another --workdir") from error
+        return _object(path.read_text(), path) if path.exists() else None
 
     def result(self) -> dict[str, Any] | None:
         """The final figures, if the run is finished."""
         return self._read("result.json")
 
     def records(self) -> list[dict[str, Any]]:
-        """All records of `metrics.jsonl`, in order."""
+        """All records of `metrics.jsonl`, in order; one that was not finished is left out.
+
+        Raises:
+          InputError: if the file is damaged.
+        """
         if not self._metrics.exists():
             return []
-        try:
-            return [json.loads(line) for line in self._metrics.read_text().splitlines()]
-        except ValueError as error:
-            raise InputError(
-                f"{self._metrics} is damaged ({error}); choose another --workdir"
-            ) from error
+        lines = self._metrics.read_text().splitlines(keepends=True)
+        return [_object(line, self._metrics, "step") for line in lines if line.endswith("\n")]
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a record, unless the step has one: a resumed run repeats what was lost.
@@ -130,6 +127,17 @@ class RunDirectory:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _object(text: str, path: Path, *names: str) -> dict[str, Any]:
+    """A JSON object with these names; InputError for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not value.keys() >= set(names):
+        raise InputError(f"{path} is damaged: not the JSON of a run; choose another --workdir")
+    return value
 
 
 def _environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -153,6 +161,11 @@ def _commit() -> str | None:
     """The commit of this source tree, "+changes" if it was edited; None outside git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
+        # Fails where this file is not of the repository around it, as in an environment's folder.
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", Path(__file__).name],
+            capture_output=True, check=True, timeout=10,
+        )  # fmt: skip
         revision = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()

@@ -60,7 +60,13 @@ def _layers(params: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ..
     layers = [(path, own)] if own else []
     for name in params.keys() - own.keys():
         layers += _layers(params[name], (*path, name))
-    return sorted(layers, key=lambda layer: layer[0])
+    return sorted(layers, key=lambda layer: [_natural(name) for name in layer[0]])
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """Sorts Conv_2 before Conv_10."""
+    stem, _, number = name.rpartition("_")
+    return (stem, int(number)) if number.isdecimal() else (name, 0)
 
 
 def _output_shape(outputs: Any, path: tuple[str, ...]) -> tuple[int, ...]:

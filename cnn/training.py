@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import time
 from collections.abc import Callable
@@ -18,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from ml_collections import ConfigDict
 
 from cnn.checkpoints import Checkpoints, digest
 from cnn.config import check_config, resolved
@@ -40,12 +40,12 @@ _FINAL = ("test_accuracy", "test_loss", "test_count", "train_accuracy", "train_l
 
 
 def train_and_evaluate(
-    config: ConfigDict, workdir: str | os.PathLike[str]
+    config: Any, workdir: str | os.PathLike[str]
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains as a config says, or goes on where the same run stopped.
 
     Args:
-      config: all fields of `configs/baseline.py`.
+      config: a `ConfigDict` with all fields of `configs/baseline.py`.
       workdir: the run directory; made if it is not there.
 
     Returns:
@@ -56,24 +56,31 @@ def train_and_evaluate(
     """
     started = time.monotonic()
     check_config(config)
-    checked: Any = config
     run = RunDirectory(workdir)
     run.check_config(resolved(config))
-    if checked.tensorboard:
+    if (finished := run.result()) is None:
+        run.check_writable()
+    run.records()  # raises if they are damaged
+    if config.tensorboard:
         TensorBoard.require()
-    devices = find_devices(checked.platform, checked.num_devices)
-    plan = make_plan(config, batch_mesh(devices, checked.batch_size))
+    devices = find_devices(config.platform, config.num_devices)
+    plan = make_plan(config, batch_mesh(devices, config.batch_size))
     state = plan.initial_state()
     say(describe(plan, state.variables, len(devices)))
 
-    finished = run.result()
-    if finished is None:
-        run.start(resolved(config), plan.mesh)
+    if finished is not None and not run.checkpoints.is_dir():
+        raise InputError(f"{run.path} holds a result but no checkpoints; choose another --workdir")
     with Checkpoints(run.checkpoints) as checkpoints:
         state, before = _restore(state, plan, checkpoints)
         if finished is not None:
+            if digest(state) != finished["digest"]:
+                raise InputError(
+                    f"the latest checkpoint of {run.path} is not the state of its result.json; "
+                    f"choose another --workdir"
+                )
             say(f"finished before: {result_line(finished)}; {run.path} is left as it is")
             return state, finished
+        run.start(resolved(config), plan.mesh)
         started -= before.get("wall_seconds", 0.0)
         state = _train(state, plan, run, checkpoints, before, started)
     result = _finish(state, plan, run, started)
@@ -90,7 +97,7 @@ def _restore(
     if step is None:
         return state, {}
     record = checkpoints.read_record(step)
-    if record["dataset"] != plan.dataset.fingerprint:
+    if record.get("dataset") != plan.dataset.fingerprint:
         raise InputError(
             f"the run was trained on other {plan.dataset.name} images than those found now; "
             f"restore the data or choose another --workdir"
@@ -112,8 +119,8 @@ def _train(
     """Trains from the state's step to the last, epoch by epoch."""
     config, data, step = plan.config, plan.dataset, int(state.step)
     train, test = _place(plan, data.train), _place(plan, data.test)
-    if "epoch_record" in before:
-        run.append(before["epoch_record"])  # in case metrics.jsonl was lost
+    for record in before.get("records", []):
+        run.append(record)  # in case metrics.jsonl was lost
     board = TensorBoard(run.path / "tensorboard") if config.tensorboard else None
 
     def save(state: TrainState, **record: Any) -> None:
@@ -121,6 +128,7 @@ def _train(
             "config": resolved(config),
             "dataset": data.fingerprint,
             "wall_seconds": time.monotonic() - started,
+            "records": run.records(),
         }
         checkpoints.save(state, {**always, **record})
 
@@ -138,10 +146,16 @@ def _train(
             rate = (int(state.step) - first_step) * config.batch_size / (time.monotonic() - begun)
             tested = evaluate(state, test, batch_size=config.eval_batch_size)
             record = _record(plan, epoch, metrics, tested, rate)
+            if not math.isfinite(record["train_loss"]):
+                raise InputError(
+                    f"the training loss became {record['train_loss']} in epoch {epoch + 1}, at a "
+                    f"learning rate of {record['learning_rate']:g}; lower it, or set "
+                    f"optimizer.clip_norm or schedule.warmup_epochs, in another --workdir"
+                )
             run.append(record)
             if board:
                 board.write(record)
-            save(state, epoch_record=record, test_accuracy=record["test_accuracy"])
+            save(state, test_accuracy=record["test_accuracy"])
             say(epoch_line(record, num_epochs=config.num_epochs))
             metrics = _NONE
     if board:
@@ -170,7 +184,7 @@ def _train_epoch(
     pending: list[Metrics] = []
     while step < end:
         stop = min(end, (step // every + 1) * every) if every else end
-        steps = plan.steps_per_call if stop - step >= plan.steps_per_call else 1
+        steps = min(plan.steps_per_call, stop - step)
         state, scores = _train_steps(
             state,
             train,
@@ -221,7 +235,11 @@ def _train_steps(
 def _record(
     plan: Plan, epoch: int, trained: Metrics, tested: Metrics, images_per_second: float
 ) -> dict[str, Any]:
-    """One line of `metrics.jsonl`. Training figures are running ones, from during the epoch."""
+    """One line of `metrics.jsonl`.
+
+    Training figures are running ones, from during the epoch. Losses, of the test images too, are
+    those of the training objective: with label smoothing, if there is any.
+    """
     step = (epoch + 1) * plan.steps_per_epoch
     return {
         "step": step,
@@ -231,7 +249,7 @@ def _record(
         "test_loss": tested.loss,
         "test_accuracy": tested.accuracy,
         "test_count": tested.count,
-        "learning_rate": plan.learning_rate(step - 1),
+        "learning_rate": plan.learning_rate(step),
         "images_per_second": images_per_second,
     }
 
@@ -239,7 +257,7 @@ def _record(
 def _finish(state: TrainState, plan: Plan, run: RunDirectory, started: float) -> dict[str, Any]:
     """Draws the pictures, then writes `result.json`, which marks the run as finished."""
     records, test = run.records(), plan.dataset.test
-    last, best = records[-1], max(records, key=lambda record: record["test_accuracy"])
+    last, best = records[-1], max(records, key=lambda r: (r["test_accuracy"], r["step"]))
     title = f"{type(plan.model).__name__} on {plan.dataset.name}, seed {plan.config.seed}"
     plot_curves(records, run.path / "curves.png", title=title)
     shown = Split(test.images[:_SHOWN_SAMPLES], test.labels[:_SHOWN_SAMPLES])

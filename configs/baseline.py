@@ -65,16 +65,18 @@ def get_config() -> ConfigDict:
     # Where "cosine" and "linear" end, as a fraction of the peak.
     config.schedule.end_fraction = 0.0
 
-    # Test images per call; changes speed, not results.
+    # Test images per call. Changes speed, and the test loss by rounding at most.
     config.eval_batch_size = 1000
     # Save within epochs too, each so many steps; 0 saves at the end of each epoch only.
     config.checkpoint_every_steps = 0
 
     # "cpu", "gpu" or "tpu" is an error where there is none; "auto" takes the fastest there is.
     config.platform = "auto"
-    # Use so many devices at most; 0 uses all. On a CPU each core is one.
+    # Use so many devices at most; 0 uses all. On a CPU each core is one. The batch is spread over
+    # the most devices that divide it, and each holds a copy of the dataset.
     config.num_devices = 0
-    # Steps per compiled call; 0 is 1 on a CPU and 50 elsewhere. Changes speed, not results.
+    # Steps per compiled call; 0 is 1 on a CPU and 50 elsewhere. Changes speed, and results by
+    # rounding at most.
     config.steps_per_call = 0
 
     # Also write TensorBoard event files (pip install '.[tensorboard]').

@@ -44,14 +44,29 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, trained):
     assert digest(restored) == digest(trained[3])
 
 
-def test_the_latest_and_the_best_are_kept(tmp_path, trained):
+@pytest.mark.parametrize("restarts", [False, True])
+def test_the_latest_and_the_best_are_kept(tmp_path, trained, restarts):
+    saves = list(zip(trained, [0.1, 0.9, 0.5, None, 0.3], strict=True))
+    for process in [[save] for save in saves] if restarts else [saves]:
+        with Checkpoints(tmp_path) as checkpoints:
+            for state, accuracy in process:
+                checkpoints.save(state, {} if accuracy is None else {"test_accuracy": accuracy})
     with Checkpoints(tmp_path) as checkpoints:
-        for state, accuracy in zip(trained, [0.1, 0.9, 0.5, None, 0.3], strict=True):
-            record = {} if accuracy is None else {"test_accuracy": accuracy}
-            checkpoints.save(state, record)
-        checkpoints.wait()
         assert (checkpoints.latest_step(), checkpoints.best_step()) == (4, 1)
     assert names(tmp_path) == [1, 4]
+
+
+def test_an_older_step_is_not_dropped_silently(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained[3], {})
+        with pytest.raises(RuntimeError, match="step 2 was not saved"):
+            checkpoints.save(trained[2], {})
+
+
+def test_a_file_in_the_place_of_the_directory(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(InputError, match="cannot hold checkpoints"):
+        Checkpoints(tmp_path / "checkpoints")
 
 
 def test_the_caller_may_donate_what_it_saved(tmp_path, trained):

@@ -74,6 +74,13 @@ def test_a_split_on_one_device_without_a_mesh_works(data):
     assert evaluate(state, split, batch_size=10).count == NUM_IMAGES
 
 
+def test_a_mesh_of_two_axes_works(data):
+    mesh = jax.make_mesh((2, 2), ("batch", "model"), (jax.sharding.AxisType.Auto,) * 2)
+    state = create_train_state(Constant(), optax.sgd(0.1), jax.random.key(0), data.image_shape)
+    split = DeviceSplit.place(data.test, data, "scale", replicated(mesh))
+    assert evaluate(jax.device_put(state, replicated(mesh)), split).count == NUM_IMAGES
+
+
 def test_normalizations(data):
     scaled = place(data, 1, "scale")[0].take(jnp.arange(NUM_IMAGES))["image"]
     np.testing.assert_allclose(scaled, data.test.images / 255, rtol=1e-6)

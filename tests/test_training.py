@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -6,6 +7,8 @@ import pytest
 
 import cnn
 from cnn import InputError, digest, train_and_evaluate
+from cnn.config import resolved
+from cnn.plan import make_plan
 from cnn.report import RunDirectory
 
 
@@ -123,9 +126,11 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
     ]
     for name in ("test_accuracy", "test_loss", "train_loss", "best_test_accuracy", "digest"):
         assert resumed_result[name] == result[name]
+    best = result["best_epoch"] * 14
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"28", str(best)}
 
 
-def test_steps_per_call_change_nothing_but_speed(finished, config, tmp_path):
+def test_steps_per_call_change_nothing_but_rounding(finished, config, tmp_path):
     workdir, state, _ = finished
     config.steps_per_call = 5
     several, _ = train_and_evaluate(config, tmp_path)
@@ -213,15 +218,107 @@ def test_a_work_directory_without_permission(config, tmp_path, monkeypatch):
         train_and_evaluate(config, tmp_path / "run")
 
 
-def test_other_images_under_the_same_name_are_refused(config, tmp_path, digits, monkeypatch):
-    monkeypatch.setattr(
-        cnn.training,
-        "_finish",
-        lambda *_: (_ for _ in ()).throw(Killed),
-    )
+@pytest.fixture
+def unfinished(config, tmp_path, monkeypatch):
+    """The directory of a run that was killed just before its end."""
     config.num_epochs = 1
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patch:
+        patch.setattr(cnn.training, "_finish", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train_and_evaluate(config, tmp_path)
+    return tmp_path
+
+
+def test_a_checkpoint_holds_the_config_and_the_records(unfinished, config):
+    with cnn.Checkpoints(unfinished / "checkpoints") as checkpoints:
+        record = checkpoints.read_record(14)
+    assert record["config"] == resolved(config)
+    assert record["records"] == records(unfinished)
+
+
+def test_a_lost_metrics_file_comes_back(unfinished, config):
+    before = (unfinished / "metrics.jsonl").read_text()
+    (unfinished / "metrics.jsonl").unlink()
+    train_and_evaluate(config, unfinished)
+    assert (unfinished / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "{"),
+        ("result.json", "3"),
+        ("metrics.jsonl", "3\n"),
+        ("metrics.jsonl", "{}\n"),
+    ],
+)
+def test_damaged_files_of_a_run(tmp_path, config, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"{name} is damaged"):
         train_and_evaluate(config, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_result_without_its_checkpoints(finished, config, tmp_path):
+    workdir, *_ = finished
+    shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(InputError, match="holds a result but no checkpoints"):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+def test_each_epoch_has_an_order_of_its_own(config, tmp_path, monkeypatch):
+    seen = []
+    original = cnn.training._train_steps
+
+    def note(state, train, order, **settings):
+        start = int(state.step) % 14 * 96
+        seen.append(np.asarray(order)[start : start + 96])
+        return original(state, train, order, **settings)
+
+    monkeypatch.setattr(cnn.training, "_train_steps", note)
+    train_and_evaluate(config, tmp_path)
+    first, second = np.concatenate(seen[:14]), np.concatenate(seen[14:])
+    for epoch in (first, second):
+        assert len(np.unique(epoch)) == len(epoch) == 14 * 96
+        assert epoch.max() < 1437
+    assert not np.array_equal(first, second)
+    assert set(first) != set(second), "other images are left out"
+
+
+def test_the_schedule_is_the_one_the_optimizer_follows(config, digits):
+    """Four warm-up updates from 0: the first changes nothing, the second something."""
+    config.schedule.warmup_epochs = 4 / 14
+    plan = make_plan(config, cnn.batch_mesh(jax.devices()[:1], 96))
+    start = plan.initial_state()
+    batch = {
+        "image": jax.numpy.asarray(digits.train.images[:96] / np.float32(255)),
+        "label": digits.train.labels[:96],
+    }
+    once, _ = cnn.train_step(start, batch)
+    twice, _ = cnn.train_step(once, batch)
+    kernels = [np.asarray(s.params["Dense_0"]["kernel"]) for s in (start, once, twice)]
+    np.testing.assert_array_equal(kernels[0], kernels[1])
+    # Adam moves each weight by about the learning rate, here a quarter of 1e-3.
+    assert 1e-4 < np.abs(kernels[2] - kernels[1]).max() < 3e-4
+    assert plan.learning_rate(2) == pytest.approx(2.5e-4)
+
+
+def test_a_run_that_diverges_stops_with_one_line(config, tmp_path):
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e30
+    with pytest.raises(InputError, match="training loss became nan in epoch 1"):
+        train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / "result.json").exists()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_accumulation_longer_than_the_run(config, tmp_path):
+    config.optimizer.accumulate_steps = 29
+    with pytest.raises(InputError, match="accumulate_steps=29 is more than the 28 steps"):
+        train_and_evaluate(config, tmp_path)
+
+
+def test_other_images_under_the_same_name_are_refused(unfinished, config, digits, monkeypatch):
     images = np.array(digits.train.images)
     images[0, 0, 0, 0] ^= 1
     changed = cnn.Dataset.from_splits(
@@ -232,7 +329,7 @@ def test_other_images_under_the_same_name_are_refused(config, tmp_path, digits, 
     )
     monkeypatch.setattr("cnn.plan.load_dataset", lambda *_: changed)
     with pytest.raises(InputError, match="other digits images than those found now"):
-        train_and_evaluate(config, tmp_path)
+        train_and_evaluate(config, unfinished)
 
 
 def test_a_record_that_a_killed_process_did_not_finish_is_cut_off(tmp_path):

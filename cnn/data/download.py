@@ -13,8 +13,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cnn.data.bars import progress_bar
 from cnn.data.files import replacing
-from cnn.data.progress import progress_bar
 from cnn.errors import InputError
 
 if TYPE_CHECKING:

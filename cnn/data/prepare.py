@@ -57,7 +57,8 @@ def find(root: Path, request: Request) -> Path | None:
     if request.config:
         folder /= request.config
     elif default.is_file():
-        folder /= json.loads(default.read_text())["default_config_name"]
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: as if not prepared
+            folder /= json.loads(default.read_text())["default_config_name"]
     versions = [request.version] if request.version else _versions(folder)
     prepared = [folder / v for v in versions if (folder / v / "dataset_info.json").is_file()]
     return prepared[-1] if prepared else None

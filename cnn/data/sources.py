@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from cnn.data import cache
+from cnn.data.bars import progress_bar
 from cnn.data.dataset import Dataset, Split
 from cnn.data.prepare import Request, find, first_line, is_writable, prepare
-from cnn.data.progress import progress_bar
 from cnn.errors import InputError
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
