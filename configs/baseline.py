@@ -2,7 +2,7 @@
 
     python train.py --config configs/baseline.py
 
-Test accuracy and time: see the table in README.md.
+Test accuracy 69.52 % +- 0.98 (3 seeds), 438 s on 2 cores of an Intel Xeon at 2.5 GHz.
 """
 
 from ml_collections import ConfigDict

@@ -25,6 +25,8 @@ def short_config():
     config.model.features = (4, 8)
     config.model.hidden = 16
     config.num_epochs = 2
+    config.optimizer.learning_rate = 1e-3
+    config.schedule.name = "constant"
     config.batch_size = 96  # 14 steps per epoch, and 93 images left out
     config.num_devices = 2
     return config
