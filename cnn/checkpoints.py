@@ -69,7 +69,13 @@ class Checkpoints:
             # Orbax writes metrics to disk only for best_fn; a resumed run ranks by them.
             best_fn=accuracy,
             preservation_policy=policy.AnyPreservationPolicy(
-                [policy.LatestN(1), policy.BestN(get_metric_fn=accuracy, n=1)]
+                [
+                    policy.LatestN(1),
+                    # One without metrics was being deleted when its process was killed.
+                    policy.BestN(
+                        get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False
+                    ),
+                ]
             ),
         )
         try:

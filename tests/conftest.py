@@ -45,13 +45,17 @@ def batch():
     return {"image": jax.numpy.asarray(image), "label": jax.numpy.arange(8) % 4}
 
 
+def train_command(*flags):
+    return [sys.executable, str(REPOSITORY / "train.py"), *map(str, flags)]
+
+
 @pytest.fixture
 def run_train():
     """Runs train.py as a user does; gives the finished process."""
 
     def run(*flags, **variables):
         return subprocess.run(
-            [sys.executable, str(REPOSITORY / "train.py"), *map(str, flags)],
+            train_command(*flags),
             capture_output=True,
             text=True,
             env={**os.environ, **variables},

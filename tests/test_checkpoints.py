@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,17 @@ def test_the_latest_and_the_best_are_kept(tmp_path, trained, restarts):
     with Checkpoints(tmp_path) as checkpoints:
         assert (checkpoints.latest_step(), checkpoints.best_step()) == (4, 1)
     assert names(tmp_path) == [1, 4]
+
+
+def test_one_that_was_half_deleted_goes(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained[1], {"test_accuracy": 0.1})
+        checkpoints.wait()
+    shutil.rmtree(tmp_path / "1" / "metrics")  # as a process killed while deleting leaves it
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained[2], {"test_accuracy": 0.2})
+        checkpoints.save(trained[3], {"test_accuracy": 0.1})
+    assert names(tmp_path) == [2, 3]
 
 
 def test_an_older_step_is_not_dropped_silently(tmp_path, trained):

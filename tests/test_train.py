@@ -2,11 +2,13 @@
 
 import json
 import runpy
+import subprocess
 import sys
+import time
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, train_command
 
 DIGITS = REPOSITORY / "configs" / "digits.py"
 
@@ -135,3 +137,38 @@ def test_a_damaged_checkpoint_is_one_line(run_train, tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert f"error: checkpoint {run / 'checkpoints' / '44'} cannot be restored" in done.stderr
+
+
+def read_run(run):
+    """What must not depend on when a run was killed."""
+    result = json.loads((run / "result.json").read_text())
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [{**json.loads(line), "images_per_second": None} for line in lines]
+    steps = {path.name for path in (run / "checkpoints").iterdir()}
+    return result["digest"], result["test_accuracy"], records, steps
+
+
+def test_a_run_killed_with_sigkill_ends_in_the_same_bits(run_train, tmp_path):
+    """Killed twice: after its third checkpoint, and after its second record."""
+    flags = ("--config", DIGITS, "--config.num_epochs=4", "--config.checkpoint_every_steps=5")
+    assert run_train(*flags, "--workdir", tmp_path / "whole").returncode == 0
+    run = tmp_path / "killed"
+
+    def at_step_15():
+        return any(path.name == "15" for path in run.glob("checkpoints/*"))
+
+    def two_records():
+        metrics = run / "metrics.jsonl"
+        return metrics.exists() and metrics.read_text().count("\n") >= 2
+
+    for reached in (at_step_15, two_records):
+        command = train_command(*flags, "--workdir", run)
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while not reached():
+                assert process.poll() is None, "it ended before it could be killed"
+                time.sleep(0.01)
+            process.kill()
+        assert not (run / "result.json").exists()
+    resumed = run_train(*flags, "--workdir", run)
+    assert "resuming at step" in resumed.stdout
+    assert read_run(run) == read_run(tmp_path / "whole")

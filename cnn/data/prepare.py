@@ -79,6 +79,8 @@ def prepare(root: Path, request: Request) -> Path:
     from cnn.data.builders import BUILDERS
 
     ours = request.name in BUILDERS
+    if ours and request.config:
+        raise InputError(f"{request.title}: {request.name} has no configs; name it without one")
     cls: Any = BUILDERS[request.name] if ours else _stock_builder_class(request.name)
     try:
         builder = cls(data_dir=root, config=request.config, version=request.version)
