@@ -259,3 +259,7 @@ def test_real_cifar10(real_cifar10):
         times.append(time.perf_counter() - start)
     assert again.fingerprint == data.fingerprint
     assert min(times) < 1
+
+
+def test_a_config_of_a_dataset_that_has_none(data_dir):
+    assert "digits has no configs" in message_of("digits/large", data_dir)
