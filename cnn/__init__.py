@@ -10,7 +10,7 @@ from cnn.data.batches import DeviceSplit, epoch_order, normalize
 from cnn.devices import (
     batch_mesh,
     find_devices,
-    one_device_per_core,
+    prepare_cpu,
     replicated,
     sharded,
     stay_close,
@@ -46,7 +46,7 @@ __all__ = [
     "load_config",
     "load_dataset",
     "normalize",
-    "one_device_per_core",
+    "prepare_cpu",
     "replicated",
     "sharded",
     "stay_close",

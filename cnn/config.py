@@ -19,11 +19,13 @@ from ml_collections import ConfigDict
 from cnn.data.batches import NORMALIZATIONS
 from cnn.devices import PLATFORMS
 from cnn.errors import InputError
+from cnn.layers import LOWERINGS
 from cnn.models import MODEL_NAMES
 from cnn.optimizers import OPTIMIZER_NAMES, SCHEDULE_NAMES
 
-# Where the data lies and what is recorded beside the run do not change its result.
-_FREE_TO_CHANGE = ("dataset.data_dir", "tensorboard")
+# Where the data lies, what is compiled anew and what is recorded beside the run do not change its
+# result.
+_FREE_TO_CHANGE = ("dataset.data_dir", "compilation_cache", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,7 @@ FIELDS: dict[str, _Field] = {
     "model.padding": _choice("VALID", "SAME"),
     "model.hidden": _WIDTH,
     "model.dtype": _choice("float32", "bfloat16"),
+    "model.conv_lowering": _choice(*LOWERINGS),
     "batch_size": _at_least(1),
     "num_epochs": _at_least(1),
     "label_smoothing": _BELOW_ONE,
@@ -85,6 +88,7 @@ FIELDS: dict[str, _Field] = {
     "platform": _choice(*PLATFORMS),
     "num_devices": _at_least(0),
     "steps_per_call": _at_least(0),
+    "compilation_cache": _Field(bool),
     "tensorboard": _Field(bool),
 }
 

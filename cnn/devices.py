@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,17 +17,23 @@ from cnn.errors import InputError
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 Device = Any  # jax.Device, which type checkers take for a variable
 _MAX_AHEAD = 8
+# Options of glibc's mallopt, from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _FAKE_CPUS_FLAG = "xla_force_host_platform_device_count"
 
 
-def one_device_per_core() -> None:
-    """Makes each CPU core this process may use a JAX device of its own.
+def prepare_cpu() -> None:
+    """Makes each CPU core this process may use a JAX device, and lets it keep freed memory.
 
     A batch sharded over the cores trains faster than one device with a thread pool. Call it
     before the first array is made: afterwards, or if `jax_num_cpu_devices` or `XLA_FLAGS` say
-    already how many there are, it leaves things as they are. Other platforms are untouched.
+    already how many there are, the devices stay as they are. Other platforms are untouched.
     In a loop of your own over several CPU devices, call `stay_close` too.
+
+    The memory of a step's temporary arrays is, with glibc's defaults, given back to the kernel
+    after each step and zeroed page by page in the next: a third of the time at batch 128.
     """
+    _keep_freed_memory()
     # getattr: jax declares its options at run time, unseen by type checkers.
     chosen = getattr(jax.config, "jax_num_cpu_devices") > 0  # noqa: B009
     if chosen or _FAKE_CPUS_FLAG in os.environ.get("XLA_FLAGS", ""):
@@ -36,6 +44,17 @@ def one_device_per_core() -> None:
         cores = os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # too late: the backend has started
         jax.config.update("jax_num_cpu_devices", cores)
+
+
+def _keep_freed_memory() -> None:
+    """Asks glibc, where that is the C library, to reuse large blocks (`man 3 mallopt`)."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    # The heaps of further arenas are too small for such blocks, and would map them anew.
+    mallopt(_M_ARENA_MAX, 1)
 
 
 def find_devices(platform: str = "auto", limit: int = 0) -> list[Device]:
@@ -50,7 +69,7 @@ def find_devices(platform: str = "auto", limit: int = 0) -> list[Device]:
     """
     if platform not in PLATFORMS:
         raise InputError(f"unknown platform {platform!r}; known: {', '.join(PLATFORMS)}")
-    one_device_per_core()
+    prepare_cpu()
     if platform == "cpu":
         # Keeps a GPU that is there from being started, and its memory from being taken.
         jax.config.update("jax_platforms", "cpu")

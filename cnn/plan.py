@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -52,7 +52,7 @@ class Plan:
     @property
     def order_key(self) -> jax.Array:
         """The key from which each epoch's order follows."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), _ORDER)
+        return _stream_key(np.uint32(self.config.seed), _ORDER)
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on every device of the mesh."""
@@ -60,7 +60,7 @@ class Plan:
         state = create_train_state(
             self.model,
             create_optimizer(**optimizer),
-            jax.random.fold_in(jax.random.key(self.config.seed), _INIT),
+            _stream_key(np.uint32(self.config.seed), _INIT),
             self.dataset.image_shape,
             loss_fn=CrossEntropy(self.config.label_smoothing),
         )
@@ -69,7 +69,12 @@ class Plan:
     def learning_rate(self, step: int) -> float:
         """The learning rate of the last update made when `step` steps are done."""
         update = max(step // self.config.optimizer.accumulate_steps - 1, 0)
-        return float(jnp.asarray(self.schedule(update)))
+        return float(jax.jit(self.schedule)(update))
+
+
+@jax.jit
+def _stream_key(seed: np.uint32, stream: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 def make_plan(config: Any, mesh: Mesh) -> Plan:

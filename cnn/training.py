@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from cnn.checkpoints import Checkpoints, digest
+from cnn.compilation import compilation_cache
 from cnn.config import check_config, resolved
 from cnn.data import Split
 from cnn.data.batches import DeviceSplit, epoch_order
@@ -56,7 +57,12 @@ def train_and_evaluate(
     """
     started = time.monotonic()
     check_config(config)
-    run = RunDirectory(workdir)
+    with compilation_cache(config.compilation_cache):
+        return _run(config, RunDirectory(workdir), started)
+
+
+def _run(config: Any, run: RunDirectory, started: float) -> tuple[TrainState, dict[str, Any]]:
+    """`train_and_evaluate` with a checked config; `started` is on the monotonic clock."""
     run.check_config(resolved(config))
     if (finished := run.result()) is None:
         run.check_writable()
@@ -286,8 +292,13 @@ def _finish(state: TrainState, plan: Plan, run: RunDirectory, started: float) ->
 
 def _predict(state: TrainState, plan: Plan, split: Split) -> np.ndarray:
     """The predicted classes of a few images, `int[N]`."""
-    batch = _place(plan, split).take(jnp.arange(len(split)))
-    return np.asarray(state.apply_fn(state.variables, batch["image"], train=False).argmax(-1))
+    return np.asarray(_classes(state, _place(plan, split)))
+
+
+@jax.jit
+def _classes(state: TrainState, split: DeviceSplit) -> jax.Array:
+    batch = split.take(jnp.arange(split.labels.shape[0]))
+    return state.apply_fn(state.variables, batch["image"], train=False).argmax(-1)
 
 
 def _place(plan: Plan, split: Split) -> DeviceSplit:

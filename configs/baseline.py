@@ -35,6 +35,9 @@ def get_config() -> ConfigDict:
     config.model.hidden = 64
     # Of the computation: "float32" or "bfloat16". Parameters stay float32.
     config.model.dtype = "float32"
+    # How convolutions are computed: "native", "patches", "blocks" or "winograd" (cnn/layers.py
+    # explains). "auto" chooses by backend and shape. Changes speed, and results by rounding.
+    config.model.conv_lowering = "auto"
 
     # Images per step, over all devices. The last, incomplete batch of an epoch is left out
     # (another few images each time, as the order is new).
@@ -78,6 +81,10 @@ def get_config() -> ConfigDict:
     # Steps per compiled call; 0 is 1 on a CPU and 50 elsewhere. Changes speed, and results by
     # rounding at most.
     config.steps_per_call = 0
+
+    # Keep what was compiled in the user's cache folder, where the next start finds it. JAX's own
+    # JAX_COMPILATION_CACHE_DIR goes before.
+    config.compilation_cache = True
 
     # Also write TensorBoard event files (pip install '.[tensorboard]').
     config.tensorboard = False

@@ -42,7 +42,7 @@ def in_new_process(code, **variables):
     return done.stdout.strip()
 
 
-COUNT = "import jax, os, cnn; cnn.one_device_per_core(); print(len(jax.devices()) "
+COUNT = "import jax, os, cnn; cnn.prepare_cpu(); print(len(jax.devices()) "
 
 
 def test_each_core_is_a_device():

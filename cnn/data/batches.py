@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -71,4 +72,10 @@ def epoch_order(key: jax.Array, epoch: jax.Array | int, num_examples: int) -> ja
     >>> sorted(order.tolist())
     [0, 1, 2, 3, 4]
     """
+    return _epoch_order(key, epoch, num_examples)
+
+
+# Compiled whole, not operator by operator.
+@functools.partial(jax.jit, static_argnames="num_examples")
+def _epoch_order(key: jax.Array, epoch: jax.Array | int, num_examples: int) -> jax.Array:
     return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
