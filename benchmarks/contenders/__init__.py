@@ -1,0 +1,121 @@
+"""Who takes part in `peers.py`, and what each must be able to do.
+
+The parent process imports this file only; a contender's own module, and with it a framework, is
+imported in the worker process that runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from cnn import InputError
+
+
+class Program(Protocol):
+    """One network with its batches, ready to run in one framework.
+
+    Every method returns only when the work is done.
+    """
+
+    def reset(self) -> None:
+        """Back to the shared initial weights and a new optimizer state."""
+        ...
+
+    def losses(self, count: int) -> list[float]:
+        """Trains `count` steps; the mean loss of each batch before its update."""
+        ...
+
+    def logits(self) -> np.ndarray:
+        """`float[B, 10]` of the first batch, in inference mode."""
+        ...
+
+    def train(self, steps: int) -> None:
+        """Trains `steps` steps over the batches in turn."""
+        ...
+
+    def infer(self, steps: int) -> None:
+        """Computes the logits of `steps` batches."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One framework in one way of using it.
+
+    Attributes:
+      group: what is compared; the best variant of a group counts.
+      variant: how it is used; "" if there is one way only.
+      requires: the packages it imports.
+      env: environment variables of its worker; None unsets one.
+    """
+
+    group: str
+    variant: str
+    requires: tuple[str, ...]
+    env: Mapping[str, str | None]
+
+    @property
+    def name(self) -> str:
+        """As in `--contenders` and in the results."""
+        return f"{self.group}-{self.variant}" if self.variant else self.group
+
+
+# What a person gets who sets nothing, on the CPU even where there is an accelerator.
+_JAX_ENV = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": None, "JAX_NUM_CPU_DEVICES": None}
+_TORCH_ENV = {
+    "CUDA_VISIBLE_DEVICES": "",
+    # Compile in the worker: no pool of helpers stays behind to disturb the others.
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+}
+_KERAS_ENV = {
+    "KERAS_BACKEND": "tensorflow",
+    "CUDA_VISIBLE_DEVICES": "",
+    "XLA_FLAGS": None,
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+MATMUL = "matmul"
+REFERENCE = "textbook"
+
+CONTENDERS = (
+    Contender("ours", "", ("jax", "flax"), _JAX_ENV),
+    Contender("textbook", "", ("jax", "flax"), _JAX_ENV),
+    *(
+        Contender("pytorch", f"{mode}-{layout}", ("torch",), _TORCH_ENV)
+        for mode in ("eager", "compile")
+        for layout in ("nchw", "nhwc")
+    ),
+    *(
+        Contender("keras", variant, ("keras", "tensorflow"), _KERAS_ENV)
+        for variant in ("graph", "xla")
+    ),
+    *(Contender(MATMUL, variant, (variant,), _JAX_ENV) for variant in ("jax", "numpy")),
+)
+
+
+def choose(names: Iterable[str]) -> list[Contender]:
+    """The contenders that have one of these names or are of one of these groups.
+
+    Raises:
+      InputError: for a name that nobody has, or a package that is not installed.
+    """
+    chosen = []
+    for name in names:
+        found = [contender for contender in CONTENDERS if name in (contender.name, contender.group)]
+        if not found:
+            groups = ", ".join(dict.fromkeys(contender.group for contender in CONTENDERS))
+            raise InputError(f"unknown contender {name!r}; known: {groups}, and their variants")
+        chosen += [contender for contender in found if contender not in chosen]
+    packages = dict.fromkeys(package for one in chosen for package in one.requires)
+    absent = [package for package in packages if importlib.util.find_spec(package) is None]
+    if absent:
+        raise InputError(
+            f"not installed: {', '.join(absent)}; pip install -e '.[bench]' brings the peers, "
+            f"--contenders names those to run"
+        )
+    return chosen

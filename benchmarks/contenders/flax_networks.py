@@ -1,0 +1,165 @@
+"""The networks as plain linen modules, their optimizers, and how a jitted step is run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from contenders import problem as shared
+
+
+class Seed(nn.Module):
+    """The tutorial network as a Flax tutorial writes it."""
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        """`float[B, 32, 32, 3]` -> `float[B, 10]`."""
+        del train
+        x = image
+        for features in (32, 64):
+            x = nn.relu(nn.Conv(features, (3, 3), padding="VALID")(x))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = nn.relu(nn.Dense(64)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(shared.NUM_CLASSES)(x)
+
+
+def native_conv_max_pool(*args: Any, **kwargs: Any) -> jax.Array:
+    """`lax.conv_general_dilated`, then 2x2 max-pooling."""
+    return nn.max_pool(jax.lax.conv_general_dilated(*args, **kwargs), (2, 2), strides=(2, 2))
+
+
+class Net94(nn.Module):
+    """The body of the 94 % network: whitening, three groups of two convolutions, a dense layer.
+
+    Attributes:
+      conv: as `nn.Conv` takes it.
+      conv_max_pool: the same, with 2x2 max-pooling behind it.
+      max_pool: of `nn.max_pool`'s signature.
+    """
+
+    conv: Callable[..., jax.Array] = jax.lax.conv_general_dilated
+    conv_max_pool: Callable[..., jax.Array] = native_conv_max_pool
+    max_pool: Callable[..., jax.Array] = nn.max_pool
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        """`float[B, 32, 32, 3]` -> `float[B, 10]`."""
+        x = self._conv(image, shared.WHITENING_CHANNELS, "whiten", self.conv, window=2)
+        x = nn.gelu(x, approximate=False)
+        for group, width in enumerate(shared.GROUPS):
+            x = self._conv(x, width, f"conv_{group}_0", self.conv_max_pool)
+            x = nn.gelu(self._norm(x, f"norm_{group}_0", train), approximate=False)
+            x = self._conv(x, width, f"conv_{group}_1", self.conv)
+            x = nn.gelu(self._norm(x, f"norm_{group}_1", train), approximate=False)
+        x = self.max_pool(x, (3, 3), strides=(3, 3)).reshape(x.shape[0], -1)
+        head = nn.Dense(shared.NUM_CLASSES, use_bias=False, name="head")
+        return head(x) * shared.LOGIT_SCALE
+
+    def _conv(
+        self,
+        x: jax.Array,
+        features: int,
+        name: str,
+        conv: Callable[..., jax.Array],
+        window: int = 3,
+    ) -> jax.Array:
+        return nn.Conv(
+            features,
+            (window, window),
+            padding="VALID" if name == "whiten" else "SAME",
+            use_bias=name == "whiten",
+            conv_general_dilated=conv,
+            name=name,
+        )(x)
+
+    @staticmethod
+    def _norm(x: jax.Array, name: str, train: bool) -> jax.Array:
+        return nn.BatchNorm(
+            use_running_average=not train,
+            momentum=shared.BATCH_NORM_DECAY,
+            epsilon=shared.BATCH_NORM_EPSILON,
+            use_scale=False,
+            name=name,
+        )(x)
+
+
+def optimizer(network: str) -> optax.GradientTransformation:
+    """Adam for the seed; for net94 Nesterov momentum that leaves the whitening kernel alone."""
+    rate = shared.LEARNING_RATE[network]
+    if network == "seed":
+        return optax.adam(rate, eps=shared.ADAM_EPSILON)
+
+    def labels(params: Any) -> Any:
+        whiten = {"kernel": "frozen", "bias": "trained"}
+        trained = jax.tree.map(lambda _: "trained", dict(params))
+        return {**trained, "whiten": whiten}
+
+    sgd = optax.sgd(rate, momentum=shared.MOMENTUM, nesterov=True)
+    return optax.multi_transform({"trained": sgd, "frozen": optax.set_to_zero()}, labels)
+
+
+@dataclasses.dataclass
+class JaxProgram:
+    """Runs a jitted step from Python, as a training loop does.
+
+    Attributes:
+      initial: the state to start from; never donated.
+      step: (state, image, label) -> (state, result); may donate the state.
+      loss: the mean loss in a result.
+      forward: (state, image) -> logits.
+      images: of each batch, on the devices.
+      labels: of each batch, on the devices.
+      settle: called with the results so far after each step.
+    """
+
+    initial: Any
+    step: Callable[[Any, jax.Array, jax.Array], tuple[Any, Any]]
+    loss: Callable[[Any], Any]
+    forward: Callable[[Any, jax.Array], jax.Array]
+    images: Sequence[jax.Array]
+    labels: Sequence[jax.Array]
+    settle: Callable[[Sequence[Any]], None] = lambda results: None
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the initial state, in buffers of its own."""
+        self._state = jax.block_until_ready(jax.tree.map(jnp.copy, self.initial))
+
+    def losses(self, count: int) -> list[float]:
+        """Of the first steps, from where the state is."""
+        return [float(self.loss(self._run(1, start))) for start in range(count)]
+
+    def logits(self) -> np.ndarray:
+        """Of the first batch."""
+        return np.asarray(self.forward(self._state, self.images[0]))
+
+    def train(self, steps: int) -> None:
+        """Dispatches `steps` steps and waits for the last."""
+        self._run(steps)
+
+    def infer(self, steps: int) -> None:
+        """Dispatches `steps` batches and waits for all."""
+        results = []
+        for step in range(steps):
+            results.append(self.forward(self._state, self.images[step % len(self.images)]))
+            self.settle(results)
+        jax.block_until_ready(results)
+
+    def _run(self, steps: int, start: int = 0) -> Any:
+        results = []
+        for step in range(start, start + steps):
+            batch = step % len(self.images)
+            self._state, result = self.step(self._state, self.images[batch], self.labels[batch])
+            results.append(result)
+            self.settle(results)
+        jax.block_until_ready(self._state)
+        return results[-1]

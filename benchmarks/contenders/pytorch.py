@@ -1,0 +1,153 @@
+"""PyTorch: eager or compiled, NCHW or channels-last ("nhwc") memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from contenders import problem as shared
+
+
+class _Scale(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * shared.LOGIT_SCALE
+
+
+def _seed() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(6 * 6 * 64, 64),
+        nn.ReLU(),
+        nn.Linear(64, shared.NUM_CLASSES),
+    )
+
+
+def _net94() -> nn.Sequential:
+    def norm(width: int) -> nn.BatchNorm2d:
+        layer = nn.BatchNorm2d(
+            width, eps=shared.BATCH_NORM_EPSILON, momentum=1 - shared.BATCH_NORM_DECAY
+        )
+        layer.weight.requires_grad_(False)
+        return layer
+
+    whiten = nn.Conv2d(3, shared.WHITENING_CHANNELS, 2)
+    whiten.weight.requires_grad_(False)
+    layers = [whiten, nn.GELU()]
+    channels = shared.WHITENING_CHANNELS
+    for width in shared.GROUPS:
+        layers += [
+            nn.Conv2d(channels, width, 3, padding=1, bias=False),
+            nn.MaxPool2d(2),
+            norm(width),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            norm(width),
+            nn.GELU(),
+        ]
+        channels = width
+    head = nn.Linear(channels, shared.NUM_CLASSES, bias=False)
+    return nn.Sequential(*layers, nn.MaxPool2d(3), nn.Flatten(), head, _Scale())
+
+
+def _to_torch(network: str, layer: str, name: str, array: np.ndarray) -> torch.Tensor:
+    """Flax keeps kernels as HWIO and [in, out], PyTorch as OIHW and [out, in]."""
+    if network == "seed" and layer == "Dense_0" and name == "kernel":
+        # The rows are pixels of (height, width, channel) there, of (channel, height, width) here.
+        array = array.reshape(6, 6, 64, -1).transpose(2, 0, 1, 3).reshape(array.shape)
+    if array.ndim == 4:
+        array = array.transpose(3, 2, 0, 1)
+    elif array.ndim == 2:
+        array = array.T
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+class TorchProgram:
+    """A module, its fused optimizer and the batches.
+
+    Args:
+      problem: what to compute.
+      variant: "eager" or "compile", "-", "nchw" or "nhwc".
+    """
+
+    def __init__(self, problem: shared.Problem, variant: str) -> None:
+        mode, layout = variant.split("-")
+        memory: Any = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+        self._network = problem.network
+        self._module = (_seed() if problem.network == "seed" else _net94()).to(memory_format=memory)
+        self._load(problem)
+        self._initial = {name: array.clone() for name, array in self._module.state_dict().items()}
+        images = torch.from_numpy(problem.images).permute(0, 1, 4, 2, 3)
+        self._images = [image.contiguous(memory_format=memory) for image in images]
+        self._labels = list(torch.from_numpy(problem.labels.astype(np.int64)))
+
+        def loss(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self._module(image), label)
+
+        compiled: Callable[..., Any] = torch.compile if mode == "compile" else lambda fn: fn
+        self._loss = compiled(loss)
+        self._forward = compiled(self._module)
+        self.reset()
+
+    def _load(self, problem: shared.Problem) -> None:
+        holders = [layer for layer in self._module if list(layer.parameters())]
+        with torch.no_grad():
+            for layer, (name, arrays) in zip(holders, problem.weights.items(), strict=True):
+                for key, array in arrays.items():
+                    parameter = layer.weight if key == "kernel" else layer.bias
+                    parameter.copy_(_to_torch(self._network, name, key, array))
+
+    def reset(self) -> None:
+        """Back to the initial weights; a new optimizer, of the fused kind, the fastest."""
+        self._module.load_state_dict(self._initial)
+        trained = [array for array in self._module.parameters() if array.requires_grad]
+        rate = shared.LEARNING_RATE[self._network]
+        self._optimizer: torch.optim.Optimizer
+        if self._network == "seed":
+            self._optimizer = torch.optim.Adam(trained, rate, eps=shared.ADAM_EPSILON, fused=True)
+        else:
+            self._optimizer = torch.optim.SGD(
+                trained, rate, momentum=shared.MOMENTUM, nesterov=True, fused=True
+            )
+
+    def losses(self, count: int) -> list[float]:
+        """Of the first steps, from where the weights are."""
+        return [float(self._run(1, start)) for start in range(count)]
+
+    def logits(self) -> np.ndarray:
+        """Of the first batch."""
+        self._module.eval()
+        with torch.inference_mode():
+            return self._forward(self._images[0]).numpy()
+
+    def train(self, steps: int) -> None:
+        """Eager or compiled, a CPU step is done when its last call returns."""
+        float(self._run(steps))
+
+    def infer(self, steps: int) -> None:
+        """So many batches, without a tape."""
+        self._module.eval()
+        with torch.inference_mode():
+            for step in range(steps):
+                self._forward(self._images[step % len(self._images)])
+
+    def _run(self, steps: int, start: int = 0) -> torch.Tensor:
+        self._module.train()
+        loss = torch.zeros(())
+        for step in range(start, start + steps):
+            batch = step % len(self._images)
+            loss = self._loss(self._images[batch], self._labels[batch])
+            loss.backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        return loss.detach()

@@ -1,0 +1,195 @@
+"""Compares this repository on a CPU with textbook Flax, PyTorch and Keras, in one run.
+
+    pip install -e '.[bench]'
+    python benchmarks/peers.py
+
+All train the same networks from the same weights on the same batches; that their losses agree is
+checked first. Each contender has a process of its own, and one at a time works: in turns, several
+rounds, each round begun by another. The figures are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import machine
+from contenders import CONTENDERS, MATMUL, REFERENCE, Contender, choose
+from contenders.problem import NETWORKS, PHASES
+from rotation import Series, run_block
+from tables import comparison, everybody, plot
+
+from cnn import InputError
+
+_RESULTS = Path(__file__).resolve().parent / "results"
+# Network -> phase -> batch sizes.
+_ROWS = {
+    "seed": {"train": (32, 128, 512), "infer": (512, 1000)},
+    "net94": {"train": (128,), "infer": (512,)},
+}
+_Item = TypeVar("_Item")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; python benchmarks/peers.py --help lists the flags")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to run, from the flags."""
+
+    contenders: list[Contender]
+    blocks: dict[tuple[str, int], list[str]]
+    rounds: int
+    seconds: float
+    out: Path
+
+
+def _items(text: str, convert: Callable[[str], _Item]) -> list[_Item]:
+    return list(dict.fromkeys(convert(item.strip()) for item in text.split(",")))
+
+
+def _names(text: str) -> list[str]:
+    return _items(text, str)
+
+
+def _batches(text: str) -> list[int]:
+    return _items(text, _positive(int))
+
+
+def _positive(kind: Callable[[str], _Item]) -> Callable[[str], _Item]:
+    def convert(text: str) -> _Item:
+        value: Any = kind(text)
+        if not 0 < value < 1e6:
+            raise ValueError
+        return value
+
+    convert.__name__ = "positive number"  # argparse names it when it refuses
+    return convert
+
+
+def _settings(argv: Sequence[str]) -> Settings:
+    parser = _Parser(
+        prog="peers.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    groups = ",".join(dict.fromkeys(contender.group for contender in CONTENDERS))
+    add = parser.add_argument
+    add("--rounds", type=_positive(int), metavar="N", help="samples of each (7)")
+    add("--seconds", type=_positive(float), metavar="S", help="of a sample (1.5)")
+    add("--networks", type=_names, metavar="A,B", help=f"of {','.join(NETWORKS)} (all)")
+    add("--batches", type=_batches, metavar="N,M", help="batch sizes, instead of each network's")
+    add("--contenders", type=_names, metavar="A,B", help=f"of {groups}, or a variant (all)")
+    add("--quick", action="store_true", help="seconds instead of minutes; the figures mean little")
+    add("--out", type=Path, default=_RESULTS, metavar="DIR", help="(benchmarks/results)")
+    flags = parser.parse_args(argv)
+    networks = flags.networks or (["seed"] if flags.quick else list(NETWORKS))
+    for network in networks:
+        if network not in NETWORKS:
+            parser.error(f"unknown network {network!r}; known: {', '.join(NETWORKS)}")
+    batches = flags.batches or ([16] if flags.quick else None)
+    return Settings(
+        contenders=choose(flags.contenders or groups.split(",")),
+        blocks=_blocks(networks, batches),
+        rounds=flags.rounds or (2 if flags.quick else 7),
+        seconds=flags.seconds or (0.05 if flags.quick else 1.5),
+        out=flags.out,
+    )
+
+
+def _blocks(
+    networks: Sequence[str], batches: Sequence[int] | None
+) -> dict[tuple[str, int], list[str]]:
+    """(network, batch size) -> phases: what one set of processes measures."""
+    blocks: dict[tuple[str, int], list[str]] = {}
+    for network in networks:
+        for phase in PHASES:
+            for batch_size in batches or _ROWS[network][phase]:
+                blocks.setdefault((network, batch_size), []).append(phase)
+    return blocks
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command without the place where results go: that is a path of this machine."""
+    kept, skip = [], False
+    for word in argv:
+        if not (skip or word.startswith("--out")):
+            kept.append(word)
+        skip = word == "--out"
+    return " ".join(["python benchmarks/peers.py", *kept])
+
+
+def _write(
+    settings: Settings, about: dict[str, Any], series: Sequence[Series], command: str
+) -> str:
+    """Writes `peers.json`, `peers.md` and `peers.png`; returns the Markdown."""
+    text = "\n".join(
+        [
+            f"`{command}`\n",
+            f"{machine.sentence(about)}.\n",
+            f"Medians of {settings.rounds} rounds of {settings.seconds:g} s, strictly in turns; in "
+            "brackets the lowest and highest round. The best variant of each peer counts.\n",
+            f"{comparison(series)}\n",
+            "All variants:\n",
+            f"{everybody(series)}\n",
+        ]
+    )
+    record = {
+        "command": command,
+        "machine": about,
+        "rounds": settings.rounds,
+        "seconds": settings.seconds,
+        "series": [dataclasses.asdict(one) for one in series],
+    }
+    (settings.out / "peers.json").write_text(json.dumps(record, indent=1) + "\n")
+    (settings.out / "peers.md").write_text(text)
+    plot(series, settings.out / "peers.png")
+    return text
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Flags -> blocks of rows -> results, written after each block."""
+    settings = _settings(argv)
+    names = [one.name for one in settings.contenders if one.group != MATMUL]
+    if not names:
+        raise InputError("matmul alone compares nothing; add contenders")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    about = machine.describe()
+    series: list[Series] = []
+    text = ""
+    for (network, batch_size), phases in settings.blocks.items():
+        series += run_block(
+            settings.contenders,
+            network,
+            batch_size,
+            phases,
+            reference=REFERENCE if REFERENCE in names else names[0],
+            rounds=settings.rounds,
+            seconds=settings.seconds,
+            say=_say,
+        )
+        text = _write(settings, about, series, _command(argv))
+    print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the rows that were finished are written", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,143 @@
+"""Whole processes under a clock from outside, and what several runs say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tables import Spread
+
+from cnn import InputError
+
+TARGET = 0.6344
+KERAS = "keras"
+_EPOCH_LINE = re.compile(r"epoch (\d+)/\d+  .*test: loss \S+, ([\d.]+) % right")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One finished process.
+
+    Attributes:
+      name: "keras", or the config's name.
+      seed: of the run.
+      code: digest of the code that ran.
+      warm_cache: whether JAX could find programs that an earlier process had compiled.
+      wall_seconds: from the start of the process to its end.
+      peak_mib: resident memory.
+      epochs: (epoch, seconds since the start of the process, test accuracy) by epoch.
+    """
+
+    name: str
+    seed: int
+    code: str
+    warm_cache: bool
+    wall_seconds: float
+    peak_mib: float
+    epochs: list[tuple[int, float, float]]
+
+    @property
+    def seconds_to_target(self) -> float | None:
+        """To the first epoch whose test accuracy is at least `TARGET`."""
+        return next((seconds for _, seconds, accuracy in self.epochs if accuracy >= TARGET), None)
+
+
+def timed(command: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
+    """Runs a process to its end: `wall_seconds`, `peak_mib` and `epochs` of `Run`.
+
+    Raises:
+      InputError: if the process fails, with the last line that it wrote.
+    """
+    with tempfile.TemporaryFile("w+") as log:
+        start = time.monotonic()
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **env, "PYTHONUNBUFFERED": "1"},
+        ) as process:
+            assert process.stdout
+            epochs = [
+                (int(found[1]), time.monotonic() - start, float(found[2]) / 100)
+                for line in process.stdout
+                if (found := _EPOCH_LINE.match(line))
+            ]
+            _, status, usage = os.wait4(process.pid, 0)
+            wall_seconds = time.monotonic() - start
+            process.returncode = os.waitstatus_to_exitcode(status)
+        log.seek(0)
+        lines = log.read().strip().splitlines() or ["no message"]
+    if process.returncode:
+        raise InputError(f"{Path(command[1]).name} failed: {lines[-1]}")
+    if not epochs:
+        raise InputError(f"{Path(command[1]).name} printed no line with a test accuracy")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "wall_seconds": wall_seconds,
+        "peak_mib": usage.ru_maxrss * unit / 2**20,
+        "epochs": epochs,
+    }
+
+
+def load_runs(path: Path) -> list[Run]:
+    """The runs that are kept in a file, of whatever code."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [Run(**json.loads(line)) for line in lines]
+
+
+def finished(runs: Sequence[Run], name: str, seed: int, code: str, warm_cache: bool) -> Run | None:
+    """The run among these that need not be done again."""
+    wanted = (name, seed, code, warm_cache)
+    return next((r for r in runs if (r.name, r.seed, r.code, r.warm_cache) == wanted), None)
+
+
+def summary(runs: Sequence[Run]) -> str:
+    """A Markdown table, a row per name; times against those of Keras, if it took part."""
+    lines = [
+        "| run | n | test accuracy, last epoch | whole process, s | Keras / this "
+        f"| seconds to {TARGET:.2%} | Keras / this | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    by_name: dict[str, list[Run]] = {}
+    for run in runs:
+        by_name.setdefault(run.name, []).append(run)
+    whole = {name: [run.wall_seconds for run in same] for name, same in by_name.items()}
+    reached = {
+        name: [run.seconds_to_target for run in same if run.seconds_to_target is not None]
+        for name, same in by_name.items()
+    }
+    for name, same in by_name.items():
+        accuracies = [run.epochs[-1][2] for run in same]
+        deviation = f" ± {100 * statistics.stdev(accuracies):.2f}" if len(same) > 1 else ""
+        cells = [
+            name,
+            str(len(same)),
+            f"{100 * statistics.mean(accuracies):.2f}{deviation} %",
+            Spread.of(whole[name]).text(1),
+            _times(whole.get(KERAS, []), whole[name]),
+            _reached(reached[name], len(same)),
+            _times(reached.get(KERAS, []), reached[name]),
+            f"{statistics.median(run.peak_mib for run in same):,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _times(keras: Sequence[float], mine: Sequence[float]) -> str:
+    return f"{statistics.mean(keras) / statistics.mean(mine):.2f}" if keras and mine else "-"
+
+
+def _reached(seconds: Sequence[float], total: int) -> str:
+    missing = f", {len(seconds)} of {total} runs" if len(seconds) < total else ""
+    return (Spread.of(seconds).text(1) if seconds else "never") + missing

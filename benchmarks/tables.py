@@ -1,0 +1,148 @@
+"""What the samples say: medians and spread, a Markdown table, a plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from contenders import MATMUL
+from contenders.problem import FLOP
+from matplotlib.figure import Figure
+from rotation import Series
+
+_PEERS = ("textbook", "keras", "pytorch")
+_BAR_COLORS = {"ours": "#1b7837", "textbook": "#c51b7d", "keras": "#d6604d", "pytorch": "#f4a582"}
+
+
+class Spread(NamedTuple):
+    """Median and extremes of some samples."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        """Of at least one sample.
+
+        >>> Spread.of([3.0, 1.0, 2.0])
+        Spread(median=2.0, low=1.0, high=3.0)
+        """
+        return cls(statistics.median(samples), min(samples), max(samples))
+
+    def text(self, digits: int = 0) -> str:
+        """Median, and the extremes in brackets."""
+        median, low, high = (f"{value:,.{digits}f}" for value in self)
+        return f"{median} ({low} to {high})"
+
+
+class Row(NamedTuple):
+    """What is compared with each other: one network, phase and batch size."""
+
+    network: str
+    phase: str
+    batch_size: int
+
+    def text(self) -> str:
+        """For a heading."""
+        return f"{self.network}, {self.phase}, batch {self.batch_size}"
+
+
+def rows(series: Sequence[Series]) -> dict[Row, list[Series]]:
+    """The series by row, in order of appearance."""
+    found: dict[Row, list[Series]] = {}
+    for one in series:
+        found.setdefault(Row(one.network, one.phase, one.batch_size), []).append(one)
+    return found
+
+
+def best(series: Sequence[Series], group: str) -> Series | None:
+    """The variant of a group with the highest median, if the group took part."""
+    members = [one for one in series if one.group == group]
+    return max(members, key=lambda one: statistics.median(one.rates), default=None)
+
+
+def ratio(mine: Series, other: Series) -> Spread:
+    """How many times faster: of the medians; the extremes are those of single rounds."""
+    by_round = [a / b for a, b in zip(mine.rates, other.rates, strict=True)]
+    medians = statistics.median(mine.rates) / statistics.median(other.rates)
+    return Spread(medians, min(by_round), max(by_round))
+
+
+def matmul_share(one: Series, yardstick: Series) -> float:
+    """Fraction of the matrix product's rate, by the multiplications that the network needs."""
+    flop = FLOP[one.network, one.phase]
+    return statistics.median(one.rates) * flop / 1e9 / statistics.median(yardstick.rates)
+
+
+def comparison(series: Sequence[Series]) -> str:
+    """A Markdown table: a row per network, phase and batch size; the best variant of each peer."""
+    head = ["network", "phase", "batch", "ours, images/s", "matmul, GFLOP/s", "ours / matmul"]
+    lines = [_line([*head, *(f"ours / {peer}" for peer in _PEERS)])]
+    lines.append(_line(["---"] * (len(head) + len(_PEERS))))
+    for row, members in rows(series).items():
+        ours, yardstick = best(members, "ours"), best(members, MATMUL)
+        cells = [row.network, row.phase, str(row.batch_size)]
+        cells.append(Spread.of(ours.rates).text() if ours else "-")
+        cells.append(f"{Spread.of(yardstick.rates).text()}" if yardstick else "-")
+        share = matmul_share(ours, yardstick) if ours and yardstick else None
+        cells.append("-" if share is None else f"{share:.0%}")
+        for peer in _PEERS:
+            other = best(members, peer)
+            cells.append(_ratio_cell(ours, other) if ours and other else "-")
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _ratio_cell(ours: Series, other: Series) -> str:
+    variant = other.contender.removeprefix(other.group).lstrip("-")
+    return ratio(ours, other).text(2) + (f" {variant}" if variant else "")
+
+
+def everybody(series: Sequence[Series]) -> str:
+    """A Markdown table of all variants."""
+    head = ["network", "phase", "batch", "contender", "median (lowest to highest)"]
+    lines = [_line([*head, "of matmul", "peak MiB"])]
+    lines.append(_line(["---"] * (len(head) + 2)))
+    for row, members in rows(series).items():
+        yardstick = best(members, MATMUL)
+        for one in members:
+            is_yardstick = one.group == MATMUL
+            share = matmul_share(one, yardstick) if yardstick and not is_yardstick else None
+            cells = [row.network, row.phase, str(row.batch_size), one.contender]
+            cells.append(f"{Spread.of(one.rates).text()} {one.unit}")
+            cells.append("-" if share is None else f"{share:.0%}")
+            cells.append(f"{one.peak_mib:,.0f}")
+            lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(series: Sequence[Series], path: Path) -> None:
+    """A panel per row, a bar per variant: the median, with the extremes as error bars."""
+    panels = rows([one for one in series if one.group != MATMUL])
+    columns = min(3, len(panels))
+    height = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.5 * columns, 2.8 * height), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False).flat
+    for axis, (row, members) in zip(axes, panels.items(), strict=False):
+        spreads = [Spread.of(one.rates) for one in members]
+        below = [spread.median - spread.low for spread in spreads]
+        above = [spread.high - spread.median for spread in spreads]
+        axis.barh(
+            [one.contender for one in members],
+            [spread.median for spread in spreads],
+            xerr=[below, above],
+            color=[_BAR_COLORS.get(one.group, "gray") for one in members],
+        )
+        axis.invert_yaxis()
+        axis.set_title(row.text())
+        axis.set_xlabel("images/s")
+    for axis in list(figure.axes)[len(panels) :]:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,194 @@
+"""Times whole processes, cold start included: `train.py` with some configs, and the Keras script.
+
+    pip install -e '.[bench]'
+    python benchmarks/whole_runs.py
+
+One process at a time, in turns over the seeds. A clock outside reads off when each epoch's line
+arrives, and so when the test accuracy first reaches 63.44 %. Finished runs are kept in
+`whole_runs.jsonl`; the same command continues after them, unless the code they ran has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import machine
+import numpy as np
+from runs import KERAS, TARGET, Run, finished, load_runs, summary, timed
+
+from cnn import InputError, load_dataset
+
+_REPOSITORY = Path(__file__).resolve().parents[1]
+_KERAS_SCRIPT = _REPOSITORY / "benchmarks" / "keras_script.py"
+_DEFAULT_RUNS = f"{KERAS},configs/baseline.py,configs/fast_cpu.py"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; python benchmarks/whole_runs.py --help lists the flags")
+
+
+def write_arrays(path: Path) -> None:
+    """CIFAR-10 for the Keras script, as its own download cache would hold it."""
+    data = load_dataset("cifar10")
+    np.savez(
+        path,
+        train_images=data.train.images,
+        train_labels=data.train.labels,
+        test_images=data.test.images,
+        test_labels=data.test.labels,
+    )
+
+
+def code_digest(run: str, about: dict[str, Any]) -> str:
+    """Of the files, the versions and the processor that decide what a run does."""
+    files = [_KERAS_SCRIPT]
+    if run != KERAS:
+        # Other configs build on the baseline's.
+        files = [Path(run), _REPOSITORY / "configs" / "baseline.py", _REPOSITORY / "train.py"]
+        files += sorted((_REPOSITORY / "cnn").rglob("*.py"))
+    place = [about["cpu"], about["cores"], about["versions"]]
+    digest = hashlib.sha256(json.dumps(place).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def command_of(run: str, seed: int, data: Path, workdir: Path) -> list[str]:
+    """What a person would type."""
+    if run == KERAS:
+        arguments = [str(_KERAS_SCRIPT), f"--data={data}", f"--seed={seed}"]
+    else:
+        arguments = [str(_REPOSITORY / "train.py"), f"--config={run}", f"--config.seed={seed}"]
+    return [sys.executable, *arguments, f"--workdir={workdir}"]
+
+
+def _flags(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="whole_runs.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--repeats", type=int, default=5, metavar="N", help="seeds 0 to N-1 (5)")
+    add("--runs", default=_DEFAULT_RUNS, metavar="A,B", help=f"configs, and {KERAS} (%(default)s)")
+    add("--warm-cache", action="store_true", help="let JAX find what earlier processes compiled")
+    results = _REPOSITORY / "benchmarks" / "results"
+    add("--out", type=Path, default=results, metavar="DIR", help="(benchmarks/results)")
+    flags = parser.parse_args(argv)
+    if flags.repeats < 1:
+        parser.error("--repeats must be 1 or more")
+    flags.runs = [run if run == KERAS else _config(run) for run in flags.runs.split(",")]
+    return flags
+
+
+def _config(name: str) -> str:
+    path = next((path for path in (Path(name), _REPOSITORY / name) if path.is_file()), None)
+    if path is None:
+        raise InputError(f"config file {name} does not exist; --runs lists configs and {KERAS!r}")
+    return str(path.resolve())
+
+
+def _name(run: str) -> str:
+    return KERAS if run == KERAS else Path(run).stem
+
+
+def _measure(run: str, seed: int, code: str, data: Path, warm_cache: bool) -> Run:
+    with tempfile.TemporaryDirectory() as place:
+        env = {} if warm_cache else {"JAX_COMPILATION_CACHE_DIR": f"{place}/cache"}
+        found = timed(command_of(run, seed, data, Path(place) / "run"), env)
+    return Run(name=_name(run), seed=seed, code=code, warm_cache=warm_cache, **found)
+
+
+def _command(flags: argparse.Namespace) -> str:
+    """Without the place where results go, and configs by name: no path of this machine."""
+    inside = _REPOSITORY / "configs"
+    runs = [
+        f"configs/{Path(run).name}" if Path(run).parent == inside else Path(run).name
+        for run in flags.runs
+    ]
+    warm = " --warm-cache" if flags.warm_cache else ""
+    return (
+        f"python benchmarks/whole_runs.py --repeats={flags.repeats} --runs={','.join(runs)}{warm}"
+    )
+
+
+def _write(flags: argparse.Namespace, runs: Sequence[Run], about: dict[str, Any]) -> str:
+    cache = "with" if flags.warm_cache else "without"
+    command = _command(flags)
+    text = "\n".join(
+        [
+            f"`{command}`\n",
+            f"{machine.sentence(about)}.\n",
+            "Whole processes one at a time, start included, data prepared before, "
+            f"{cache} a warm compilation cache. Seconds: median (lowest to highest); "
+            "ratios: of the means.\n",
+            f"{summary(runs)}\n",
+        ]
+    )
+    (flags.out / "whole_runs.md").write_text(text)
+    record = {
+        "command": command,
+        "machine": about,
+        "target": TARGET,
+        "runs": [dataclasses.asdict(run) for run in runs],
+    }
+    (flags.out / "whole_runs.json").write_text(json.dumps(record, indent=1) + "\n")
+    return text
+
+
+def _prepare(data: Path) -> None:
+    # In a process of its own: the memory of this one counts in its children's peaks.
+    process = multiprocessing.get_context("spawn").Process(target=write_arrays, args=(data,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise InputError("cifar10 could not be loaded; see above")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs what is missing, seed by seed, and writes the table after each run."""
+    flags = _flags(argv)
+    flags.out.mkdir(parents=True, exist_ok=True)
+    kept = flags.out / "whole_runs.jsonl"
+    about = machine.describe()
+    runs: list[Run] = []
+    text = ""
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "cifar10.npz"
+        if KERAS in flags.runs:
+            _prepare(data)
+        for seed in range(flags.repeats):
+            turn = seed % len(flags.runs)
+            for run in (*flags.runs[turn:], *flags.runs[:turn]):
+                code, before = code_digest(run, about), load_runs(kept)
+                one = finished(before, _name(run), seed, code, flags.warm_cache)
+                if one is None:
+                    one = _measure(run, seed, code, data, flags.warm_cache)
+                    with kept.open("a") as file:
+                        file.write(json.dumps(dataclasses.asdict(one)) + "\n")
+                runs.append(one)
+                print(f"{one.name}, seed {seed}: {one.wall_seconds:.1f} s", flush=True)
+                text = _write(flags, runs, about)
+    print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
