@@ -44,6 +44,10 @@ def _choice(*names: str) -> _Field:
 _MAX_WIDTH = 2**16  # more is a slip of the hand, and would only exhaust the memory
 _WIDTH = _Field(int, lambda value: 1 <= value <= _MAX_WIDTH, f"lie between 1 and {_MAX_WIDTH}")
 
+_WIDTH_OR_NONE = _Field(
+    int, lambda value: 0 <= value <= _MAX_WIDTH, f"lie between 0 and {_MAX_WIDTH}"
+)
+
 
 def _at_least(low: int) -> _Field:
     return _Field(int, lambda value: value >= low, f"be {low} or more")
@@ -68,7 +72,10 @@ FIELDS: dict[str, _Field] = {
     "model.features": _WIDTHS,
     "model.kernel_size": _WIDTH,
     "model.padding": _choice("VALID", "SAME"),
-    "model.hidden": _WIDTH,
+    "model.hidden": _WIDTH_OR_NONE,
+    "model.patch_size": _WIDTH_OR_NONE,
+    "model.patch_features": _WIDTH,
+    "model.batch_norm": _Field(bool),
     "model.dtype": _choice("float32", "bfloat16"),
     "model.conv_lowering": _choice(*LOWERINGS),
     "batch_size": _at_least(1),

@@ -31,8 +31,15 @@ def get_config() -> ConfigDict:
     config.model.kernel_size = 3
     # "VALID" shrinks the image at each convolution, "SAME" does not.
     config.model.padding = "VALID"
-    # Width of the dense layer before the logits.
+    # Width of the dense layer before the logits; 0 leaves it out.
     config.model.hidden = 64
+    # Before the blocks, a cosine transform of patches of so many pixels both ways, whitened by
+    # batch normalization; nothing of it is trained. 0 is none.
+    config.model.patch_size = 0
+    # Coefficients kept of each patch, of low frequency first; each comes with both signs.
+    config.model.patch_features = 24
+    # Batch normalization before each relu.
+    config.model.batch_norm = False
     # Of the computation: "float32" or "bfloat16". Parameters stay float32.
     config.model.dtype = "float32"
     # How convolutions are computed: "native", "patches", "blocks" or "winograd" (cnn/layers.py
