@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,19 +22,11 @@ def model_summary(model: nn.Module, variables: Any, image_shape: tuple[int, int,
       variables: its parameters and other collections; shapes are enough.
       image_shape: (H, W, C).
     """
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-
-    def intermediates(variables: Any, image: jax.Array) -> Any:
-        _, state = model.apply(
-            variables, image, train=False, capture_intermediates=True, mutable=["intermediates"]
-        )
-        return state["intermediates"]
-
-    outputs = jax.eval_shape(intermediates, variables, image)
+    outputs = _output_shapes(model, variables, image_shape)
     rows = [("layer", "output", "parameters", "MFLOP"), ("input", _by(image_shape), "", "")]
     total_size, total_flops = 0, 0.0
     for path, layer in _layers(variables["params"]):
-        shape = _output_shape(outputs, path)
+        shape = outputs[path]
         size = sum(leaf.size for leaf in layer.values())
         # Each weight of a kernel meets each output position once, and multiplies and adds there.
         weights = layer["kernel"].size if "kernel" in layer else 0
@@ -69,8 +61,24 @@ def _natural(name: str) -> tuple[str, int]:
     return (stem, int(number)) if number.isdecimal() else (name, 0)
 
 
-def _output_shape(outputs: Any, path: tuple[str, ...]) -> tuple[int, ...]:
-    """Output shape of one image at a layer, without the batch axis."""
-    for name in path:
-        outputs = outputs[name]
-    return outputs["__call__"][0].shape[1:]
+def _output_shapes(
+    model: nn.Module, variables: Any, image_shape: tuple[int, int, int]
+) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Path of each module -> shape of its output for one image, without the batch axis."""
+    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+
+    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        y, module = call(*args, **kwargs), context.module
+        own = y
+        if isinstance(module, nn.Conv) and module.conv_general_dilated is not None:
+            # It may pool in the same call; its arithmetic is that of the plain convolution.
+            plain = module.clone(parent=None, conv_general_dilated=None)
+            own, _ = jax.eval_shape(plain.init_with_output, jax.random.key(0), *args, **kwargs)
+        if context.method_name == "__call__":
+            shapes[module.path] = jnp.shape(own)[1:]
+        return y
+
+    with nn.intercept_methods(note):
+        image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, image)
+    return shapes

@@ -11,6 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 import cnn
 from cnn.compilation import compilation_cache, prune
+from cnn.config import differences
 from tests.conftest import short_config
 
 
@@ -80,6 +81,16 @@ def test_a_cache_that_is_not_wanted_is_not_made(folder, events):
         triple()
     assert not folder.exists()
     assert events == []
+
+
+def test_a_jax_that_prints_an_error_per_entry_keeps_none(folder, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 1))
+    compile_in_cache()
+    assert not folder.exists()
+
+
+def test_a_run_may_go_on_with_or_without_it():
+    assert differences({"compilation_cache": True}, {"compilation_cache": False}) == []
 
 
 def test_the_users_own_cache_goes_before(folder, tmp_path):

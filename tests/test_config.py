@@ -46,6 +46,8 @@ def test_every_field_of_the_baseline_has_a_comment():
         ("model.features=(32, 0)", "whole numbers from 1 to"),
         ("model.features=(32, 1.5)", "whole numbers from 1 to"),
         ("model.hidden=1000000000000", "lie between 0 and"),
+        ("model.patch_size=-1", "lie between 0 and"),
+        ("model.patch_features=0", "lie between 1 and"),
         ("dataset.name=", "must name a dataset"),
         ("dataset.normalization=none", "must be one of scale, standardize"),
         ("platform=npu", "must be one of auto, cpu, gpu, tpu"),
