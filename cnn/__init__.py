@@ -20,7 +20,14 @@ from cnn.evaluation import evaluate
 from cnn.metrics import Metrics, total
 from cnn.models import CNN, create_model
 from cnn.optimizers import create_optimizer, create_schedule
-from cnn.steps import CrossEntropy, TrainState, create_train_state, eval_step, train_step
+from cnn.steps import (
+    CrossEntropy,
+    TrainState,
+    create_train_state,
+    eval_step,
+    predict_step,
+    train_step,
+)
 from cnn.training import train_and_evaluate
 
 __all__ = [
@@ -46,6 +53,7 @@ __all__ = [
     "load_config",
     "load_dataset",
     "normalize",
+    "predict_step",
     "prepare_cpu",
     "replicated",
     "sharded",

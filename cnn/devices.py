@@ -91,10 +91,19 @@ def batch_mesh(devices: list[Device], batch_size: int) -> Mesh:
     >>> batch_mesh(jax.devices(), batch_size=32).axis_names
     ('batch',)
     """
-    count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+    count = num_shards(len(devices), batch_size)
     return jax.make_mesh(
         (count,), ("batch",), (jax.sharding.AxisType.Auto,), devices=devices[:count]
     )
+
+
+def num_shards(num_devices: int, batch_size: int) -> int:
+    """The most devices that divide a batch evenly.
+
+    >>> num_shards(8, batch_size=36)
+    6
+    """
+    return max(n for n in range(1, num_devices + 1) if batch_size % n == 0)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from cnn.blocks import Cut, map_blocks, sum_blocks
 from cnn.metrics import Metrics
 
 Batch = Mapping[str, jax.Array]
@@ -144,19 +145,13 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     >>> int(state.step), bool(after.loss < before.loss)
     (2, True)
     """
-
-    def mean_loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
-        logits, model_state = state.apply_fn(
-            {"params": params, **state.model_state},
-            batch["image"],
-            train=True,
-            mutable=list(state.model_state),
-            rngs={"dropout": jax.random.fold_in(state.key, state.step)},
-        )
-        losses = state.loss_fn(logits, batch["label"])
-        return losses.mean(), (losses, logits, model_state)
-
-    grads, (losses, logits, model_state) = jax.grad(mean_loss, has_aux=True)(state.params)
+    cut = Cut(1, 1)
+    if not state.model_state:  # the statistics of a batch say: of a block they would be others
+        cut = Cut.of(batch["image"], sum(leaf.size for leaf in jax.tree.leaves(state.params)))
+    places = jnp.arange(batch["label"].shape[0])
+    (grads, metrics), model_state = sum_blocks(
+        functools.partial(_gradients, state, batch_size=len(places)), (batch, places), cut
+    )
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     state = state.replace(
         step=state.step + 1,
@@ -164,7 +159,33 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         model_state=model_state,
         opt_state=opt_state,
     )
-    return state, Metrics.of(losses, logits, batch["label"])
+    return state, metrics
+
+
+def _gradients(
+    state: TrainState, examples: tuple[Batch, jax.Array], *, batch_size: int
+) -> tuple[tuple[Any, Metrics], Any]:
+    """What some examples of a batch, and their places in it, add to its gradients and metrics.
+
+    Other collections, as the module changed them, come back too.
+    """
+    batch, places = examples
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), places[0])
+
+    def share_of_mean_loss(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        logits, model_state = state.apply_fn(
+            {"params": params, **state.model_state},
+            batch["image"],
+            train=True,
+            mutable=list(state.model_state),
+            rngs={"dropout": key},
+        )
+        losses = state.loss_fn(logits, batch["label"])
+        metrics = Metrics.of(losses, logits, batch["label"])
+        return losses.sum() / batch_size, (metrics, model_state)
+
+    grads, (metrics, model_state) = jax.grad(share_of_mean_loss, has_aux=True)(state.params)
+    return (grads, metrics), model_state
 
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
@@ -185,6 +206,21 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
     >>> int(jax.jit(eval_step)(state, batch).count)
     3
     """
-    logits = state.apply_fn(state.variables, batch["image"], train=False)
+    logits = predict_step(state, batch["image"])
     losses = state.loss_fn(logits, batch["label"])
     return Metrics.of(losses, logits, batch["label"], batch.get("mask"))
+
+
+def predict_step(state: TrainState, image: jax.Array) -> jax.Array:
+    """The logits of some images, `float32[B, H, W, C]` (normalized) -> `float32[B, K]`.
+
+    >>> from cnn import CNN
+    >>> state = create_train_state(CNN(10), optax.adam(1e-3), jax.random.key(0), (28, 28, 1))
+    >>> jax.jit(predict_step)(state, jnp.ones((4, 28, 28, 1))).shape
+    (4, 10)
+    """
+
+    def logits(image: jax.Array) -> jax.Array:
+        return state.apply_fn(state.variables, image, train=False)
+
+    return map_blocks(logits, image, Cut.of(image))

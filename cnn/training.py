@@ -33,7 +33,7 @@ from cnn.plan import Plan, make_plan
 from cnn.plots import plot_curves, plot_samples
 from cnn.progress import Progress, describe, epoch_line, result_line, say
 from cnn.report import RunDirectory, TensorBoard
-from cnn.steps import TrainState, train_step
+from cnn.steps import TrainState, predict_step, train_step
 
 _NONE = Metrics(loss_sum=0.0, correct=0, count=0)
 _SHOWN_SAMPLES = 24
@@ -312,7 +312,7 @@ def _predict(state: TrainState, plan: Plan, split: Split) -> np.ndarray:
 @jax.jit
 def _classes(state: TrainState, split: DeviceSplit) -> jax.Array:
     batch = split.take(jnp.arange(split.labels.shape[0]))
-    return state.apply_fn(state.variables, batch["image"], train=False).argmax(-1)
+    return predict_step(state, batch["image"]).argmax(-1)
 
 
 def _place(plan: Plan, split: Split) -> DeviceSplit:

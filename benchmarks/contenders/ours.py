@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 
@@ -40,15 +38,11 @@ def program(problem: shared.Problem) -> JaxProgram:
     ) -> tuple[cnn.TrainState, cnn.Metrics]:
         return train_step(state, {"image": image, "label": label})
 
-    @jax.jit
-    def forward(state: cnn.TrainState, image: jax.Array) -> Any:
-        return state.apply_fn(state.variables, image, train=False)
-
     return JaxProgram(
         initial=jax.device_put(state, cnn.replicated(mesh)),
         step=step,
         loss=lambda metrics: metrics.loss,
-        forward=forward,
+        forward=jax.jit(cnn.predict_step),
         images=[jax.device_put(image, cnn.sharded(mesh)) for image in problem.images],
         labels=[jax.device_put(label, cnn.sharded(mesh)) for label in problem.labels],
         settle=cnn.stay_close,
