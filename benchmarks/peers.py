@@ -10,14 +10,13 @@ rounds, each round begun by another. The figures are medians over the rounds.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
+import cli
 import machine
 from contenders import CONTENDERS, MATMUL, REFERENCE, Contender, choose
 from contenders.problem import NETWORKS, PHASES
@@ -32,12 +31,6 @@ _ROWS = {
     "seed": {"train": (32, 128, 512), "infer": (512, 1000)},
     "net94": {"train": (128,), "infer": (512,)},
 }
-_Item = TypeVar("_Item")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; python benchmarks/peers.py --help lists the flags")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,43 +44,19 @@ class Settings:
     out: Path
 
 
-def _items(text: str, convert: Callable[[str], _Item]) -> list[_Item]:
-    return list(dict.fromkeys(convert(item.strip()) for item in text.split(",")))
-
-
-def _names(text: str) -> list[str]:
-    return _items(text, str)
-
-
 def _batches(text: str) -> list[int]:
-    return _items(text, _positive(int))
-
-
-def _positive(kind: Callable[[str], _Item]) -> Callable[[str], _Item]:
-    def convert(text: str) -> _Item:
-        value: Any = kind(text)
-        if not 0 < value < 1e6:
-            raise ValueError
-        return value
-
-    convert.__name__ = "positive number"  # argparse names it when it refuses
-    return convert
+    return cli.items(text, cli.positive(int))
 
 
 def _settings(argv: Sequence[str]) -> Settings:
-    parser = _Parser(
-        prog="peers.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.Parser("peers.py", __doc__)
     groups = ",".join(dict.fromkeys(contender.group for contender in CONTENDERS))
     add = parser.add_argument
-    add("--rounds", type=_positive(int), metavar="N", help="samples of each (7)")
-    add("--seconds", type=_positive(float), metavar="S", help="of a sample (1.5)")
-    add("--networks", type=_names, metavar="A,B", help=f"of {','.join(NETWORKS)} (all)")
+    add("--rounds", type=cli.positive(int), metavar="N", help="samples of each (7)")
+    add("--seconds", type=cli.positive(float), metavar="S", help="of a sample (1.5)")
+    add("--networks", type=cli.names, metavar="A,B", help=f"of {','.join(NETWORKS)} (all)")
     add("--batches", type=_batches, metavar="N,M", help="batch sizes, instead of each network's")
-    add("--contenders", type=_names, metavar="A,B", help=f"of {groups}, or a variant (all)")
+    add("--contenders", type=cli.names, metavar="A,B", help=f"of {groups}, or a variant (all)")
     add("--quick", action="store_true", help="seconds instead of minutes; the figures mean little")
     add("--out", type=Path, default=_RESULTS, metavar="DIR", help="(benchmarks/results)")
     flags = parser.parse_args(argv)
@@ -115,16 +84,6 @@ def _blocks(
             for batch_size in batches or _ROWS[network][phase]:
                 blocks.setdefault((network, batch_size), []).append(phase)
     return blocks
-
-
-def _command(argv: Sequence[str]) -> str:
-    """The command without the place where results go: that is a path of this machine."""
-    kept, skip = [], False
-    for word in argv:
-        if not (skip or word.startswith("--out")):
-            kept.append(word)
-        skip = word == "--out"
-    return " ".join(["python benchmarks/peers.py", *kept])
 
 
 def _write(
@@ -155,10 +114,6 @@ def _write(
     return text
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main(argv: Sequence[str]) -> None:
     """Flags -> blocks of rows -> results, written after each block."""
     settings = _settings(argv)
@@ -178,18 +133,11 @@ def main(argv: Sequence[str]) -> None:
             reference=REFERENCE if REFERENCE in names else names[0],
             rounds=settings.rounds,
             seconds=settings.seconds,
-            say=_say,
+            say=cli.say,
         )
-        text = _write(settings, about, series, _command(argv))
+        text = _write(settings, about, series, cli.command("peers.py", argv))
     print(text)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the rows that were finished are written", file=sys.stderr)
-        sys.exit(130)
+    cli.run(main, interrupted="the rows that were finished are written")

@@ -19,8 +19,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import cli
 import machine
 import numpy as np
 from runs import KERAS, TARGET, Run, finished, load_runs, summary, timed
@@ -30,11 +31,6 @@ from cnn import InputError, load_dataset
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _KERAS_SCRIPT = _REPOSITORY / "benchmarks" / "keras_script.py"
 _DEFAULT_RUNS = f"{KERAS},configs/baseline.py,configs/fast_cpu.py"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; python benchmarks/whole_runs.py --help lists the flags")
 
 
 def write_arrays(path: Path) -> None:
@@ -73,12 +69,7 @@ def command_of(run: str, seed: int, data: Path, workdir: Path) -> list[str]:
 
 
 def _flags(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="whole_runs.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.Parser("whole_runs.py", __doc__)
     add = parser.add_argument
     add("--repeats", type=int, default=5, metavar="N", help="seeds 0 to N-1 (5)")
     add("--runs", default=_DEFAULT_RUNS, metavar="A,B", help=f"configs, and {KERAS} (%(default)s)")
@@ -184,11 +175,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+    cli.run(main, interrupted="the same command continues")

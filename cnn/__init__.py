@@ -27,6 +27,7 @@ from cnn.steps import (
     eval_step,
     predict_step,
     train_step,
+    train_steps,
 )
 from cnn.training import train_and_evaluate
 
@@ -61,4 +62,5 @@ __all__ = [
     "total",
     "train_and_evaluate",
     "train_step",
+    "train_steps",
 ]

@@ -111,9 +111,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def sharded(mesh: Mesh) -> NamedSharding:
-    """The first axis (the batch) is cut into one piece per device."""
-    return NamedSharding(mesh, PartitionSpec("batch"))
+def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """One axis, that of the batch, is cut into one piece per device."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "batch"))
 
 
 def stay_close(results: Sequence[Any]) -> None:

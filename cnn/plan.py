@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +24,8 @@ from cnn.steps import CrossEntropy, TrainState, create_train_state
 _INIT, _ORDER = 0, 1
 # Where compiling takes longer than running: a third of the time on a CPU, for the same numbers.
 _RUNS_ONCE = {"xla_backend_optimization_level": 1}
+# A call of half a second on two cores, and 50 MB of images.
+_MOST_STEPS_PER_CALL, _VALUES_PER_CALL = 50, 4096 * 32 * 32 * 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,13 @@ def make_plan(config: Any, mesh: Mesh) -> Plan:
         model=create_model(num_classes=dataset.num_classes, **config.model.to_dict()),
         schedule=schedule,
         steps_per_epoch=steps_per_epoch,
-        # XLA compiles a loop of steps badly for a CPU; elsewhere it frees the host.
-        steps_per_call=config.steps_per_call or (1 if _on_cpu(mesh) else 50),
+        steps_per_call=min(
+            config.steps_per_call or _steps_per_call(config.batch_size, dataset), steps_per_epoch
+        ),
     )
+
+
+def _steps_per_call(batch_size: int, dataset: Dataset) -> int:
+    """So many that the host is no matter, and that their batches are no matter to the memory."""
+    values = batch_size * math.prod(dataset.image_shape)
+    return max(1, min(_MOST_STEPS_PER_CALL, _VALUES_PER_CALL // values))

@@ -188,6 +188,35 @@ def _gradients(
     return (grads, metrics), model_state
 
 
+def train_steps(
+    state: TrainState, batches: Batch, count: jax.Array | int
+) -> tuple[TrainState, Metrics]:
+    """`train_step` for each of several batches in turn: the same bits, in one call.
+
+    Between steps the device waits for nothing, neither for the host nor for memory.
+
+    Args:
+      state: from `create_train_state`, or the step before.
+      batches: as for `train_step`, stacked: `image` float32[S, B, H, W, C], `label` int32[S, B].
+      count: train on the first so many, 0 to S. It may be traced, so that the last steps of an
+        epoch, fewer than those before, need not be compiled anew.
+
+    Returns:
+      The state after the last step, and metrics with leaves `[S]`: of each step, and zeros for
+      those behind `count`.
+    """
+    shapes = jax.eval_shape(train_step, state, jax.tree.map(lambda x: x[0], batches))[1]
+    steps = batches["label"].shape[0]
+    metrics = jax.tree.map(lambda one: jnp.zeros((steps, *one.shape), one.dtype), shapes)
+
+    def step(i: jax.Array, before: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+        state, metrics = before
+        state, now = train_step(state, jax.tree.map(lambda x: x[i], batches))
+        return state, jax.tree.map(lambda filled, one: filled.at[i].set(one), metrics, now)
+
+    return jax.lax.fori_loop(0, count, step, (state, metrics))
+
+
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
     """Scores a batch without changing the state.
 

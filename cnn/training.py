@@ -33,7 +33,7 @@ from cnn.plan import Plan, make_plan
 from cnn.plots import plot_curves, plot_samples
 from cnn.progress import Progress, describe, epoch_line, result_line, say
 from cnn.report import RunDirectory, TensorBoard
-from cnn.steps import TrainState, predict_step, train_step
+from cnn.steps import TrainState, predict_step, train_steps
 
 _NONE = Metrics(loss_sum=0.0, correct=0, count=0)
 _SHOWN_SAMPLES = 24
@@ -187,15 +187,16 @@ def _train_epoch(
     every = config.checkpoint_every_steps
     order = epoch_order(plan.order_key, epoch, len(plan.dataset.train.labels))
     order = jax.device_put(order, replicated(plan.mesh))
-    how: Any = {"batch_size": config.batch_size, "sharding": sharded(plan.mesh)}
+    how: Any = {
+        "steps": plan.steps_per_call,
+        "batch_size": config.batch_size,
+        "sharding": sharded(plan.mesh, axis=1),
+    }
     pending: list[Metrics] = []
     while step < end:
         stop = min(end, (step // every + 1) * every) if every else end
         steps = min(plan.steps_per_call, stop - step)
-        if steps == 1:
-            state, scores = _train_step(state, _batch(train, order, step, **how))
-        else:
-            state, scores = _train_steps(state, train, order, steps=steps, **how)
+        state, scores = _train_steps(state, _batches(train, order, step, **how), steps)
         step += steps
         pending.append(scores)
         stay_close(pending)
@@ -209,47 +210,29 @@ def _train_epoch(
     return state, total([metrics, *pending])
 
 
-_train_step = jax.jit(train_step, donate_argnames="state")
+_train_steps = jax.jit(train_steps, donate_argnames="state")
 
 
-@functools.partial(jax.jit, static_argnames=("batch_size", "sharding"))
-def _batch(
+@functools.partial(jax.jit, static_argnames=("steps", "batch_size", "sharding"))
+def _batches(
     train: DeviceSplit,
     order: jax.Array,
     step: jax.Array | int,
     *,
+    steps: int,
     batch_size: int,
     sharding: NamedSharding,
 ) -> dict[str, jax.Array]:
-    """Gathers and normalizes the batch of a step.
+    """Gathers and normalizes the batches of some steps: `image` float32[steps, B, H, W, C].
 
-    Compiled by itself for a single step: XLA would repeat it for each of the overlapping patches
-    of the first convolution on a CPU.
+    Compiled by itself: XLA would repeat it for each of the overlapping patches of the first
+    convolution on a CPU.
     """
     start = (step % (order.shape[0] // batch_size)) * batch_size
-    index = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
-    return train.take(jax.lax.with_sharding_constraint(index, sharding))
-
-
-@functools.partial(
-    jax.jit, static_argnames=("batch_size", "steps", "sharding"), donate_argnames="state"
-)
-def _train_steps(
-    state: TrainState,
-    train: DeviceSplit,
-    order: jax.Array,
-    *,
-    batch_size: int,
-    steps: int,
-    sharding: NamedSharding,
-) -> tuple[TrainState, Metrics]:
-    """Several steps in one call; the metrics keep one entry per step."""
-
-    def one(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
-        batch = _batch(train, order, state.step, batch_size=batch_size, sharding=sharding)
-        return train_step(state, batch)
-
-    return jax.lax.scan(one, state, None, length=steps)
+    # Behind the last batch of the epoch there may be fewer.
+    index = order[jnp.minimum(start + jnp.arange(steps * batch_size), order.shape[0] - 1)]
+    index = jax.lax.with_sharding_constraint(index.reshape(steps, batch_size), sharding)
+    return train.take(index)
 
 
 def _record(

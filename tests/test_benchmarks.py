@@ -192,3 +192,65 @@ def test_whole_runs_want_a_config_that_exists(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: config file configs/none.py does not exist")
     assert done.stderr.count("\n") == 1
+
+
+def test_quick_sweep_writes_tables_visits_and_plot(tmp_path):
+    flags = ("--quick", "--rounds=1", "--axes=devices,dataset", "--out", tmp_path / "results")
+    done = run_script("scaling.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "round 1/1, dataset 2,000: " in done.stderr
+
+    text = (tmp_path / "results" / "scaling.md").read_text()
+    assert done.stdout.strip() == text.strip()
+    record = json.loads((tmp_path / "results" / "scaling.json").read_text())
+    assert list(record["axes"]) == ["devices", "dataset"]
+    for rows in record["axes"].values():
+        for row in rows:
+            (visit,) = row["visits"]
+            assert visit["images_per_second"] > 0
+            assert visit["peak_mib"] > visit["start_mib"] > 50
+            # Of the dataset only, as the others find their batches on the devices.
+            assert (visit["place_ms"] > 0) == (visit["order_ms"] > 0) == (row["value"] >= 1000)
+    assert str(tmp_path) not in text + json.dumps(record)
+    assert (tmp_path / "results" / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_axis_holds_its_default_and_the_seeds_arithmetic():
+    from contenders.problem import FLOP
+    from sweep import Point, make_axes
+
+    seed = Point(cores=6, devices=6)
+    assert seed.flop == pytest.approx(FLOP["seed", "train"], rel=1e-3)
+    axes = make_axes(6, quick=False)
+    for name, value in {"batch": 128, "width": 32, "pixels": 32, "devices": 6}.items():
+        assert axes[name].points[value] == seed
+    assert list(axes["devices"].points) == [1, 2, 4, 6]
+
+
+def test_a_sweep_keeps_what_it_has(tmp_path, monkeypatch):
+    import scaling
+    from sweep import Visit
+
+    def visit(point, seconds, cache):
+        if point.batch_size == 16:
+            raise InputError("out of memory")
+        return Visit(4000.0, 150.0, 300.0, lanes=1, blocks=1)
+
+    monkeypatch.setattr(scaling, "visit", visit)
+    with pytest.raises(InputError, match="out of memory"):
+        scaling.main(["--quick", "--axes=batch", "--out", str(tmp_path)])
+    assert "| 8 | 4,000 (4,000 to 4,000) | 250.0 " in (tmp_path / "scaling.md").read_text()
+
+
+def test_a_visit_that_fails_is_named(tmp_path):
+    from sweep import Point, visit
+
+    with pytest.raises(InputError, match=r"pixels=4.*failed: .*images of 4x4 pixels are too small"):
+        visit(Point(1, 1, batch_size=2, pixels=4), 0.05, tmp_path)
+
+
+def test_unknown_axis_at_the_command_line():
+    done = run_script("scaling.py", "--axes=batch,colour")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown axis 'colour'; known: batch, width, depth, pix")
+    assert done.stderr.count("\n") == 1

@@ -66,7 +66,7 @@ class Contender:
 
 
 # What a person gets who sets nothing, on the CPU even where there is an accelerator.
-_JAX_ENV = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": None, "JAX_NUM_CPU_DEVICES": None}
+JAX_ENV = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": None, "JAX_NUM_CPU_DEVICES": None}
 _TORCH_ENV = {
     "CUDA_VISIBLE_DEVICES": "",
     # Compile in the worker: no pool of helpers stays behind to disturb the others.
@@ -83,8 +83,8 @@ MATMUL = "matmul"
 REFERENCE = "textbook"
 
 CONTENDERS = (
-    Contender("ours", "", ("jax", "flax"), _JAX_ENV),
-    Contender("textbook", "", ("jax", "flax"), _JAX_ENV),
+    Contender("ours", "", ("jax", "flax"), JAX_ENV),
+    Contender("textbook", "", ("jax", "flax"), JAX_ENV),
     *(
         Contender("pytorch", f"{mode}-{layout}", ("torch",), _TORCH_ENV)
         for mode in ("eager", "compile")
@@ -94,7 +94,7 @@ CONTENDERS = (
         Contender("keras", variant, ("keras", "tensorflow"), _KERAS_ENV)
         for variant in ("graph", "xla")
     ),
-    *(Contender(MATMUL, variant, (variant,), _JAX_ENV) for variant in ("jax", "numpy")),
+    *(Contender(MATMUL, variant, (variant,), JAX_ENV) for variant in ("jax", "numpy")),
 )
 
 

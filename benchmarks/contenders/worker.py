@@ -93,13 +93,18 @@ class Worker:
         return {"steps": steps, "steps_per_second": self._rates[phase]}
 
     def memory(self) -> dict[str, Any]:
-        """Peak resident memory of this process so far, in MiB."""
-        status = Path("/proc/self/status")
-        if status.exists():  # getrusage can report the parent's, from before the exec
-            line = next(line for line in status.read_text().splitlines() if "VmHWM" in line)
-            return {"peak_mib": int(line.split()[1]) / 1024}
-        unit = 1 if sys.platform == "darwin" else 1024
-        return {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
+        """Peak resident memory so far."""
+        return {"peak_mib": peak_mib()}
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process so far, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage can report the parent's, from before the exec
+        line = next(line for line in status.read_text().splitlines() if "VmHWM" in line)
+        return int(line.split()[1]) / 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def main(group: str, variant: str, network: str, batch_size: str) -> None:

@@ -50,19 +50,20 @@ class DeviceSplit(struct.PyTreeNode):
         return cls(*jax.device_put((split.images, split.labels, mean, std), where))
 
     def take(self, index: jax.Array) -> dict[str, jax.Array]:
-        """The normalized batch of these examples: `int32[B]` -> image and label."""
+        """These examples, normalized: `int32[...]` -> `image` `[..., H, W, C]`, `label` `[...]`."""
         image = normalize(self.images[index], self.mean, self.std)
         return {"image": image, "label": self.labels[index]}
 
 
 def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    """(pixel / 255 - mean) / std: `uint8[B, H, W, C]`, `float32[C]` twice -> `float32[B, H, W, C]`.
+    """(pixel / 255 - mean) / std: `uint8[..., C]`, `float32[C]` twice -> `float32[..., C]`.
 
     >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), jnp.array([0.5]), jnp.array([0.25]))
     Array([[[[2.]]]], dtype=float32)
     """
     scaled = images.astype(jnp.float32) / 255.0
-    return (scaled - mean[None, None, None, :]) / std[None, None, None, :]
+    mean, std = (jnp.expand_dims(one, range(images.ndim - 1)) for one in (mean, std))
+    return (scaled - mean) / std
 
 
 def epoch_order(key: jax.Array, epoch: jax.Array | int, num_examples: int) -> jax.Array:

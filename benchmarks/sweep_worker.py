@@ -1,0 +1,161 @@
+"""One visit to a point of a sweep: trains, and prints a line of JSON. Started by `scaling.py`.
+
+python sweep_worker.py POINT SECONDS
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from contenders.worker import calibrate, peak_mib, steps_per_second
+from jax.sharding import Mesh, NamedSharding
+from sweep import CHANNELS, NUM_CLASSES, Point, Visit
+
+import cnn
+from cnn.blocks import Cut
+
+_MIN_STEPS = 3
+# Of images that lie ready: so many that no sample learns them by heart (gradients so small that
+# some processors slow down), and about the same at every point, so that they bend no curve.
+_READY_BYTES = 32 << 20
+_MIN_READY = 2
+
+Batch = dict[str, jax.Array]
+
+
+def main(point: Point, seconds: float) -> Visit:
+    """Measures a point, from the start of JAX on."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: point.cores])
+    cnn.prepare_cpu()
+    devices = jax.devices()
+    if len(devices) != point.devices:
+        raise cnn.InputError(f"JAX made {len(devices)} devices instead of {point.devices}")
+    start_mib = peak_mib()
+    mesh = cnn.batch_mesh(devices, point.batch_size)
+    rng = np.random.default_rng(0)
+    state = _state(point, mesh)
+    if point.num_images:
+        batches, once = _from_dataset(point, mesh, rng)
+    else:
+        batches, once = itertools.cycle(_ready(point, mesh, rng)), {}
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    cut = Cut.of(next(batches)["image"], num_params)
+    run = _trainer(state, batches)
+    steps = max(_MIN_STEPS, round(calibrate(run, seconds) * seconds))
+    rate = steps_per_second(run, steps)
+    return Visit(
+        images_per_second=rate * point.batch_size,
+        start_mib=start_mib,
+        peak_mib=peak_mib(),
+        lanes=cut.lanes,
+        blocks=cut.blocks,
+        **once,
+    )
+
+
+def _image_shape(point: Point) -> tuple[int, int, int]:
+    return point.pixels, point.pixels, CHANNELS
+
+
+def _state(point: Point, mesh: Mesh) -> cnn.TrainState:
+    model = cnn.CNN(NUM_CLASSES, features=point.features, padding=point.padding)
+    key = jax.random.key(0)
+    state = cnn.create_train_state(model, optax.adam(1e-3), key, _image_shape(point))
+    return jax.device_put(state, cnn.replicated(mesh))
+
+
+def _trainer(state: cnn.TrainState, batches: Iterator[Batch]) -> Callable[[int], None]:
+    """A function that trains so many steps more, to the end of the last."""
+    step = jax.jit(cnn.train_step, donate_argnums=0)
+
+    def run(steps: int) -> None:
+        nonlocal state
+        results = []
+        for batch in itertools.islice(batches, steps):
+            state, metrics = step(state, batch)
+            results.append(metrics)
+            cnn.stay_close(results)
+        jax.block_until_ready(state)
+
+    return run
+
+
+def _ready(point: Point, mesh: Mesh, rng: np.random.Generator) -> list[Batch]:
+    """Batches on the devices."""
+    shape = (point.batch_size, *_image_shape(point))
+    count = max(_MIN_READY, _READY_BYTES // (4 * int(np.prod(shape))))
+    return [
+        jax.device_put(
+            {
+                "image": rng.random(shape, np.float32),
+                "label": rng.integers(NUM_CLASSES, size=point.batch_size, dtype=np.int32),
+            },
+            cnn.sharded(mesh),
+        )
+        for _ in range(count)
+    ]
+
+
+def _from_dataset(
+    point: Point, mesh: Mesh, rng: np.random.Generator
+) -> tuple[Iterator[Batch], dict[str, float]]:
+    """Batches as the training loop takes them, epoch after epoch in one order.
+
+    The milliseconds of what is done once per run (placing) and once per epoch (ordering) come
+    with them, and are not part of a step.
+    """
+    count, everywhere = point.num_images, cnn.replicated(mesh)
+    split = cnn.Split(
+        rng.integers(256, size=(count, *_image_shape(point)), dtype=np.uint8),
+        rng.integers(NUM_CLASSES, size=count, dtype=np.int32),
+    )
+    names = tuple(map(str, range(NUM_CLASSES)))
+    half = np.full(CHANNELS, 0.5, np.float32)  # of random pixels; computing it takes memory
+    data = cnn.Dataset("random", split, split, names, half, half, fingerprint="")
+    placed, place_ms = _timed(
+        lambda: cnn.DeviceSplit.place(data.train, data, "standardize", everywhere)
+    )
+
+    def draw(epoch: int) -> jax.Array:
+        return jax.device_put(cnn.epoch_order(jax.random.key(1), epoch, count), everywhere)
+
+    jax.block_until_ready(draw(0))  # compiles
+    order, order_ms = _timed(lambda: draw(1))
+    starts = range(0, count - point.batch_size + 1, point.batch_size)
+    take = functools.partial(_take, size=point.batch_size, sharding=cnn.sharded(mesh))
+    batches = (take(placed, order, start) for start in itertools.cycle(starts))
+    return batches, {"place_ms": place_ms, "order_ms": order_ms}
+
+
+@functools.partial(jax.jit, static_argnames=("size", "sharding"))
+def _take(
+    split: cnn.DeviceSplit, order: jax.Array, start: int, *, size: int, sharding: NamedSharding
+) -> Batch:
+    index = jax.lax.dynamic_slice_in_dim(order, start, size)
+    return split.take(jax.lax.with_sharding_constraint(index, sharding))
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """A result, and the milliseconds until it was there."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(work())
+    return result, 1e3 * (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    fields = json.loads(sys.argv[1])
+    found = main(
+        Point(**{**fields, "features": tuple(fields["features"])}), seconds=float(sys.argv[2])
+    )
+    print(json.dumps(vars(found)))
