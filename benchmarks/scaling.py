@@ -72,8 +72,11 @@ def _write(
     settings: Settings, about: dict[str, Any], rows: Mapping[str, Sequence[Row]], command: str
 ) -> str:
     """Writes `scaling.json` and `scaling.md`; returns the Markdown."""
+    visits = sum(len(row.visits) for same in rows.values() for row in same)
+    wanted = settings.rounds * sum(len(axis.points) for axis in settings.axes.values())
     text = "\n".join(
         [
+            *(["**Not finished: points or rounds are missing.**\n"] if visits < wanted else []),
             f"`{command}`\n",
             f"{machine.sentence(about)}.\n",
             f"Medians of {settings.rounds} rounds of {settings.seconds:g} s, each visit in a "
@@ -96,6 +99,7 @@ def _write(
     record = {
         "command": command,
         "machine": about,
+        "finished": visits == wanted,
         "rounds": settings.rounds,
         "seconds": settings.seconds,
         "axes": {

@@ -110,7 +110,7 @@ def _ready(point: Point, mesh: Mesh, rng: np.random.Generator) -> list[Batch]:
 def _from_dataset(
     point: Point, mesh: Mesh, rng: np.random.Generator
 ) -> tuple[Iterator[Batch], dict[str, float]]:
-    """Batches as the training loop takes them, epoch after epoch in one order.
+    """Batches by the parts of the training loop, a call for each, epochs in one order.
 
     The milliseconds of what is done once per run (placing) and once per epoch (ordering) come
     with them, and are not part of a step.

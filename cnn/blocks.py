@@ -2,8 +2,8 @@
 
 A batch is cut into lanes, one for each device, which work side by side (`vmap`), and each lane into
 blocks of some images, which it works through one after the other (`scan`). The result is that of
-the whole batch, to rounding, of whatever treats each image for itself. On GPU and TPU nothing is
-cut.
+the whole batch, to rounding, of whatever treats each image for itself. Nothing is cut on GPU and
+TPU, nor where there are native convolutions: see `has_convolution`.
 """
 
 from __future__ import annotations
@@ -57,6 +57,19 @@ def _blocks(images: int, most: int) -> int:
     return images // size if 2 * size >= min(images, most) else 1
 
 
+def has_convolution(fn: Callable[..., Any], *args: Any) -> bool:
+    """Whether a function has one that is not written as matrix products, by `cnn.layers` say.
+
+    The gradients of such a one are ten times slower in a loop than outside, as XLA's CPU compiler
+    rewrites convolutions for its library in a program's entry only.
+
+    Args:
+      fn: of arrays.
+      *args: pytrees of arrays or their shapes.
+    """
+    return "conv_general_dilated[" in str(jax.make_jaxpr(fn)(*args))
+
+
 def map_blocks(fn: Callable[[Any], jax.Array], batch: Any, cut: Cut) -> jax.Array:
     """`fn(batch)`, block by block.
 
@@ -65,9 +78,10 @@ def map_blocks(fn: Callable[[Any], jax.Array], batch: Any, cut: Cut) -> jax.Arra
       batch: pytree of arrays `[B, ...]`.
       cut: whose lanes and blocks divide B.
     """
-    if cut == (1, 1):
+    blocks = _reshaped(batch, cut)
+    if cut == (1, 1) or has_convolution(fn, _first(blocks)):
         return fn(batch)
-    results = jax.vmap(lambda lane: jax.lax.map(fn, lane))(_reshaped(batch, cut))
+    results = jax.vmap(lambda lane: jax.lax.map(fn, lane))(blocks)
     return results.reshape(-1, *results.shape[3:])
 
 
@@ -81,10 +95,10 @@ def sum_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any:
       batch: pytree of arrays `[B, ...]`.
       cut: whose lanes and blocks divide B.
     """
-    if cut == (1, 1):
-        return fn(batch)
     blocks = _reshaped(batch, cut)
-    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0, 0], blocks))
+    if cut == (1, 1) or has_convolution(fn, _first(blocks)):
+        return fn(batch)
+    shapes = jax.eval_shape(fn, _first(blocks))
     zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
 
     def lane(blocks: Any) -> jax.Array:
@@ -96,6 +110,11 @@ def sum_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any:
         return ravel_pytree(jax.lax.scan(add, zeros, blocks)[0])[0]
 
     return ravel_pytree(zeros)[1](jax.vmap(lane)(blocks).sum(axis=0))
+
+
+def _first(blocks: Any) -> Any:
+    """The shapes of one block."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), blocks)
 
 
 def _reshaped(batch: Any, cut: Cut) -> Any:

@@ -13,12 +13,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from cnn.blocks import has_convolution
 from cnn.data import Dataset, load_dataset
 from cnn.devices import replicated
 from cnn.errors import InputError
 from cnn.models import create_model
 from cnn.optimizers import create_optimizer, create_schedule
-from cnn.steps import CrossEntropy, TrainState, create_train_state
+from cnn.steps import CrossEntropy, TrainState, create_train_state, train_step
 
 # Streams of random keys, folded into the run's seed.
 _INIT, _ORDER = 0, 1
@@ -39,7 +40,6 @@ class Plan:
       model: the network.
       schedule: learning rate by number of updates.
       steps_per_epoch: whole batches in the train split.
-      steps_per_call: steps in one call of the compiled function.
     """
 
     config: Any
@@ -48,7 +48,6 @@ class Plan:
     model: nn.Module
     schedule: optax.Schedule
     steps_per_epoch: int
-    steps_per_call: int
 
     @property
     def num_steps(self) -> int:
@@ -73,6 +72,20 @@ class Plan:
         create = jax.jit(create, compiler_options=_RUNS_ONCE if _on_cpu(self.mesh) else None)
         state = create(_stream_key(np.uint32(self.config.seed), _INIT))
         return jax.device_put(state, replicated(self.mesh))
+
+    def steps_per_call(self, state: TrainState) -> int:
+        """Steps in one call of the compiled function, at most those of an epoch."""
+        most = self.config.steps_per_call
+        if not most:
+            shape = (self.config.batch_size, *self.dataset.image_shape)
+            most = max(1, min(_MOST_STEPS_PER_CALL, _VALUES_PER_CALL // math.prod(shape)))
+            batch = {
+                "image": jax.ShapeDtypeStruct(shape, np.float32),
+                "label": jax.ShapeDtypeStruct(shape[:1], np.int32),
+            }
+            if _on_cpu(self.mesh) and has_convolution(train_step, state, batch):
+                most = 1
+        return min(most, self.steps_per_epoch)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of the last update made when `step` steps are done."""
@@ -124,13 +137,4 @@ def make_plan(config: Any, mesh: Mesh) -> Plan:
         model=create_model(num_classes=dataset.num_classes, **config.model.to_dict()),
         schedule=schedule,
         steps_per_epoch=steps_per_epoch,
-        steps_per_call=min(
-            config.steps_per_call or _steps_per_call(config.batch_size, dataset), steps_per_epoch
-        ),
     )
-
-
-def _steps_per_call(batch_size: int, dataset: Dataset) -> int:
-    """So many that the host is no matter, and that their batches are no matter to the memory."""
-    values = batch_size * math.prod(dataset.image_shape)
-    return max(1, min(_MOST_STEPS_PER_CALL, _VALUES_PER_CALL // values))

@@ -33,7 +33,7 @@ from cnn.plan import Plan, make_plan
 from cnn.plots import plot_curves, plot_samples
 from cnn.progress import Progress, describe, epoch_line, result_line, say
 from cnn.report import RunDirectory, TensorBoard
-from cnn.steps import TrainState, predict_step, train_steps
+from cnn.steps import TrainState, predict_step, train_step, train_steps
 
 _NONE = Metrics(loss_sum=0.0, correct=0, count=0)
 _SHOWN_SAMPLES = 24
@@ -145,10 +145,13 @@ def _train(
         start_step=step,
     )
     metrics = Metrics(**before["epoch_metrics"]) if "epoch_metrics" in before else _NONE
+    steps_per_call = plan.steps_per_call(state)
     with progress:
         for epoch in range(step // plan.steps_per_epoch, config.num_epochs):
             begun, first_step = time.monotonic(), int(state.step)
-            state, metrics = _train_epoch(state, epoch, metrics, train, plan, progress, save)
+            state, metrics = _train_epoch(
+                state, epoch, metrics, train, plan, steps_per_call, progress, save
+            )
             rate = (int(state.step) - first_step) * config.batch_size / (time.monotonic() - begun)
             tested = evaluate(state, test, batch_size=config.eval_batch_size)
             record = _record(plan, epoch, metrics, tested, rate)
@@ -175,6 +178,7 @@ def _train_epoch(
     metrics: Metrics,
     train: DeviceSplit,
     plan: Plan,
+    steps_per_call: int,
     progress: Progress,
     save: Callable[..., None],
 ) -> tuple[TrainState, Metrics]:
@@ -188,15 +192,19 @@ def _train_epoch(
     order = epoch_order(plan.order_key, epoch, len(plan.dataset.train.labels))
     order = jax.device_put(order, replicated(plan.mesh))
     how: Any = {
-        "steps": plan.steps_per_call,
+        "steps": steps_per_call,
         "batch_size": config.batch_size,
         "sharding": sharded(plan.mesh, axis=1),
     }
     pending: list[Metrics] = []
     while step < end:
         stop = min(end, (step // every + 1) * every) if every else end
-        steps = min(plan.steps_per_call, stop - step)
-        state, scores = _train_steps(state, _batches(train, order, step, **how), steps)
+        steps = min(steps_per_call, stop - step)
+        batches = _batches(train, order, step, **how)
+        if steps_per_call == 1:
+            state, scores = _train_step(state, jax.tree.map(lambda x: x[0], batches))
+        else:
+            state, scores = _train_steps(state, batches, steps)
         step += steps
         pending.append(scores)
         stay_close(pending)
@@ -210,6 +218,7 @@ def _train_epoch(
     return state, total([metrics, *pending])
 
 
+_train_step = jax.jit(train_step, donate_argnames="state")
 _train_steps = jax.jit(train_steps, donate_argnames="state")
 
 

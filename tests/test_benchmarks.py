@@ -204,6 +204,8 @@ def test_quick_sweep_writes_tables_visits_and_plot(tmp_path):
     assert done.stdout.strip() == text.strip()
     record = json.loads((tmp_path / "results" / "scaling.json").read_text())
     assert list(record["axes"]) == ["devices", "dataset"]
+    assert record["finished"]
+    assert "Not finished" not in text
     for rows in record["axes"].values():
         for row in rows:
             (visit,) = row["visits"]
@@ -239,7 +241,9 @@ def test_a_sweep_keeps_what_it_has(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "visit", visit)
     with pytest.raises(InputError, match="out of memory"):
         scaling.main(["--quick", "--axes=batch", "--out", str(tmp_path)])
-    assert "| 8 | 4,000 (4,000 to 4,000) | 250.0 " in (tmp_path / "scaling.md").read_text()
+    text = (tmp_path / "scaling.md").read_text()
+    assert text.startswith("**Not finished")
+    assert "| 8 | 4,000 (4,000 to 4,000) | 250.0 " in text
 
 
 def test_a_visit_that_fails_is_named(tmp_path):

@@ -7,8 +7,19 @@ import numpy as np
 import optax
 import pytest
 
-from cnn import CNN, batch_mesh, create_train_state, predict_step, replicated, sharded, train_step
-from cnn.blocks import Cut, map_blocks, sum_blocks
+from cnn import (
+    CNN,
+    batch_mesh,
+    create_train_state,
+    load_config,
+    predict_step,
+    replicated,
+    sharded,
+    train_step,
+)
+from cnn.blocks import Cut, has_convolution, map_blocks, sum_blocks
+from cnn.plan import make_plan
+from tests.conftest import REPOSITORY
 
 WHOLE = Cut(lanes=1, blocks=1)
 
@@ -88,6 +99,29 @@ def test_the_devices_meet_once_per_step():
     assert len(met) == 1
     assert "= f32[" in met[0], "one array, not a tuple"
     assert not [word for word in ("all-gather(", "all-to-all(", "permute(") if word in text]
+
+
+class Native(nn.Module):
+    """Flax as its guides show it."""
+
+    @nn.compact
+    def __call__(self, image, train):
+        return nn.Dense(4)(nn.Conv(4, (3, 3))(image).reshape(image.shape[0], -1))
+
+
+def test_a_native_convolution_is_never_in_a_loop(digits):
+    """Its gradients would be ten times slower there, in the step and in the training loop."""
+    batch = {"image": images(96), "label": jnp.arange(96) % 4}
+    state = create_train_state(Native(), optax.sgd(0.1), jax.random.key(0), (32, 32, 3))
+    assert has_convolution(train_step, state, batch)
+    assert "while[" not in str(jax.make_jaxpr(train_step)(state, batch))
+    config = load_config(REPOSITORY / "configs" / "digits.py")
+    calls = {}
+    for lowering in ("auto", "native"):
+        config.model.conv_lowering = lowering
+        plan = make_plan(config, batch_mesh(jax.devices()[:1], config.batch_size))
+        calls[lowering] = plan.steps_per_call(plan.initial_state())
+    assert calls == {"auto": 44, "native": 1}
 
 
 class Dropped(nn.Module):
