@@ -351,9 +351,11 @@ def _product_fwd(x: jax.Array, w: jax.Array, precision: Any) -> tuple[jax.Array,
 
 def _product_bwd(precision: Any, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = saved
+    # Transposed in memory, or the product would go to a slower library (benchmarks/NOTES.md).
+    transposed = lax.optimization_barrier(x.swapaxes(1, 2))
     return (
         jnp.einsum("nmo,nko->nmk", g, w, precision=precision),
-        jnp.einsum("nmk,nmo->nko", x, g, precision=precision),
+        jnp.einsum("nkm,nmo->nko", transposed, g, precision=precision),
     )
 
 

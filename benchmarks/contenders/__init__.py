@@ -83,7 +83,7 @@ MATMUL = "matmul"
 REFERENCE = "textbook"
 
 CONTENDERS = (
-    Contender("ours", "", ("jax", "flax"), JAX_ENV),
+    *(Contender("ours", variant, ("jax", "flax"), JAX_ENV) for variant in ("step", "loop")),
     Contender("textbook", "", ("jax", "flax"), JAX_ENV),
     *(
         Contender("pytorch", f"{mode}-{layout}", ("torch",), _TORCH_ENV)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import flax.linen as nn
 import jax
 
@@ -21,8 +24,14 @@ def _model(network: str) -> nn.Module:
     )
 
 
-def program(problem: shared.Problem) -> JaxProgram:
-    """The batch sharded over one device per core, the state on each, a plain `jax.jit`."""
+def program(problem: shared.Problem, variant: str) -> JaxProgram:
+    """The batch sharded over one device per core, the state on each.
+
+    Args:
+      problem: what to compute.
+      variant: "step", a plain `jax.jit` of `train_step`, called for each batch; or "loop",
+        `train_steps` with all batches in one call, as `train.py` has it.
+    """
     cnn.prepare_cpu()
     mesh = cnn.batch_mesh(jax.devices(), problem.images.shape[1])
     state = cnn.create_train_state(
@@ -38,12 +47,50 @@ def program(problem: shared.Problem) -> JaxProgram:
     ) -> tuple[cnn.TrainState, cnn.Metrics]:
         return train_step(state, {"image": image, "label": label})
 
-    return JaxProgram(
-        initial=jax.device_put(state, cnn.replicated(mesh)),
-        step=step,
-        loss=lambda metrics: metrics.loss,
-        forward=jax.jit(cnn.predict_step),
-        images=[jax.device_put(image, cnn.sharded(mesh)) for image in problem.images],
-        labels=[jax.device_put(label, cnn.sharded(mesh)) for label in problem.labels],
-        settle=cnn.stay_close,
-    )
+    parts: dict[str, Any] = {
+        "initial": jax.device_put(state, cnn.replicated(mesh)),
+        "step": step,
+        "loss": lambda metrics: metrics.loss,
+        "forward": jax.jit(cnn.predict_step),
+        "images": [jax.device_put(image, cnn.sharded(mesh)) for image in problem.images],
+        "labels": [jax.device_put(label, cnn.sharded(mesh)) for label in problem.labels],
+        "settle": cnn.stay_close,
+    }
+    if variant == "step":
+        return JaxProgram(**parts)
+    batches = {"image": problem.images, "label": problem.labels}
+    return _Loop(**parts, batches=jax.device_put(batches, cnn.sharded(mesh, axis=1)))
+
+
+@dataclasses.dataclass
+class _Loop(JaxProgram):
+    """Trains on many batches in a call.
+
+    Attributes:
+      batches: all, stacked.
+    """
+
+    batches: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._train_steps = jax.jit(cnn.train_steps, donate_argnums=0)
+
+    def train(self, steps: int) -> None:
+        """Goes through the batches in turn, from the first."""
+        results: list[cnn.Metrics] = []
+        for start in range(0, steps, len(self.images)):
+            count = min(len(self.images), steps - start)
+            self._state, metrics = self._train_steps(self._state, self.batches, count)
+            results.append(metrics)
+            self.settle(results)
+        jax.block_until_ready(self._state)
+
+    def losses(self, count: int) -> list[float]:
+        """Of the first steps, from the first batch on."""
+        found: list[float] = []
+        while len(found) < count:
+            some = min(len(self.images), count - len(found))
+            self._state, metrics = self._train_steps(self._state, self.batches, some)
+            found += [float(loss) for loss in metrics.loss_sum[:some] / self.labels[0].size]
+        return found

@@ -37,7 +37,7 @@ def load(group: str, variant: str, network: str, batch_size: int) -> Any:
     if group == "ours":
         from contenders import ours
 
-        return ours.program(problem)
+        return ours.program(problem, variant)
     if group == "textbook":
         from contenders import textbook
 
