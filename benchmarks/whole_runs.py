@@ -11,6 +11,7 @@ arrives, and so when the test accuracy first reaches 63.44 %. Finished runs are 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -140,11 +141,10 @@ def _write(flags: argparse.Namespace, runs: Sequence[Run], about: dict[str, Any]
 
 def _prepare(data: Path) -> None:
     # In a process of its own: the memory of this one counts in its children's peaks.
-    process = multiprocessing.get_context("spawn").Process(target=write_arrays, args=(data,))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise InputError("cifar10 could not be loaded; see above")
+    with concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn")
+    ) as processes:
+        processes.submit(write_arrays, data).result()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -69,9 +70,12 @@ class Plan:
             image_shape=self.dataset.image_shape,
             loss_fn=CrossEntropy(self.config.label_smoothing),
         )
-        create = jax.jit(create, compiler_options=_RUNS_ONCE if _on_cpu(self.mesh) else None)
-        state = create(_stream_key(np.uint32(self.config.seed), _INIT))
+        state = self.jit_once(create)(_stream_key(np.uint32(self.config.seed), _INIT))
         return jax.device_put(state, replicated(self.mesh))
+
+    def jit_once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`jax.jit` for what runs once."""
+        return jax.jit(fn, compiler_options=_RUNS_ONCE if _on_cpu(self.mesh) else None)
 
     def steps_per_call(self, state: TrainState) -> int:
         """Steps in one call of the compiled function, at most those of an epoch."""

@@ -298,10 +298,9 @@ def _finish(state: TrainState, plan: Plan, run: RunDirectory, started: float) ->
 
 def _predict(state: TrainState, plan: Plan, split: Split) -> np.ndarray:
     """The predicted classes of a few images, `int[N]`."""
-    return np.asarray(_classes(state, _place(plan, split)))
+    return np.asarray(plan.jit_once(_classes)(state, _place(plan, split)))
 
 
-@jax.jit
 def _classes(state: TrainState, split: DeviceSplit) -> jax.Array:
     batch = split.take(jnp.arange(split.labels.shape[0]))
     return predict_step(state, batch["image"]).argmax(-1)
