@@ -188,7 +188,8 @@ def run_block(
         say(f"the losses of {_CHECKED_STEPS} steps agree within {largest:.1e}")
         series = []
         for phase in phases:
-            series += _run_phase(workers, network, batch_size, phase, rounds, seconds, say)
+            taking_part = [worker for worker in workers if phase in worker.contender.phases]
+            series += _run_phase(taking_part, network, batch_size, phase, rounds, seconds, say)
         return series
 
 

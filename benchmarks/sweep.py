@@ -34,8 +34,8 @@ class Point:
       features: output channels of each block.
       padding: of the convolutions.
       pixels: height and width of an image.
-      num_images: in the dataset from which each step takes its batch, by the parts that the
-        training loop uses; 0: a few batches lie ready on the devices.
+      num_images: in the dataset from which each step gathers its batch; 0: a few batches lie
+        ready on the devices.
     """
 
     cores: int

@@ -50,7 +50,7 @@ def main(point: Point, seconds: float) -> Visit:
     else:
         batches, once = itertools.cycle(_ready(point, mesh, rng)), {}
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    cut = Cut.of(next(batches)["image"], num_params)
+    cut = Cut.of(next(batches)["image"], num_params=num_params)
     run = _trainer(state, batches)
     steps = max(_MIN_STEPS, round(calibrate(run, seconds) * seconds))
     rate = steps_per_second(run, steps)
@@ -110,7 +110,7 @@ def _ready(point: Point, mesh: Mesh, rng: np.random.Generator) -> list[Batch]:
 def _from_dataset(
     point: Point, mesh: Mesh, rng: np.random.Generator
 ) -> tuple[Iterator[Batch], dict[str, float]]:
-    """Batches by the parts of the training loop, a call for each, epochs in one order.
+    """Batches gathered on the devices, a call for each, epochs in one order.
 
     The milliseconds of what is done once per run (placing) and once per epoch (ordering) come
     with them, and are not part of a step.

@@ -20,6 +20,8 @@ from cnn.devices import num_shards
 # Values in the images of a block: 16 images of CIFAR-10, with which the activations of the seed's
 # network and their gradients stay within 2 MiB (benchmarks/NOTES.md).
 _BLOCK_VALUES = 16 * 32 * 32 * 3
+# Adding up the gradients of so many parameters takes little of the time of an image's value.
+_PARAMS_PER_VALUE = 16
 
 
 class Cut(NamedTuple):
@@ -34,21 +36,23 @@ class Cut(NamedTuple):
     blocks: int
 
     @classmethod
-    def of(cls, image: jax.Array, num_params: int = 0) -> Cut:
+    def of(cls, image: jax.Array, lanes: int | None = None, num_params: int = 0) -> Cut:
         """By the backend and the shape of a batch of images `[B, H, W, C]`.
 
         Args:
           image: any array of that shape, traced or not.
+          lanes: the devices over which the batch is spread. None: the most of this process's
+            that divide it, as `batch_mesh` has it; 0: do not cut.
           num_params: of which gradients are summed over the blocks: that is work of its own for
             each block, so the more there are, the larger the blocks.
         """
-        if jax.default_backend() != "cpu" or not image.size:
+        if lanes == 0 or jax.default_backend() != "cpu" or not image.size:
             return cls(1, 1)
         batch_size = image.shape[0]
-        lanes = num_shards(jax.local_device_count(), batch_size)
-        most = max(_BLOCK_VALUES, num_params // 4) * batch_size // image.size
+        lanes = num_shards(lanes or jax.local_device_count(), batch_size)
+        most = max(_BLOCK_VALUES, num_params // _PARAMS_PER_VALUE) * batch_size // image.size
         blocks = _blocks(batch_size // lanes, max(most, 1))
-        return cls(lanes, blocks) if blocks > 1 or lanes > 1 else cls(1, 1)
+        return cls(lanes, blocks)
 
 
 def _blocks(images: int, most: int) -> int:
@@ -78,8 +82,10 @@ def map_blocks(fn: Callable[[Any], jax.Array], batch: Any, cut: Cut) -> jax.Arra
       batch: pytree of arrays `[B, ...]`.
       cut: whose lanes and blocks divide B.
     """
+    if cut == (1, 1):
+        return fn(batch)
     blocks = _reshaped(batch, cut)
-    if cut == (1, 1) or has_convolution(fn, _first(blocks)):
+    if has_convolution(fn, _first(blocks)):
         return fn(batch)
     results = jax.vmap(lambda lane: jax.lax.map(fn, lane))(blocks)
     return results.reshape(-1, *results.shape[3:])
@@ -95,8 +101,10 @@ def sum_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any:
       batch: pytree of arrays `[B, ...]`.
       cut: whose lanes and blocks divide B.
     """
+    if cut == (1, 1):
+        return fn(batch)
     blocks = _reshaped(batch, cut)
-    if cut == (1, 1) or has_convolution(fn, _first(blocks)):
+    if has_convolution(fn, _first(blocks)):
         return fn(batch)
     shapes = jax.eval_shape(fn, _first(blocks))
     zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)

@@ -16,7 +16,6 @@ from cnn.errors import InputError
 
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 Device = Any  # jax.Device, which type checkers take for a variable
-_MAX_AHEAD = 8
 # Options of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _FAKE_CPUS_FLAG = "xla_force_host_platform_device_count"
@@ -116,8 +115,8 @@ def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "batch"))
 
 
-def stay_close(results: Sequence[Any]) -> None:
-    """Waits until at most eight of these results are still being computed.
+def stay_close(results: Sequence[Any], ahead: int = 8) -> None:
+    """Waits until at most so many of these results are still being computed.
 
     A host that dispatches steps without ever waiting gets ahead of its devices. With several
     CPU devices that is a deadlock (seen with jaxlib 0.10.2 on 2 cores): at 32 executions in
@@ -127,6 +126,7 @@ def stay_close(results: Sequence[Any]) -> None:
 
     Args:
       results: of calls in the order of dispatch, any pytree each.
+      ahead: how many; fewer where each holds much memory.
     """
-    if len(results) > _MAX_AHEAD:
-        jax.block_until_ready(results[-_MAX_AHEAD - 1])
+    if len(results) > ahead:
+        jax.block_until_ready(results[-ahead - 1])

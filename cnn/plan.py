@@ -71,14 +71,20 @@ class Plan:
             loss_fn=CrossEntropy(self.config.label_smoothing),
         )
         state = self.jit_once(create)(_stream_key(np.uint32(self.config.seed), _INIT))
+        state = state.replace(lanes=self.mesh.size)
         return jax.device_put(state, replicated(self.mesh))
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the devices are those of a CPU."""
+        return self.mesh.devices.flat[0].platform == "cpu"
 
     def jit_once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`jax.jit` for what runs once."""
-        return jax.jit(fn, compiler_options=_RUNS_ONCE if _on_cpu(self.mesh) else None)
+        return jax.jit(fn, compiler_options=_RUNS_ONCE if self.on_cpu else None)
 
     def steps_per_call(self, state: TrainState) -> int:
-        """Steps in one call of the compiled function, at most those of an epoch."""
+        """Steps in one call of the compiled function: none passes an epoch's end or a save."""
         most = self.config.steps_per_call
         if not most:
             shape = (self.config.batch_size, *self.dataset.image_shape)
@@ -87,9 +93,9 @@ class Plan:
                 "image": jax.ShapeDtypeStruct(shape, np.float32),
                 "label": jax.ShapeDtypeStruct(shape[:1], np.int32),
             }
-            if _on_cpu(self.mesh) and has_convolution(train_step, state, batch):
+            if self.on_cpu and has_convolution(train_step, state, batch):
                 most = 1
-        return min(most, self.steps_per_epoch)
+        return min(most, self.steps_per_epoch, self.config.checkpoint_every_steps or most)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of the last update made when `step` steps are done."""
@@ -100,10 +106,6 @@ class Plan:
 @jax.jit
 def _stream_key(seed: np.uint32, stream: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), stream)
-
-
-def _on_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
 
 
 def make_plan(config: Any, mesh: Mesh) -> Plan:

@@ -56,10 +56,14 @@ class TrainState(struct.PyTreeNode):
       params: the model's parameters, float32.
       model_state: the model's other collections (say `batch_stats`); empty for `CNN`.
       opt_state: state of `tx`.
-      key: the run's random key; the key of step t is derived from it and t.
+      key: the run's random key; that of step t, and on a CPU that of each part of the
+        batch, are derived from it.
       apply_fn: the module's `apply`, called as `apply_fn(variables, image, train=...)`.
       tx: the optimizer.
       loss_fn: (logits `[B, K]`, labels `[B]`) -> losses `[B]`.
+      lanes: the devices over which batches are spread, for `cnn.blocks`, which on a CPU works
+        through a batch in parts. None: all that divide the batch; 0: in one part, for a model or
+        a loss in which the images of a batch see each other.
     """
 
     step: jax.Array
@@ -70,6 +74,7 @@ class TrainState(struct.PyTreeNode):
     apply_fn: Callable[..., Any] = struct.field(pytree_node=False)
     tx: optax.GradientTransformation = struct.field(pytree_node=False)
     loss_fn: LossFn = struct.field(pytree_node=False)
+    lanes: int | None = struct.field(pytree_node=False, default=None)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -129,6 +134,9 @@ def _create_train_state(
 def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One gradient step on the mean loss of a batch.
 
+    On a CPU it works through the batch in parts, unless the model has other collections (batch
+    statistics, say) or native convolutions: see `cnn.blocks` and `TrainState.lanes`.
+
     Args:
       state: from `create_train_state`, or the step before.
       batch: `image` float32[B, H, W, C] (normalized), `label` int32[B].
@@ -147,10 +155,14 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """
     cut = Cut(1, 1)
     if not state.model_state:  # the statistics of a batch say: of a block they would be others
-        cut = Cut.of(batch["image"], sum(leaf.size for leaf in jax.tree.leaves(state.params)))
-    places = jnp.arange(batch["label"].shape[0])
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        cut = Cut.of(batch["image"], state.lanes, num_params)
+    image, label = batch["image"], batch["label"]
+    places = jnp.arange(label.shape[0])
     (grads, metrics), model_state = sum_blocks(
-        functools.partial(_gradients, state, batch_size=len(places)), (batch, places), cut
+        functools.partial(_gradients, state, batch_size=len(places)),
+        ({"image": image, "label": label}, places),
+        cut,
     )
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     state = state.replace(
@@ -191,15 +203,17 @@ def _gradients(
 def train_steps(
     state: TrainState, batches: Batch, count: jax.Array | int
 ) -> tuple[TrainState, Metrics]:
-    """`train_step` for each of several batches in turn: the same bits, in one call.
+    """`train_step` for each of several batches in turn, in one call, without the host in between.
 
-    Between steps the device waits for nothing, neither for the host nor for memory.
+    The same results, to rounding at most. On a CPU pass `count` traced; elsewhere rather as a
+    static argument, as a loop whose end is not known makes a GPU wait for the host at each turn.
+    There should be no native convolution in it on a CPU: see `cnn.blocks.has_convolution`.
 
     Args:
       state: from `create_train_state`, or the step before.
       batches: as for `train_step`, stacked: `image` float32[S, B, H, W, C], `label` int32[S, B].
-      count: train on the first so many, 0 to S. It may be traced, so that the last steps of an
-        epoch, fewer than those before, need not be compiled anew.
+      count: train on the first so many, 0 to S. If it is traced, fewer steps than before need
+        not be compiled anew.
 
     Returns:
       The state after the last step, and metrics with leaves `[S]`: of each step, and zeros for
@@ -252,4 +266,4 @@ def predict_step(state: TrainState, image: jax.Array) -> jax.Array:
     def logits(image: jax.Array) -> jax.Array:
         return state.apply_fn(state.variables, image, train=False)
 
-    return map_blocks(logits, image, Cut.of(image))
+    return map_blocks(logits, image, Cut.of(image, state.lanes))

@@ -202,24 +202,34 @@ def _train_epoch(
         steps = min(steps_per_call, stop - step)
         batches = _batches(train, order, step, **how)
         if steps_per_call == 1:
-            state, scores = _train_step(state, jax.tree.map(lambda x: x[0], batches))
-        else:
+            state, scores = _train_step(state, batches)
+        elif plan.on_cpu:
             state, scores = _train_steps(state, batches, steps)
+        else:
+            state, scores = _train_known_steps(state, batches, steps)
         step += steps
         pending.append(scores)
-        stay_close(pending)
+        stay_close(pending, ahead=8 if steps_per_call == 1 else 2)
         if progress.due() and len(pending) > 1:
             # All but the newest call: the device goes on while the host reads.
             metrics, pending = total([metrics, *pending[:-1]]), pending[-1:]
             progress.show(step - steps, metrics)
         if step == stop < end:
             metrics, pending = total([metrics, *pending]), []
+            if progress.due():
+                progress.show(step, metrics)
             save(state, epoch_metrics=dataclasses.asdict(metrics))
     return state, total([metrics, *pending])
 
 
-_train_step = jax.jit(train_step, donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state")
+def _train_step(state: TrainState, batches: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+    """On the first of some batches."""
+    return train_step(state, jax.tree.map(lambda x: x[0], batches))
+
+
 _train_steps = jax.jit(train_steps, donate_argnames="state")
+_train_known_steps = jax.jit(train_steps, donate_argnames="state", static_argnames="count")
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "batch_size", "sharding"))

@@ -85,8 +85,9 @@ def get_config() -> ConfigDict:
     # Use so many devices at most; 0 uses all. On a CPU each core is one. The batch is spread over
     # the most devices that divide it, and each holds a copy of the dataset.
     config.num_devices = 0
-    # Steps per compiled call; 0 is 50, or fewer where their images would take more than 50 MB.
-    # Changes speed, not the result.
+    # Steps per compiled call; 0 is 50, or fewer where their images would take more than 50 MB, or 1
+    # on a CPU with native convolutions, which are slow in a loop. Changes speed, and results by
+    # rounding at most.
     config.steps_per_call = 0
 
     # Keep what was compiled in the user's cache folder, where the next start finds it. JAX's own

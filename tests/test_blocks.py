@@ -1,5 +1,3 @@
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,7 +33,7 @@ def images(count, size=32):
         ((32, 32, 32, 3), 0, 2, (2, 1)),
         ((128, 32, 32, 3), 0, 2, (2, 4)),
         ((1000, 32, 32, 3), 0, 2, (2, 50)),  # 500 per lane: 10 divides it, 16 does not
-        ((128, 32, 32, 3), 500_000, 2, (2, 2)),  # more gradients to add up: larger blocks
+        ((128, 32, 32, 3), 2_000_000, 2, (2, 2)),  # more gradients to add up: larger blocks
         ((127, 32, 32, 3), 0, 2, (1, 1)),  # a prime number: blocks of one image would be slow
         ((32, 8, 8, 1), 0, 2, (2, 1)),
         ((4, 256, 256, 3), 0, 1, (1, 4)),  # one image is more than a block
@@ -45,7 +43,13 @@ def images(count, size=32):
 )
 def test_the_cut(monkeypatch, shape, num_params, devices, cut):
     monkeypatch.setattr(jax, "local_device_count", lambda: devices)
-    assert Cut.of(jax.ShapeDtypeStruct(shape, jnp.float32), num_params) == cut
+    assert Cut.of(jax.ShapeDtypeStruct(shape, jnp.float32), num_params=num_params) == cut
+
+
+def test_the_lanes_that_a_state_names_go_before_the_devices():
+    image = jax.ShapeDtypeStruct((96, 32, 32, 3), jnp.float32)
+    assert Cut.of(image, lanes=3) == (3, 2)
+    assert Cut.of(image, lanes=0) == WHOLE
 
 
 def test_nothing_is_cut_on_an_accelerator(monkeypatch):
@@ -76,7 +80,7 @@ def test_a_step_in_blocks_is_the_step_of_the_whole_batch(monkeypatch):
     mesh = batch_mesh(jax.devices()[:2], 96)
     placed = jax.device_put(state, replicated(mesh)), jax.device_put(batch, sharded(mesh))
     spread, _ = jax.jit(train_step)(*placed)
-    monkeypatch.setattr(Cut, "of", lambda *_: WHOLE)
+    monkeypatch.setattr(Cut, "of", lambda *_, **__: WHOLE)
     whole, expected = jax.jit(lambda *a: train_step(*a))(state, batch)
     for one in (blocks, spread):
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(whole), strict=True):
@@ -88,10 +92,12 @@ def test_a_step_in_blocks_is_the_step_of_the_whole_batch(monkeypatch):
     np.testing.assert_allclose(logits, whole, rtol=1e-4, atol=1e-5)
 
 
-def test_the_devices_meet_once_per_step():
+@pytest.mark.parametrize("devices", [2, 4])
+def test_the_devices_meet_once_per_step(devices):
     """One all-reduce of one array: XLA's CPU devices wait for each other once per array."""
-    mesh = batch_mesh(jax.devices()[:4], 128)
+    mesh = batch_mesh(jax.devices()[:devices], 128)
     state = create_train_state(CNN(4), optax.adam(1e-3), jax.random.key(0), (32, 32, 3))
+    state = state.replace(lanes=devices)
     batch = {"image": images(128), "label": jnp.arange(128) % 4}
     placed = jax.device_put(state, replicated(mesh)), jax.device_put(batch, sharded(mesh))
     text = jax.jit(train_step).lower(*placed).compile().as_text()
@@ -114,7 +120,10 @@ def test_a_native_convolution_is_never_in_a_loop(digits):
     batch = {"image": images(96), "label": jnp.arange(96) % 4}
     state = create_train_state(Native(), optax.sgd(0.1), jax.random.key(0), (32, 32, 3))
     assert has_convolution(train_step, state, batch)
-    assert "while[" not in str(jax.make_jaxpr(train_step)(state, batch))
+    ours = create_train_state(CNN(4), optax.sgd(0.1), jax.random.key(0), (32, 32, 3))
+    for one, is_looped in ((ours, True), (state, False)):
+        for step, argument in ((train_step, batch), (predict_step, batch["image"])):
+            assert ("scan[" in str(jax.make_jaxpr(step)(one, argument))) == is_looped
     config = load_config(REPOSITORY / "configs" / "digits.py")
     calls = {}
     for lowering in ("auto", "native"):
@@ -133,12 +142,11 @@ class Dropped(nn.Module):
         return nn.Dropout(0.5, deterministic=not train)(jnp.tile(ones, (image.shape[0], 1)))
 
 
-def test_dropout_differs_from_block_to_block(monkeypatch):
+@pytest.mark.parametrize("cut", [(2, 1), (1, 2)])
+def test_dropout_differs_from_part_to_part(monkeypatch, cut):
     state = create_train_state(Dropped(), optax.sgd(0.0), jax.random.key(0), (4, 4, 1))
     batch = {"image": jnp.zeros((64, 4, 4, 1)), "label": jnp.zeros(64, jnp.int32)}
-    first = {name: array[:16] for name, array in batch.items()}
-    step = functools.partial(train_step, state)
-    monkeypatch.setattr(Cut, "of", lambda image, *_: Cut(2, 2) if len(image) == 64 else WHOLE)
-    _, four = step(batch)
-    _, one = step(first)
-    assert float(four.loss_sum) != pytest.approx(4 * float(one.loss_sum), rel=1e-3)
+    first = {name: array[:32] for name, array in batch.items()}
+    monkeypatch.setattr(Cut, "of", lambda image, *_: Cut(*cut) if len(image) == 64 else WHOLE)
+    both, half = (train_step(state, one)[1].loss_sum for one in (batch, first))
+    assert float(both) != pytest.approx(2 * float(half), rel=1e-3)

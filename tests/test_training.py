@@ -8,7 +8,7 @@ import pytest
 import cnn
 from cnn import InputError, digest, train_and_evaluate
 from cnn.config import resolved
-from cnn.plan import make_plan
+from cnn.plan import Plan, make_plan
 from cnn.report import RunDirectory
 
 
@@ -91,34 +91,37 @@ class Killed(BaseException):
     """Not an Exception: nothing may catch it on the way."""
 
 
-@pytest.mark.parametrize("steps", [5, 14, 17, 28])
+@pytest.mark.parametrize(
+    ("steps", "steps_per_call"), [(5, 1), (14, 1), (17, 1), (28, 1), (15, 0), (20, 3)]
+)
 def test_a_run_stopped_anywhere_ends_in_the_same_bits(
-    finished, config, tmp_path, monkeypatch, capsys, steps
+    finished, config, tmp_path, monkeypatch, capsys, steps, steps_per_call
 ):
-    """Stopped at step 5 (in the first epoch), 14 (at its end), 17 and 28, and continued."""
+    """Stopped in the first epoch, at its end, in the second and at its end, and continued."""
     workdir, state, result = finished
     config.checkpoint_every_steps = 5 if steps < 28 else 0
-    config.steps_per_call = 1
+    config.steps_per_call = steps_per_call
     trained = []
-    original = cnn.training._train_step
+    one, several = cnn.training._train_step, cnn.training._train_steps
 
-    def stop(*args):
-        if len(trained) >= steps:
+    def stop(state, batches, count=1):
+        if sum(trained) >= steps:
             raise Killed
-        trained.append(True)
-        return original(*args)
+        trained.append(count)
+        return one(state, batches) if steps_per_call == 1 else several(state, batches, count)
 
     def stop_before_the_end(*args):
         raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(cnn.training, "_train_step", stop)
+        patch.setattr(cnn.training, "_train_steps", stop)
         patch.setattr(cnn.training, "_finish", stop_before_the_end)
         with pytest.raises(Killed):
             train_and_evaluate(config, tmp_path)
     capsys.readouterr()
     resumed, resumed_result = train_and_evaluate(config, tmp_path)
-    taken_up = {5: 5, 14: 14, 17: 15, 28: None}[steps]
+    taken_up = {5: 5, 14: 14, 15: 15, 17: 15, 20: 20, 28: None}[steps]
     if taken_up:
         assert f"resuming at step {taken_up} of 28" in capsys.readouterr().out
     assert digest(resumed) == digest(state)
@@ -131,9 +134,9 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"28", str(best)}
 
 
-@pytest.mark.parametrize("steps_per_call", [5, 50])
+@pytest.mark.parametrize("steps_per_call", [1, 5])
 def test_steps_per_call_change_no_bit(finished, config, tmp_path, steps_per_call):
-    """5 do not divide the 14 steps of an epoch, and 50 are more."""
+    """Against 14, those of an epoch; 5 do not divide these."""
     workdir, state, _ = finished
     config.steps_per_call = steps_per_call
     several, _ = train_and_evaluate(config, tmp_path)
@@ -141,6 +144,25 @@ def test_steps_per_call_change_no_bit(finished, config, tmp_path, steps_per_call
     assert [without_speed(record) for record in records(tmp_path)] == [
         without_speed(record) for record in records(workdir)
     ]
+
+
+def test_off_the_cpu_the_compiler_knows_the_number_of_steps(
+    finished, config, tmp_path, monkeypatch
+):
+    _, state, _ = finished
+    config.steps_per_call = 5
+    original, counts = cnn.training._train_known_steps, []
+
+    def note(state, batches, count):
+        counts.append(count)
+        return original(state, batches, count)
+
+    monkeypatch.setattr(Plan, "on_cpu", False)
+    monkeypatch.setattr(cnn.training, "_train_known_steps", note)
+    other, _ = train_and_evaluate(config, tmp_path)
+    assert counts == [5, 5, 4] * 2
+    for a, b in zip(jax.tree.leaves(other.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_that_does_not_divide_uses_fewer_devices_and_says_so(config, tmp_path, capsys):

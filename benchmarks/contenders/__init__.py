@@ -52,12 +52,14 @@ class Contender:
       variant: how it is used; "" if there is one way only.
       requires: the packages it imports.
       env: environment variables of its worker; None unsets one.
+      phases: in which it takes part.
     """
 
     group: str
     variant: str
     requires: tuple[str, ...]
     env: Mapping[str, str | None]
+    phases: tuple[str, ...] = ("train", "infer")
 
     @property
     def name(self) -> str:
@@ -83,7 +85,8 @@ MATMUL = "matmul"
 REFERENCE = "textbook"
 
 CONTENDERS = (
-    *(Contender("ours", variant, ("jax", "flax"), JAX_ENV) for variant in ("step", "loop")),
+    Contender("ours", "step", ("jax", "flax"), JAX_ENV),
+    Contender("ours", "loop", ("jax", "flax"), JAX_ENV, phases=("train",)),
     Contender("textbook", "", ("jax", "flax"), JAX_ENV),
     *(
         Contender("pytorch", f"{mode}-{layout}", ("torch",), _TORCH_ENV)

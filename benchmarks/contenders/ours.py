@@ -30,7 +30,7 @@ def program(problem: shared.Problem, variant: str) -> JaxProgram:
     Args:
       problem: what to compute.
       variant: "step", a plain `jax.jit` of `train_step`, called for each batch; or "loop",
-        `train_steps` with all batches in one call, as `train.py` has it.
+        `train_steps` with many batches in one call, as `train.py` trains.
     """
     cnn.prepare_cpu()
     mesh = cnn.batch_mesh(jax.devices(), problem.images.shape[1])
@@ -59,6 +59,7 @@ def program(problem: shared.Problem, variant: str) -> JaxProgram:
     if variant == "step":
         return JaxProgram(**parts)
     batches = {"image": problem.images, "label": problem.labels}
+    parts |= {"images": parts["images"][:1], "labels": parts["labels"][:1]}  # for the logits
     return _Loop(**parts, batches=jax.device_put(batches, cnn.sharded(mesh, axis=1)))
 
 
@@ -75,12 +76,13 @@ class _Loop(JaxProgram):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._train_steps = jax.jit(cnn.train_steps, donate_argnums=0)
+        self._most, self._batch_size = self.batches["label"].shape
 
     def train(self, steps: int) -> None:
         """Goes through the batches in turn, from the first."""
         results: list[cnn.Metrics] = []
-        for start in range(0, steps, len(self.images)):
-            count = min(len(self.images), steps - start)
+        for start in range(0, steps, self._most):
+            count = min(self._most, steps - start)
             self._state, metrics = self._train_steps(self._state, self.batches, count)
             results.append(metrics)
             self.settle(results)
@@ -90,7 +92,7 @@ class _Loop(JaxProgram):
         """Of the first steps, from the first batch on."""
         found: list[float] = []
         while len(found) < count:
-            some = min(len(self.images), count - len(found))
+            some = min(self._most, count - len(found))
             self._state, metrics = self._train_steps(self._state, self.batches, some)
-            found += [float(loss) for loss in metrics.loss_sum[:some] / self.labels[0].size]
+            found += [float(loss) for loss in metrics.loss_sum[:some] / self._batch_size]
         return found
