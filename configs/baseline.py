@@ -2,7 +2,8 @@
 
     python train.py --config configs/baseline.py
 
-Test accuracy 69.52 % +- 0.98 (3 seeds), 438 s on 2 cores of an Intel Xeon at 2.5 GHz.
+Test accuracy 69.80 % +- 0.55 (3 seeds), 87 s on 2 cores of an Intel Xeon, 107 s with nothing compiled
+before.
 """
 
 from ml_collections import ConfigDict
