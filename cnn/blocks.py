@@ -82,10 +82,7 @@ def map_blocks(fn: Callable[[Any], jax.Array], batch: Any, cut: Cut) -> jax.Arra
       batch: pytree of arrays `[B, ...]`.
       cut: whose lanes and blocks divide B.
     """
-    if cut == (1, 1):
-        return fn(batch)
-    blocks = _reshaped(batch, cut)
-    if has_convolution(fn, _first(blocks)):
+    if (blocks := _in_blocks(fn, batch, cut)) is None:
         return fn(batch)
     results = jax.vmap(lambda lane: jax.lax.map(fn, lane))(blocks)
     return results.reshape(-1, *results.shape[3:])
@@ -101,10 +98,7 @@ def sum_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any:
       batch: pytree of arrays `[B, ...]`.
       cut: whose lanes and blocks divide B.
     """
-    if cut == (1, 1):
-        return fn(batch)
-    blocks = _reshaped(batch, cut)
-    if has_convolution(fn, _first(blocks)):
+    if (blocks := _in_blocks(fn, batch, cut)) is None:
         return fn(batch)
     shapes = jax.eval_shape(fn, _first(blocks))
     zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
@@ -120,10 +114,14 @@ def sum_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any:
     return ravel_pytree(zeros)[1](jax.vmap(lane)(blocks).sum(axis=0))
 
 
+def _in_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any | None:
+    """The batch with leading axes of lanes and blocks; None where `fn` takes it whole."""
+    if cut == (1, 1):
+        return None
+    blocks = jax.tree.map(lambda x: x.reshape(*cut, -1, *x.shape[1:]), batch)
+    return None if has_convolution(fn, _first(blocks)) else blocks
+
+
 def _first(blocks: Any) -> Any:
     """The shapes of one block."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), blocks)
-
-
-def _reshaped(batch: Any, cut: Cut) -> Any:
-    return jax.tree.map(lambda x: x.reshape(*cut, -1, *x.shape[1:]), batch)
