@@ -84,8 +84,8 @@ def map_blocks(fn: Callable[[Any], jax.Array], batch: Any, cut: Cut) -> jax.Arra
     """
     if (blocks := _in_blocks(fn, batch, cut)) is None:
         return fn(batch)
-    results = jax.vmap(lambda lane: jax.lax.map(fn, lane))(blocks)
-    return results.reshape(-1, *results.shape[3:])
+    results = jax.lax.map(jax.vmap(lambda block: fn(_images_first(block))), blocks)
+    return results.swapaxes(0, 1).reshape(-1, *results.shape[3:])
 
 
 def sum_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any:
@@ -100,28 +100,39 @@ def sum_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any:
     """
     if (blocks := _in_blocks(fn, batch, cut)) is None:
         return fn(batch)
-    shapes = jax.eval_shape(fn, _first(blocks))
-    zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
+    in_lanes = jax.vmap(lambda block: fn(_images_first(block)))
 
-    def lane(blocks: Any) -> jax.Array:
-        def add(sums: Any, block: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, fn(block)), None
+    def add(sums: Any, block: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, in_lanes(block)), None
 
-        if cut.blocks == 1:
-            return ravel_pytree(fn(jax.tree.map(lambda x: x[0], blocks)))[0]
-        return ravel_pytree(jax.lax.scan(add, zeros, blocks)[0])[0]
-
-    return ravel_pytree(zeros)[1](jax.vmap(lane)(blocks).sum(axis=0))
+    first = jax.tree.map(lambda x: x[0], blocks)
+    if cut.blocks == 1:
+        sums = in_lanes(first)
+    else:
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(in_lanes, first))
+        sums, _ = jax.lax.scan(add, zeros, blocks)
+    unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), sums))[1]
+    return unravel(jax.vmap(lambda lane: ravel_pytree(lane)[0])(sums).sum(axis=0))
 
 
 def _in_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any | None:
-    """The batch with leading axes of lanes and blocks; None where `fn` takes it whole."""
+    """The batch as `[blocks, lanes, ..., n]`; None where `fn` takes it whole.
+
+    The images of a block lie side by side in memory, as the first convolution wants them (see
+    `cnn.patches`): they are moved once for all blocks.
+    """
     if cut == (1, 1):
         return None
-    blocks = jax.tree.map(lambda x: x.reshape(*cut, -1, *x.shape[1:]), batch)
-    return None if has_convolution(fn, _first(blocks)) else blocks
+
+    images = jax.tree.leaves(batch)[0].shape[0] // (cut.lanes * cut.blocks)
+
+    def in_blocks(x: jax.Array) -> jax.Array:
+        cut_up = x.reshape(*cut, images, -1).transpose(1, 0, 3, 2)
+        return cut_up.reshape(cut.blocks, cut.lanes, *x.shape[1:], images)
+
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct((images, *x.shape[1:]), x.dtype), batch)
+    return None if has_convolution(fn, first) else jax.tree.map(in_blocks, batch)
 
 
-def _first(blocks: Any) -> Any:
-    """The shapes of one block."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), blocks)
+def _images_first(block: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), block)

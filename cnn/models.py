@@ -100,6 +100,7 @@ class CNN(nn.Module):
                 use_bias=not self.batch_norm,
                 kernel_init=_KERNEL_INIT,
                 dtype=self.dtype,
+                dot_general=layers.dot_general,
             )(x)
             x = nn.relu(norm()(x) if self.batch_norm else x)
         x = nn.Dense(self.num_classes, kernel_init=_KERNEL_INIT, dtype=self.dtype)(x)

@@ -13,9 +13,13 @@ from cnn import CNN, batch_mesh, layers, replicated, sharded
 
 # Largest difference from XLA's own convolution and its gradients, as a part of the largest sum
 # of magnitudes of the products that make up a number: rounding grows with that, and the number
-# itself may be near zero. Measured over 140 random shapes on x86: 2e-7 in float32 for every
-# lowering. In bfloat16 7e-3: the image gradient of "patches" rounds each of kh * kw terms.
-BOUNDS = {"float32": 5e-7, "bfloat16": 2**-6}
+# itself may be near zero. Measured over 70 random shapes, of up to 200 channels, on x86: 2e-7 in
+# float32 for "patches", 2.3e-6 for "winograd", which adds up multiples of its inputs. In bfloat16
+# 7e-3: the image gradient of "patches" rounds each of kh * kw terms.
+BOUNDS = {"patches": 5e-7, "winograd": 5e-6, "bfloat16": 2**-6}
+
+# Kernels and gradients that are multiples of this keep all sums of "winograd" whole.
+WHOLE = 24**2
 
 NAMED = [name for name in layers.LOWERINGS if name != "auto"]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -53,8 +57,8 @@ def convolutions(draw, sides, steps):
 
 KINDS = {
     "winograd": convolutions(st.just(3), st.just(1)),
-    "blocks": convolutions(st.integers(1, 5), st.just(1)),
-    "patches": convolutions(st.integers(1, 5), st.integers(1, 3)),
+    "patches": convolutions(st.integers(1, 5), st.just(1)),
+    "strided": convolutions(st.integers(1, 5), st.integers(1, 3)),
 }
 
 
@@ -83,11 +87,11 @@ def with_gradients(fn, names=layers.LOWERINGS, **arguments):
     return lambda *operands: {name: one(*operands, name) for name in names}
 
 
-def assert_close(actual, expected, scales, dtype="float32"):
+def assert_close(actual, expected, scales, bound="winograd"):
     for a, e, scale in zip(*map(jax.tree.leaves, (actual, expected, scales)), strict=True):
         assert (a.shape, a.dtype) == (e.shape, e.dtype)
         difference = np.abs(np.asarray(a, np.float64) - np.asarray(e, np.float64))
-        assert difference.max() <= BOUNDS[dtype] * float(np.max(scale))
+        assert difference.max() <= BOUNDS[bound] * float(np.max(scale))
 
 
 def assert_equal(actual, expected):
@@ -128,12 +132,16 @@ def test_every_lowering_agrees_with_the_native_one(fn, kind, data):
     x, w, g = normal(image, kernel, out, dtype=dtype)
     (results, y), (magnitudes, magnitude) = run(x, w, g), run(abs(x), abs(w), abs(g))
     if fn is layers.conv_max_pool:
-        g *= is_decided(y, 2 * BOUNDS[dtype] * float(np.max(magnitude)))
+        margin = 2 * BOUNDS.get(dtype, BOUNDS["winograd"]) * float(np.max(magnitude))
+        g *= is_decided(y, margin)
         results, magnitudes = run(x, w, g)[0], run(abs(x), abs(w), abs(g))[0]
-    for result in results.values():
-        assert_close(result, results["native"], magnitudes["native"], dtype)
+    for name, result in results.items():
+        bound = dtype if dtype in BOUNDS else name if name in BOUNDS else "patches"
+        assert_close(result, results["native"], magnitudes["native"], bound)
     # With whole numbers there is no rounding, and every tie is decided in the same way.
-    results, _ = run(*whole(image, kernel, out, dtype=dtype))
+    x, w, g = whole(image, kernel, out, dtype=dtype)
+    scale = WHOLE if dtype == "float32" else 1
+    results, _ = run(x, scale * w, scale * g)
     for result in results.values():
         assert_equal(result, results["native"])
 
@@ -175,7 +183,7 @@ def test_max_pool_is_that_of_flax_to_the_bit(data):
 
 @each_lowering
 def test_the_first_of_equal_elements_gets_the_gradient(lowering):
-    same = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1)  # the kernel that changes nothing
+    same = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(WHOLE)  # the kernel that changes nothing
 
     def convolved(x):
         return apply(layers.conv_max_pool, x, same, lowering, padding="SAME")
@@ -187,14 +195,14 @@ def test_the_first_of_equal_elements_gets_the_gradient(lowering):
     winners = [[1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]
     for fn in (convolved, pooled):
         gradient = jax.jit(jax.grad(lambda x, fn=fn: fn(x).sum()))(image.reshape(1, 4, 4, 1))
-        assert gradient[0, :, :, 0].tolist() == winners
+        assert (gradient / gradient.max())[0, :, :, 0].tolist() == winners
 
 
 def test_a_zero_kernel_and_a_constant_image_have_the_native_gradients():
     (w,) = whole((3, 3, 9, 4))
-    image, g = np.ones((2, 8, 9, 9), np.float32), np.ones((2, 3, 3, 4), np.float32)
+    image, g = np.ones((2, 8, 9, 9), np.float32), np.full((2, 3, 3, 4), WHOLE, np.float32)
     run = quick(with_gradients(layers.conv_max_pool))
-    for kernel in (w, np.zeros_like(w)):
+    for kernel in (WHOLE * w, np.zeros_like(w)):
         results = run(image, kernel, g)
         for result in results.values():
             assert_equal(result, results["native"])
@@ -338,6 +346,19 @@ def test_a_sharded_batch_gives_the_same_and_twice_the_same_bits():
         assert_close(result, alone[name], magnitudes)
     assert_equal(run(*operands), alone)
     assert_equal(run(*jax.device_put(tuple(operands), places)), spread)
+
+
+def test_a_dense_layer_is_that_of_flax():
+    x, g = whole((5, 12), (5, 7))
+    dense = nn.Dense(7, dot_general=layers.dot_general)
+    variables = jax.tree.map(jnp.round, variables_of(nn.Dense(7), x))
+    (expected, pull), (actual, own_pull) = (
+        jax.vjp(module.apply, variables, x) for module in (nn.Dense(7), dense)
+    )
+    assert_equal((actual, own_pull(g)), (expected, pull(g)))
+    numbers = (((2,), (0,)), ((), ()))
+    y, w = whole((2, 3, 4), (4, 5))
+    assert_equal(layers.dot_general(y, w, numbers), y @ w)
 
 
 @each_function

@@ -1,0 +1,67 @@
+"""Images as rows `[H, W, B, C]`: for CPUs, the layout in which XLA's loops are fast.
+
+Whatever is done to a pixel is done to it in all images of the batch at once, which is a long row
+of memory even where there are few channels, and shifting the images moves whole rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def to_rows(images: jax.Array) -> jax.Array:
+    """`[..., B, H, W, C]` -> `[..., H, W, B, C]`."""
+    return jnp.moveaxis(images, -4, -2)
+
+
+def from_rows(rows: jax.Array) -> jax.Array:
+    """`[..., H, W, B, C]` -> `[..., B, H, W, C]`."""
+    return jnp.moveaxis(rows, -2, -4)
+
+
+def pad(x: jax.Array, pads: Sequence[tuple[int, int]], axis: int = 0) -> jax.Array:
+    """Zeros before and behind, from an axis on; a negative number cuts."""
+    if not any(map(any, pads)):
+        return x
+    config = [(0, 0, 0)] * x.ndim
+    config[axis : axis + len(pads)] = [(*one, 0) for one in pads]
+    return lax.pad(x, jnp.zeros((), x.dtype), config)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
+    """`[N, ..., K]` times `[N, K, O]`, N times: `[N, ..., O]`.
+
+    What a product reads is put in memory as XLA's fastest library for it wants it, which it does
+    not do by itself (benchmarks/NOTES.md).
+    """
+    return _contract(lax.optimization_barrier(x), w, [x.ndim - 1], [1], precision)
+
+
+def _product_fwd(x: jax.Array, w: jax.Array, precision: Any) -> tuple[jax.Array, Any]:
+    return product(x, w, precision), (x, w)
+
+
+def _product_bwd(precision: Any, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (x, w), last = saved, g.ndim - 1
+    transposed = lax.optimization_barrier(jnp.moveaxis(x, last, 1))
+    return (
+        _contract(g, w, [last], [2], precision),
+        _contract(transposed, g, range(2, g.ndim), range(1, last), precision),
+    )
+
+
+def _contract(
+    x: jax.Array, w: jax.Array, of_x: Sequence[int], of_w: Sequence[int], precision: Any
+) -> jax.Array:
+    # jnp.einsum would change the order of the axes, and copy for it.
+    return lax.dot_general(x, w, ((tuple(of_x), tuple(of_w)), ((0,), (0,))), precision)
+
+
+product.defvjp(_product_fwd, _product_bwd)
