@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cnn import patches, pooling, winograd
+from cnn.rows import lines
 
 LOWERINGS = ("auto", "native", "patches", "winograd")
 Padding = str | Sequence[tuple[int, int]]
@@ -32,6 +33,8 @@ Padding = str | Sequence[tuple[int, int]]
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # With so few input channels the products of "winograd" are too slim (benchmarks/NOTES.md).
 _FEW_CHANNELS = 8
+# More would take long to compile.
+_FEW_PIXELS = 64
 
 
 def conv_general_dilated(
@@ -218,6 +221,17 @@ def _matmul_bwd(precision: Any, saved: Any, g: jax.Array) -> tuple[jax.Array, ja
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+def flatten(images: jax.Array) -> jax.Array:
+    """`[B, H, W, C]` -> `[B, H * W * C]`.
+
+    On a CPU pixel by pixel: fused with a reshape, what comes before would be slow there.
+    """
+    if jax.default_backend() != "cpu" or images.shape[1] * images.shape[2] > _FEW_PIXELS:
+        return images.reshape(images.shape[0], -1)
+    pixels = [pixel for row in lines(images, 1) for pixel in lines(row, 1)]
+    return jnp.concatenate(pixels, axis=-1)
 
 
 def _choose(

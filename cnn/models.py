@@ -93,7 +93,7 @@ class CNN(nn.Module):
                 conv_general_dilated=conv_max_pool,
             )(x)
             x = nn.relu(norm()(x) if self.batch_norm else x)
-        x = x.reshape(x.shape[0], -1)
+        x = layers.flatten(x)
         if self.hidden:
             x = nn.Dense(
                 self.hidden,

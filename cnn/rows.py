@@ -34,6 +34,11 @@ def pad(x: jax.Array, pads: Sequence[tuple[int, int]], axis: int = 0) -> jax.Arr
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
+def lines(x: jax.Array, axis: int) -> list[jax.Array]:
+    """The slices along an axis, whose gradients are put together and not added up."""
+    return [line.squeeze(axis) for line in lax.split(x, [1] * x.shape[axis], axis)]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
     """`[N, ..., K]` times `[N, K, O]`, N times: `[N, ..., O]`.

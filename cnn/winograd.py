@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from cnn.pooling import to_winner, winners
-from cnn.rows import from_rows, pad, product, to_rows
+from cnn.rows import from_rows, lines, pad, product, to_rows
 
 # A^T by m; for m = 2 with the points 0, 1, -1 and infinity, for m = 4 with 2 and -2 too.
 _OUTPUT = {
@@ -80,27 +80,49 @@ def _products(
     wide = m * (across + 1)
     x = pad(x, ((0, m * (down + 1) - x.shape[0]), (0, wide - x.shape[1])))
     x = x.reshape(down + 1, m, wide, batch, channels)
-    x = _input_transform([x[:, i] for i in range(m)], axis=0)
+    x = _input_transform(lines(x, 1), axis=0)
     x = x.reshape(m + 2, down, across + 1, m, batch, channels)
-    x = _input_transform([x[:, :, :, i] for i in range(m)], axis=2)
+    x = _input_transform(lines(x, 3), axis=2)
     x = x.reshape(-1, down, across, batch, channels)
-    g = np.array(_KERNEL[m], np.float32)
-    both = np.einsum("hi,wj->whij", g, g).reshape(-1, 9)
+    kernel = _kernel_transform(kernel.reshape(9, -1), m)
+    return product(x, kernel.reshape(x.shape[0], channels, -1), precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _kernel_transform(kernel: jax.Array, m: int) -> jax.Array:
+    """G g G^T: `[9, ...]` -> `[(m + 2)**2 (column, row), ...]`."""
+    return _kernel_transform_fwd(kernel, m)[0]
+
+
+def _kernel_transform_fwd(kernel: jax.Array, m: int) -> tuple[jax.Array, None]:
     # Divided last, so that whole numbers stay whole.
-    kernel = jnp.asarray(both) @ kernel.reshape(9, -1) / _KERNEL_SCALE[m] ** 2
-    return product(x, kernel.reshape(len(both), channels, -1), precision)
+    return jnp.asarray(_kernel_matrix(m)) @ kernel / _KERNEL_SCALE[m] ** 2, None
 
 
-def _input_transform(lines: Sequence[jax.Array], axis: int) -> jax.Array:
-    """B^T d, stacked in front; of each m lines along the axis the first, the second, ....
+def _kernel_transform_bwd(m: int, _: None, g: jax.Array) -> tuple[jax.Array]:
+    # By hand, as autodiff would give it transposed.
+    return (jnp.asarray(_kernel_matrix(m).T) @ g / _KERNEL_SCALE[m] ** 2,)
+
+
+_kernel_transform.defvjp(_kernel_transform_fwd, _kernel_transform_bwd)
+
+
+def _kernel_matrix(m: int) -> np.ndarray:
+    """G in both dimensions, times the square of its scale."""
+    g = np.array(_KERNEL[m], np.float32)
+    return np.einsum("hi,wj->whij", g, g).reshape(-1, 9)
+
+
+def _input_transform(every: Sequence[jax.Array], axis: int) -> jax.Array:
+    """B^T d, stacked in front; from every first, every second, ... of m lines along the axis.
 
     As differences, so that on a flat part of an image all but one are exactly zero, and outputs
     that are equal stay equal.
     """
-    last = lines[0].shape[axis] - 1
-    d = [lax.slice_in_dim(line, 0, last, axis=axis) for line in lines]
-    d += [lax.slice_in_dim(line, 1, last + 1, axis=axis) for line in lines[:2]]
-    if len(lines) == 2:
+    last = every[0].shape[axis] - 1
+    d = [lax.slice_in_dim(line, 0, last, axis=axis) for line in every]
+    d += [lax.slice_in_dim(line, 1, last + 1, axis=axis) for line in every[:2]]
+    if len(every) == 2:
         return jnp.stack((d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]))
     even, odd = d[4] - 4 * d[2], d[3] - 4 * d[1]
     even_2, odd_2 = d[4] - d[2], 2 * (d[3] - d[1])

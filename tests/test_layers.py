@@ -361,6 +361,13 @@ def test_a_dense_layer_is_that_of_flax():
     assert_equal(layers.dot_general(y, w, numbers), y @ w)
 
 
+@pytest.mark.parametrize("side", [3, 20])
+def test_flattening_is_reshaping(side):
+    x, g = normal((2, side, side, 5), (2, side * side * 5))
+    y, pull = jax.vjp(layers.flatten, x)
+    assert_equal((y, *pull(g)), (x.reshape(2, -1), g.reshape(x.shape)))
+
+
 @each_function
 def test_an_unknown_lowering_is_refused_with_the_choices(fn):
     with pytest.raises(ValueError, match="unknown lowering 'nope'; known: auto, native, patches"):
