@@ -74,12 +74,13 @@ def conv_general_dilated(
         batch_group_count,
     )  # fmt: skip
     lowering = _choose(lowering, lhs, rhs, window_strides, plain)
-    if lowering == "native":
-        return lax.conv_general_dilated(
+    y = _as_products(lhs, rhs, window_strides, padding, precision, lowering, pool=1)
+    if y is None:
+        y = lax.conv_general_dilated(
             lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
             feature_group_count, batch_group_count, precision,
         )  # fmt: skip
-    return _as_products(lhs, rhs, window_strides, padding, precision, lowering, pool=1)
+    return y
 
 
 def conv_max_pool(
@@ -126,13 +127,14 @@ def conv_max_pool(
         batch_group_count,
     )  # fmt: skip
     lowering = _choose(lowering, lhs, rhs, window_strides, plain)
-    if lowering == "native":
+    y = _as_products(lhs, rhs, window_strides, padding, precision, lowering, pool=2)
+    if y is None:
         y = lax.conv_general_dilated(
             lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
             feature_group_count, batch_group_count, precision,
         )  # fmt: skip
-        return nn.max_pool(y, (2, 2), (2, 2))
-    return _as_products(lhs, rhs, window_strides, padding, precision, lowering, pool=2)
+        y = nn.max_pool(y, (2, 2), (2, 2))
+    return y
 
 
 def _as_products(
@@ -143,11 +145,16 @@ def _as_products(
     precision: Any,
     lowering: str,
     pool: int,
-) -> jax.Array:
-    """The convolution as matrix products, and with `pool=2` the pooling."""
+) -> jax.Array | None:
+    """The convolution as matrix products, and with `pool=2` the pooling; None if it is native."""
+    if lowering == "native":
+        return None
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], tuple(strides), padding)
     pads = tuple((low, high) for low, high in padding)
+    sizes = [lhs.shape[d] + sum(pads[d - 1]) - rhs.shape[d - 1] for d in (1, 2)]
+    if not lhs.size or any(n // s + 1 < pool for n, s in zip(sizes, strides, strict=True)):
+        return None  # nothing to compute
     if lowering == "patches":
         return patches.convolve(lhs, rhs, (strides[0], strides[1]), pads, precision, pool)
     return winograd.convolve(lhs, rhs, pads, precision, pool)

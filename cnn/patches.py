@@ -55,8 +55,7 @@ def convolve(
         view = _views(x, strides, (kh, kw), [pool * n for n in size])
         views = jnp.concatenate([view(i, j) for i in range(kh) for j in range(kw)], axis=-1)
         y: Any = product(views[None], matrix[None], precision)
-        y = y[0]
-        return y if pool == 1 else max_pool(y, (pool, pool))
+        return y[0] if pool == 1 else max_pool(y[0], (pool, pool))
     # Many views of few channels: with the images last they are long pieces of memory too. The
     # places in a pooling window lie one behind the other.
     sides = [(pool - 1) * strides[0] + kh, (pool - 1) * strides[1] + kw]
@@ -92,7 +91,8 @@ def _views(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product_of_planes(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
-    """`[K, ...]` and `[K, O]` -> `[..., O]`; otherwise like `cnn.rows.product`."""
+    """`[K, ...]` and `[K, O]` -> `[..., O]`."""
+    # As in cnn.rows; the gradient of the kernel wants it as it is.
     x = lax.optimization_barrier(jnp.moveaxis(x, 0, -1))
     return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), precision)
 

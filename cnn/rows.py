@@ -41,12 +41,8 @@ def lines(x: jax.Array, axis: int) -> list[jax.Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
-    """`[N, ..., K]` times `[N, K, O]`, N times: `[N, ..., O]`.
-
-    What a product reads is put in memory as XLA's fastest library for it wants it, which it does
-    not do by itself (benchmarks/NOTES.md).
-    """
-    return _contract(lax.optimization_barrier(x), w, [x.ndim - 1], [1], precision)
+    """`[N, ..., K]` times `[N, K, O]`, N times: `[N, ..., O]`."""
+    return _contract(x, w, [x.ndim - 1], [1], precision)
 
 
 def _product_fwd(x: jax.Array, w: jax.Array, precision: Any) -> tuple[jax.Array, Any]:
@@ -55,6 +51,7 @@ def _product_fwd(x: jax.Array, w: jax.Array, precision: Any) -> tuple[jax.Array,
 
 def _product_bwd(precision: Any, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     (x, w), last = saved, g.ndim - 1
+    # Transposed in memory, or the product would go to a slower library (benchmarks/NOTES.md).
     transposed = lax.optimization_barrier(jnp.moveaxis(x, last, 1))
     return (
         _contract(g, w, [last], [2], precision),

@@ -43,8 +43,8 @@ def get_config() -> ConfigDict:
     config.model.batch_norm = False
     # Of the computation: "float32" or "bfloat16". Parameters stay float32.
     config.model.dtype = "float32"
-    # How convolutions are computed: "native", "patches", "blocks" or "winograd" (cnn/layers.py
-    # explains). "auto" chooses by backend and shape. Changes speed, and results by rounding.
+    # How convolutions are computed: "native", "patches" or "winograd" (cnn/layers.py explains).
+    # "auto" chooses by backend and shape. Changes speed, and results by rounding.
     config.model.conv_lowering = "auto"
 
     # Images per step, over all devices. The last, incomplete batch of an epoch is left out

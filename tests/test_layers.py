@@ -253,6 +253,18 @@ def test_what_no_lowering_covers_is_native(lowering, shape, kernel_size, fields)
     assert "dot_general" not in operators(layer.apply, variables, x)
 
 
+@each_function
+@each_lowering
+@pytest.mark.parametrize("shape", [(2, 2, 9, 4), (2, 1, 1, 20), (0, 8, 8, 20)])
+def test_there_may_be_nothing_to_compute(fn, lowering, shape):
+    """An image smaller than the kernel, or no image."""
+    x, w = np.zeros(shape, np.float32), np.zeros((3, 3, shape[3], 4), np.float32)
+    y, pull = jax.vjp(functools.partial(apply, fn, lowering=lowering), x, w)
+    expected = apply(fn, x, w)
+    assert y.size == 0
+    assert_equal((y, *pull(y)), (expected, x, w))
+
+
 @each_lowering
 @pytest.mark.parametrize(
     "arguments",
@@ -407,6 +419,21 @@ def test_winograd_is_for_float32_and_3x3_kernels_without_strides():
     other = (x.astype("bfloat16"), w.astype("bfloat16")), (x, w[:2])
     assert "conv_general_dilated" in operators(strided, x, w)
     assert all("conv_general_dilated" in operators(own, *operands) for operands in other)
+
+
+@pytest.mark.parametrize(
+    ("fn", "side", "products"),
+    [
+        # 12x12 outputs: nine tiles of 4x4, not 36 of 2x2; 6x6: nine of 2x2, not four of 4x4.
+        (layers.conv_max_pool, 14, 36),
+        (layers.conv_max_pool, 8, 16),
+        (layers.conv_general_dilated, 15, 36),
+    ],
+)
+def test_winograd_takes_the_tiles_with_the_fewest_products(fn, side, products):
+    x, w = normal((1, side, side, 12), (3, 3, 12, 4))
+    program = jax.make_jaxpr(functools.partial(apply, fn, lowering="winograd"))(x, w)
+    assert f"f32[{products},12,4]" in str(program)
 
 
 def test_the_native_lowering_has_forward_mode_derivatives():
