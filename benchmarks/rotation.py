@@ -23,9 +23,12 @@ from cnn import InputError
 # Thread pools spin for some milliseconds after their last work. Waiting them out before the
 # next sample costs no contender anything; a passive wait policy would.
 _PAUSE_SECONDS = 0.3
-_CHECKED_STEPS = 5
-# Of five losses, relative, and of the first logits, relative to the largest. Float32 in another
-# order of summation gives 3e-6; another weight layout, epsilon or reduction gives more than 1e-3.
+# Two updates show in three losses. After more, Adam's first ones (a sign, whatever the size of a
+# gradient) have turned the rounding of gradients near zero into 3e-4 of a loss.
+_CHECKED_STEPS = 3
+# Of these losses, relative, and of the first logits, relative to the largest. Float32 in another
+# order of summation gives 1e-5; another weight layout or reduction, and in the seed's network a
+# learning rate 1 % off, gives more than 1e-3.
 TOLERANCE = 1e-4
 _WORKER = Path(__file__).resolve().parent / "contenders" / "worker.py"
 
