@@ -31,8 +31,8 @@ LOWERINGS = ("auto", "native", "patches", "winograd")
 Padding = str | Sequence[tuple[int, int]]
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-# With so few input channels the products of "winograd" are too slim (benchmarks/NOTES.md).
-_FEW_CHANNELS = 8
+# With so few input channels, those of an image, the products of "winograd" are too slim.
+_FEW_CHANNELS = 3
 # More would take long to compile.
 _FEW_PIXELS = 64
 
