@@ -69,18 +69,10 @@ def conv_general_dilated(
     Returns:
       `float[B, H', W', O]`.
     """
-    plain = _is_plain(
-        lhs, rhs, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
-        batch_group_count,
+    options = (
+        lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count,
     )  # fmt: skip
-    lowering = _choose(lowering, lhs, rhs, window_strides, plain)
-    y = _as_products(lhs, rhs, window_strides, padding, precision, lowering, pool=1)
-    if y is None:
-        y = lax.conv_general_dilated(
-            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
-            feature_group_count, batch_group_count, precision,
-        )  # fmt: skip
-    return y
+    return _convolve(lhs, rhs, window_strides, padding, options, precision, lowering, pool=1)
 
 
 def conv_max_pool(
@@ -122,19 +114,29 @@ def conv_max_pool(
     Returns:
       `float[B, H' // 2, W' // 2, O]`.
     """
-    plain = _is_plain(
-        lhs, rhs, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
-        batch_group_count,
+    options = (
+        lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count,
     )  # fmt: skip
-    lowering = _choose(lowering, lhs, rhs, window_strides, plain)
-    y = _as_products(lhs, rhs, window_strides, padding, precision, lowering, pool=2)
-    if y is None:
-        y = lax.conv_general_dilated(
-            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
-            feature_group_count, batch_group_count, precision,
-        )  # fmt: skip
-        y = nn.max_pool(y, (2, 2), (2, 2))
-    return y
+    return _convolve(lhs, rhs, window_strides, padding, options, precision, lowering, pool=2)
+
+
+def _convolve(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    strides: Sequence[int],
+    padding: Padding,
+    options: tuple[Any, ...],
+    precision: Any,
+    lowering: str,
+    pool: int,
+) -> jax.Array:
+    """The convolution, and with `pool=2` the pooling; options: dilations, layout, groups."""
+    lowering = _choose(lowering, lhs, rhs, strides, _is_plain(lhs, rhs, *options))
+    y = _as_products(lhs, rhs, strides, padding, precision, lowering, pool)
+    if y is not None:
+        return y
+    y = lax.conv_general_dilated(lhs, rhs, strides, padding, *options, precision)
+    return y if pool == 1 else nn.max_pool(y, (2, 2), (2, 2))
 
 
 def _as_products(
