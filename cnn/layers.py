@@ -125,7 +125,7 @@ def _convolve(
     rhs: jax.Array,
     strides: Sequence[int],
     padding: Padding,
-    options: tuple[Any, ...],
+    options: tuple[Any, Any, Any, int, int],
     precision: Any,
     lowering: str,
     pool: int,
