@@ -1,7 +1,7 @@
 """The decode-once cache: the arrays of a prepared dataset in one file that later starts map.
 
 Layout: one line `crc32-of-the-rest-of-the-line SPACE json`, then each array at the next multiple
-of 64 bytes. One file, so that a rename publishes or replaces all of it at once.
+of 64 bytes, zeros between. One file, so that a rename publishes or replaces all of it at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import platformdirs
 
 from cnn.data.dataset import Dataset, Split
 from cnn.data.files import replacing
-from cnn.errors import InputError
 
 _FORMAT = 1
 _ALIGN = 64
@@ -36,26 +35,34 @@ def directory() -> Path:
 def load(prepared: Path, name: str) -> Dataset | None:
     """The decoded arrays of the prepared directory, mapped read-only.
 
-    None when there is no cache, or when it is damaged or older than the prepared files.
-    Every byte is checked (CRC-32), so a flipped bit costs a new decoding, not a result.
+    None when there is no cache, when the prepared files were changed since, or when it is damaged,
+    which a line on stderr tells. Every byte is checked, so a flipped bit costs a new decoding, not
+    a result.
     """
+    file, identity = _file(prepared), _identity(prepared)
     try:
-        data = np.memmap(_file(prepared), np.uint8, mode="r")
-        line = bytes(data[:_CHUNK]).split(b"\n", 1)[0]
-        checksum, text = line.split(b" ", 1)
-        if int(checksum, 16) != zlib.crc32(text):
-            return None
+        data = np.memmap(file, np.uint8, mode="r")
+        line = bytes(data[:_CHUNK]).partition(b"\n")[0]
+        checksum, _, text = line.partition(b" ")
+        if checksum != b"%08x" % zlib.crc32(text):
+            raise ValueError("its first line")
         header = json.loads(text)
-        if header["identity"] != _identity(prepared):
+        if header["identity"] != identity:
             return None
         arrays, position = [], len(line) + 1
         for shape, dtype in header["arrays"]:
-            position += -position % _ALIGN
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            arrays.append(np.asarray(data[position : position + size]).view(dtype).reshape(shape))
-            position += size
-        if position != len(data) or _checksums(arrays) != header["checksums"]:
-            return None
+            start = position + -position % _ALIGN
+            end = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
+            if end > len(data):
+                raise ValueError("cut short")
+            if data[position:start].any():
+                raise ValueError("bytes between the arrays")
+            arrays.append(np.asarray(data[start:end]).view(dtype).reshape(shape))
+            position = end
+        if position != len(data):
+            raise ValueError("too long")
+        if _checksums(arrays) != header["checksums"]:
+            raise ValueError("a checksum differs")
         return Dataset(
             name=name,
             train=Split(arrays[0], arrays[1]),
@@ -65,7 +72,14 @@ def load(prepared: Path, name: str) -> Dataset | None:
             std=np.array(header["std"], np.float32),
             fingerprint=header["fingerprint"],
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError, InputError):
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else error
+        print(
+            f"cnn: the decoded images in {file} are damaged ({what}); decoding them anew",
+            file=sys.stderr,
+        )
         return None
 
 
@@ -113,7 +127,8 @@ def _file(prepared: Path) -> Path:
 
 def _identity(prepared: Path) -> list[Any]:
     """What must be unchanged for a cache of this directory to be current."""
-    files = sorted(entry for entry in prepared.iterdir() if entry.is_file())
+    # A temporary file is another process's, writing SHA256SUMS at this moment.
+    files = sorted(e for e in prepared.iterdir() if e.is_file() and e.suffix != ".tmp")
     return [
         _FORMAT,
         str(prepared.resolve()),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnn.data import download
 from cnn.errors import InputError
+from cnn.manifest import write_manifest
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -86,8 +87,16 @@ def prepare(root: Path, request: Request) -> Path:
         builder = cls(data_dir=root, config=request.config, version=request.version)
     except (AssertionError, ValueError) as error:
         raise InputError(f"{request.name}: {first_line(error)}") from error
+    place = Path(builder.data_dir)
+    if place.exists():  # TFDS would take it as it is
+        if (place / "dataset_info.json").is_file():
+            return place
+        raise InputError(
+            f"{place} is damaged (dataset_info.json is missing): delete it to have {request.name} "
+            "prepared again"
+        )
     _ensure_archives(builder, root / "downloads", only_check=not ours)
-    print(f"cnn: preparing {request.name} in {builder.data_dir}", file=sys.stderr)
+    print(f"cnn: preparing {request.name} in {place}", file=sys.stderr)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells the same at length
             builder.download_and_prepare(file_format=_file_format())
@@ -95,7 +104,8 @@ def prepare(root: Path, request: Request) -> Path:
         if (found := find(root, request)) is not None:
             return found  # another process was faster
         raise InputError(_why_not_prepared(request.name, error)) from error
-    return Path(builder.data_dir)
+    write_manifest(place)
+    return place
 
 
 def first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cnn.data.bars import progress_bar
 from cnn.data.dataset import Dataset, Split
 from cnn.data.prepare import Request, find, first_line, is_writable, prepare
 from cnn.errors import InputError
+from cnn.manifest import MANIFEST, verify_manifest
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 _BATCH = 256  # records read at a time
@@ -77,8 +79,16 @@ def _prepared(root: Path, request: Request) -> Path:
 
 def _decode(prepared: Path, name: str) -> Dataset:
     """Reads the prepared files into arrays: seconds per 10,000 images, hence the cache."""
+    import PIL.Image
     import tensorflow_datasets as tfds
 
+    # What stock TFDS prepared has no manifest; then the formats' own checks must do.
+    is_listed = (prepared / MANIFEST).exists()
+    if is_listed and (fault := verify_manifest(prepared, strict=False)) is not None:
+        raise InputError(
+            f"the prepared {name} is damaged ({fault}): delete {prepared} to have it prepared again"
+        )
+    too_large = PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError
     try:
         builder: Any = tfds.builder_from_directory(prepared)
         splits = builder.info.splits
@@ -96,6 +106,11 @@ def _decode(prepared: Path, name: str) -> Dataset:
         )
     except InputError:
         raise
+    except too_large as error:
+        raise InputError(
+            f"{name} has an image that Pillow takes for a decompression bomb ({first_line(error)}):"
+            " choose another dataset"
+        ) from error
     except MemoryError as error:
         raise InputError(f"{name} does not fit in memory: choose a smaller dataset") from error
     except Exception as error:
@@ -160,14 +175,29 @@ def _examples(
     if not formats & {"array_record", "parquet"}:
         yield from _examples_through_tensorflow(builder, split, image_key, label_key)
         return
+    too_large = PIL.Image.DecompressionBombWarning
     mode = _PIL_MODES[builder.info.features[image_key].shape[-1]]
     # Pillow is called here, not by TFDS: a third faster, and grey and colour are converted.
     source = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
+    if builder.info.file_format.value == "array_record":
+        _check_number(builder.info.splits[split].filepaths, len(source))
     for start in range(0, len(source), _BATCH):
         for example in source.__getitems__(list(range(start, min(start + _BATCH, len(source))))):
-            with PIL.Image.open(io.BytesIO(example[image_key])) as image:
+            with (
+                warnings.catch_warnings(action="error", category=too_large),
+                PIL.Image.open(io.BytesIO(example[image_key])) as image,
+            ):
                 pixels = np.asarray(image.convert(mode))
             yield pixels.reshape(*pixels.shape[:2], -1), int(example[label_key])
+
+
+def _check_number(files: list[Path], expected: int) -> None:
+    """Else a damaged dataset_info.json could leave out the last examples of array_record files."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    with ArrayRecordDataSource(list(map(str, files))) as records:
+        if len(records) != expected:
+            raise ValueError(f"the files hold {len(records)} examples, not {expected}")
 
 
 def _examples_through_tensorflow(

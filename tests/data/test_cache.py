@@ -11,6 +11,7 @@ import pytest
 
 from cnn.data import cache, load_dataset, sources
 from cnn.data.dataset import fingerprint
+from cnn.manifest import write_manifest
 
 
 @pytest.fixture
@@ -51,21 +52,28 @@ def test_hit_equals_miss(digits_dir, decoded):
     assert second.fingerprint == fingerprint(second.train, second.test)
 
 
+def complaints(capsys):
+    """How many lines on stderr are not bars."""
+    return capsys.readouterr().err.count("cnn: the decoded images in ")
+
+
 @pytest.mark.parametrize("where", [0.0, 0.002, 0.5, 0.97, 0.9999])
-def test_a_flipped_bit_is_noticed(where, digits_dir, decoded):
+def test_a_flipped_bit_is_noticed(where, digits_dir, decoded, capsys):
     expected = load_dataset("digits").fingerprint
+    assert not complaints(capsys)
     file = cache_file()
     content = bytearray(file.read_bytes())
     content[int(where * len(content))] ^= 4
     file.write_bytes(content)
     assert load_dataset("digits").fingerprint == expected
+    assert complaints(capsys) == 1
     assert len(decoded) == 2
     load_dataset("digits")
     assert len(decoded) == 2  # it was rebuilt
 
 
 @pytest.mark.parametrize("damage", ["truncated", "longer", "empty", "deleted", "nonsense"])
-def test_damage_is_noticed(damage, digits_dir, decoded):
+def test_damage_is_noticed(damage, digits_dir, decoded, capsys):
     expected = load_dataset("digits").fingerprint
     file = cache_file()
     content = file.read_bytes()
@@ -81,12 +89,14 @@ def test_damage_is_noticed(damage, digits_dir, decoded):
             }[damage]
         )
     assert load_dataset("digits").fingerprint == expected
+    assert complaints(capsys) == (damage != "deleted")
     assert len(decoded) == 2
     load_dataset("digits")
     assert len(decoded) == 2
+    assert not complaints(capsys)
 
 
-def test_prepared_anew_with_other_content(digits_dir, decoded):
+def test_prepared_anew_with_other_content(digits_dir, decoded, capsys):
     """Stale: the directory of the same name now holds other files. The old cache is replaced."""
     load_dataset("digits")
     prepared = digits_dir
@@ -99,9 +109,11 @@ def test_prepared_anew_with_other_content(digits_dir, decoded):
     (prepared / "dataset_info.json").write_text(json.dumps(info))
     a, b = sorted(prepared.glob("digits-*"))
     a.rename(prepared / "x"), b.rename(a), (prepared / "x").rename(b)
+    write_manifest(prepared)
     assert len(load_dataset("digits").train) == 360
     assert len(decoded) == 2
     assert cache_file().is_file()  # one file: the stale one is gone
+    assert not complaints(capsys)  # stale is not damaged
 
 
 def test_touched_file_counts_as_changed(digits_dir, decoded):
@@ -119,8 +131,8 @@ def test_cache_directory_that_cannot_be_written(digits_dir, tmp_path, monkeypatc
     assert len(decoded) == 2
     assert first.fingerprint == second.fingerprint
     assert not second.train.images.flags.writeable
-    complaints = [line for line in capsys.readouterr().err.split("\n") if "XDG_CACHE_HOME" in line]
-    assert len(complaints) == 2
+    error = capsys.readouterr().err
+    assert error.count("XDG_CACHE_HOME") == error.count("cnn: ") == 2
 
 
 def test_temporary_files_of_killed_processes_are_removed(digits_dir):

@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import shutil
+import struct
 import time
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from cnn.data import load_dataset
 from cnn.errors import InputError
+from cnn.manifest import MANIFEST
 
 
 def message_of(name, data_dir=None):
@@ -70,6 +73,29 @@ def test_images_of_several_sizes(data_dir, monkeypatch):
     assert "(5, 6, 3)" in message
 
 
+def png_that_declares(side):
+    """A small file that says it is a large image."""
+
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])  # Pillow warns of one and refuses the other
+def test_decompression_bombs(side, data_dir, monkeypatch):
+    def generate(self):
+        yield 0, {"image": png_that_declares(side), "label": 0}
+
+    monkeypatch.setattr(OwnImages, "_generate_examples", generate)
+    message = message_of("own_images")
+    assert message.startswith("own_images has an image that Pillow takes for a decompression bomb")
+    assert f"({side**2} pixels)" in message
+
+
 def test_labels_out_of_range(data_dir, monkeypatch):
     monkeypatch.setattr(OwnImages, "labels", (0, -1))  # TFDS writes -1 for "not labelled"
     assert "run from -1 to 0" in message_of("own_images")
@@ -109,6 +135,7 @@ def test_not_a_name(name, data_dir):
 
 def as_tfrecord(prepared):
     """Makes it a directory such as stock TFDS with TensorFlow leaves (all but the records)."""
+    (prepared / MANIFEST).unlink()
     info = json.loads((prepared / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
     (prepared / "dataset_info.json").write_text(json.dumps(info))
