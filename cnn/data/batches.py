@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,10 +50,19 @@ class DeviceSplit(struct.PyTreeNode):
             std = np.where(dataset.std > 0, dataset.std, std)  # a channel may be constant
         return cls(*jax.device_put((split.images, split.labels, mean, std), where))
 
-    def take(self, index: jax.Array) -> dict[str, jax.Array]:
-        """These examples, normalized: `int32[...]` -> `image` `[..., H, W, C]`, `label` `[...]`."""
-        image = normalize(self.images[index], self.mean, self.std)
-        return {"image": image, "label": self.labels[index]}
+    def take(
+        self, index: jax.Array, change: Callable[[jax.Array], jax.Array] | None = None
+    ) -> dict[str, jax.Array]:
+        """These examples, normalized: `int32[...]` -> `image` `[..., H, W, C]`, `label` `[...]`.
+
+        Args:
+          index: which ones.
+          change: applied to the images, uint8[..., H, W, C], before: an augmentation.
+        """
+        images = self.images[index]
+        if change is not None:
+            images = change(images)
+        return {"image": normalize(images, self.mean, self.std), "label": self.labels[index]}
 
 
 def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:

@@ -1,0 +1,131 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from cnn import InputError, batch_mesh, replicated, sharded
+from cnn.augment import augment, random_flip, random_translate
+
+KEY = jax.random.key(7)
+both = functools.partial(augment, flip=True, translate=2)
+# Compiling each operator by itself takes longer.
+jit_both = jax.jit(both)
+translate = jax.jit(random_translate, static_argnums=2)
+
+
+def some_images(*shape, dtype=np.uint8):
+    return np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+
+
+def shifts_of(images, shifted, pixels):
+    """Down and right, `int[B, 2]`, by trial: pads and crops with NumPy, image by image."""
+    _, height, width, _ = images.shape
+    found = []
+    for image, result in zip(images, np.asarray(shifted), strict=True):
+        padded = np.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)), mode="reflect")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), (0, 1))
+        same = (windows.transpose(0, 1, 3, 4, 2) == result).all((2, 3, 4))
+        top, left = np.argwhere(same)[0]  # raises if no crop fits
+        found.append((pixels - top, pixels - left))
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pixels"), [((32, 32, 3), 4), ((28, 28, 1), 2), ((6, 9, 3), 4), ((2, 5, 3), 0)]
+)
+def test_every_shift_is_numpys_and_all_are_alike_likely(shape, pixels):
+    images = some_images(1000, *shape)
+    shifted = translate(KEY, images, pixels)
+    assert shifted.dtype == np.uint8
+    shifts, counts = np.unique(shifts_of(images, shifted, pixels), axis=0, return_counts=True)
+    cells = (2 * pixels + 1) ** 2
+    assert len(shifts) == cells, "each pair of shifts occurs"
+    expected = 1000 / cells
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert chi_squared < cells + 4 * np.sqrt(2 * cells)
+
+
+def test_the_farthest_shift():
+    images = some_images(300, 3, 4, 3)
+    shifts = shifts_of(images, translate(KEY, images, 2), 2)
+    # Two pixels up are two down: the reflection of three rows repeats every four.
+    assert {tuple(shift) for shift in shifts} == {
+        (d, r) for d in (2, 1, 0, -1) for r in range(-2, 3)
+    }
+
+
+def test_half_of_the_images_are_mirrored():
+    images = some_images(1000, 8, 6, 3)
+    flipped = np.asarray(random_flip(KEY, images))
+    assert flipped.dtype == np.uint8
+    mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
+    np.testing.assert_array_equal(flipped[~mirrored], images[~mirrored])
+    assert abs(mirrored.sum() - 500) < 4 * np.sqrt(250)
+    changes = (mirrored[1:] != mirrored[:-1]).sum()
+    assert abs(changes - 499.5) < 4 * np.sqrt(250), "each by a throw of its own"
+
+
+def test_flips_and_shifts_draw_apart():
+    images = some_images(64, 9, 8, 3)
+    change = jax.jit(augment, static_argnames=("flip", "translate"))
+    flipped = np.asarray(change(KEY, images, flip=True, translate=0))
+    shifted = change(KEY, images, flip=False, translate=3)
+    together = change(KEY, images, flip=True, translate=3)
+    assert (flipped != images).any()
+    shifts = shifts_of(images, shifted, 3)
+    np.testing.assert_array_equal(shifts_of(flipped, together, 3), shifts)
+
+
+def test_another_key_draws_others():
+    images = some_images(16, 8, 8, 3)
+    first, again, other = (jit_both(key, images) for key in (KEY, KEY, jax.random.key(8)))
+    np.testing.assert_array_equal(first, again)
+    assert (np.asarray(first) != np.asarray(other)).any()
+
+
+def test_off_is_the_same_images():
+    images = jax.numpy.asarray(some_images(4, 8, 8, 3))
+    assert augment(KEY, images, flip=False, translate=0) is images
+    np.testing.assert_array_equal(random_translate(KEY, images, 0), images)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_other_dtypes_move_alike(dtype):
+    images = some_images(16, 8, 8, 3)
+    moved = jit_both(KEY, images.astype(dtype))
+    assert moved.dtype == dtype
+    np.testing.assert_array_equal(moved, np.asarray(jit_both(KEY, images)).astype(dtype))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_bits_do_not_depend_on_jit_or_devices(count):
+    images = some_images(32, 16, 16, 3)
+    expected = both(KEY, images)
+    mesh = batch_mesh(jax.devices()[:count], 32)
+    placed = jax.device_put(KEY, replicated(mesh)), jax.device_put(images, sharded(mesh))
+    compiled = jax.jit(both, out_shardings=sharded(mesh)).lower(*placed).compile()
+    result = compiled(*placed)
+    assert len(result.sharding.device_set) == count
+    np.testing.assert_array_equal(result, expected)
+    text = compiled.as_text()
+    assert "all-" not in text, "devices need nothing of each other"
+    assert "collective-" not in text
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_bits_do_not_depend_on_vmap_over_steps(count):
+    images, keys = some_images(3, 8, 16, 16, 3), jax.random.split(KEY, 3)
+    mesh = batch_mesh(jax.devices()[:count], 8)
+    spread = jax.device_put(images, sharded(mesh, axis=1))
+    result = jax.jit(jax.vmap(both))(jax.device_put(keys, replicated(mesh)), spread)
+    for step in range(3):
+        np.testing.assert_array_equal(result[step], jit_both(keys[step], images[step]))
+
+
+@pytest.mark.parametrize("pixels", [-1, 5, 8])
+def test_a_shift_beyond_the_image(pixels):
+    images = some_images(2, 8, 5, 3)
+    message = f"^images of 8 x 5 pixels cannot be shifted by {pixels}; choose 0 to 4 pixels$"
+    with pytest.raises(InputError, match=message):
+        augment(KEY, images, flip=False, translate=pixels)
