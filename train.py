@@ -9,9 +9,14 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from cnn.config import load_config, override, overrides_help
-from cnn.errors import InputError
-from cnn.training import train_and_evaluate
+try:
+    from cnn.config import load_config, one_line, override, overrides_help
+    from cnn.errors import InputError, Interrupted
+    from cnn.interruption import raise_on_sigterm
+    from cnn.training import train_and_evaluate
+except ValueError as error:  # JAX reads its variables as it is imported
+    print(f"error: {error}; look at the environment variables named JAX_...", file=sys.stderr)
+    sys.exit(2)
 
 _HERE = Path(__file__).resolve().parent
 _EXAMPLES = """examples:
@@ -55,12 +60,16 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     # Orbax and TFDS say much that is no concern of the person at the screen.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    raise_on_sigterm()
     try:
         main(sys.argv[1:])
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
         print("interrupted; the same command continues the run", file=sys.stderr)
         sys.exit(130)

@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import difflib
 import json
-import math
 import os
 import runpy
 import sys
@@ -24,8 +23,17 @@ from cnn.models import MODEL_NAMES
 from cnn.optimizers import OPTIMIZER_NAMES, SCHEDULE_NAMES
 
 # Where the data lies, what is compiled anew and what is recorded beside the run do not change its
-# result.
-_FREE_TO_CHANGE = ("dataset.data_dir", "compilation_cache", "tensorboard")
+# result; on which devices it goes on does by rounding, and what to do about steps that are not
+# finite only after the first of them.
+_FREE_TO_CHANGE = (
+    "dataset.data_dir",
+    "platform",
+    "num_devices",
+    "on_nonfinite",
+    "compilation_cache",
+    "tensorboard",
+)
+_ON_NONFINITE = ("stop", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +58,17 @@ _WIDTH_OR_NONE = _Field(
 
 
 def _at_least(low: int) -> _Field:
-    return _Field(int, lambda value: value >= low, f"be {low} or more")
+    return _Field(int, lambda value: low <= value < 2**31, f"be {low} or more, and below 2**31")
 
 
-_NOT_NEGATIVE = _Field(float, lambda value: 0 <= value < math.inf, "be 0 or more, and finite")
-_POSITIVE = _Field(float, lambda value: 0 < value < math.inf, "be positive and finite")
+# What becomes 0 or infinite as a float32 is refused.
+_LEAST, _MOST = 1e-37, 1e38
+_NOT_NEGATIVE = _Field(float, lambda value: 0 <= value <= _MOST, f"be 0 or more, at most {_MOST}")
+_POSITIVE = _Field(
+    float,
+    lambda value: _LEAST <= value <= _MOST,
+    f"be positive and finite, from {_LEAST} to {_MOST}",
+)
 _BELOW_ONE = _Field(float, lambda value: 0 <= value < 1, "be at least 0 and below 1")
 _FRACTION = _Field(float, lambda value: 0 <= value <= 1, "lie between 0 and 1")
 _WIDTHS = _Field(
@@ -78,6 +92,8 @@ FIELDS: dict[str, _Field] = {
     "model.batch_norm": _Field(bool),
     "model.dtype": _choice("float32", "bfloat16"),
     "model.conv_lowering": _choice(*LOWERINGS),
+    "augment.flip": _Field(bool),
+    "augment.translate": _WIDTH_OR_NONE,
     "batch_size": _at_least(1),
     "num_epochs": _at_least(1),
     "label_smoothing": _BELOW_ONE,
@@ -90,11 +106,13 @@ FIELDS: dict[str, _Field] = {
     "schedule.name": _choice(*SCHEDULE_NAMES),
     "schedule.warmup_epochs": _NOT_NEGATIVE,
     "schedule.end_fraction": _FRACTION,
+    "on_nonfinite": _choice(*_ON_NONFINITE),
     "eval_batch_size": _at_least(1),
     "checkpoint_every_steps": _at_least(0),
     "platform": _choice(*PLATFORMS),
     "num_devices": _at_least(0),
     "steps_per_call": _at_least(0),
+    "deterministic": _Field(bool),
     "compilation_cache": _Field(bool),
     "tensorboard": _Field(bool),
 }
@@ -107,30 +125,46 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
       InputError: if there is no such file, or it does not give a config.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"config file {path} {'is a directory' if path.is_dir() else 'does not exist'}"
-        )
+    if not os.path.isfile(path):  # Path's own raises where a name is too long
+        fault = "is a directory" if os.path.isdir(path) else "is not a file"
+        fault = fault if os.path.exists(path) else "does not exist"
+        raise InputError(f"config file {one_line(str(path))} {fault}")
     # A config may import its neighbours as `from configs import baseline`.
+    search = list(sys.path)
     sys.path.insert(0, str(path.resolve().parent.parent))
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if callable(get_config) else None
+        if isinstance(config, ConfigDict):
+            flatten(config)  # raises where a section holds itself, or a field awaits its value
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"config file {path} is broken: {type(error).__name__}: {reason}"
+            one_line(f"config file {path} is broken: {type(error).__name__}: {reason}")
         ) from error
     finally:
-        sys.path.pop(0)
-    if get_config is None:
-        raise InputError(f"config file {path} must define get_config()")
+        sys.path[:] = search
+    if not callable(get_config):
+        raise InputError(f"config file {one_line(str(path))} must define get_config()")
     if not isinstance(config, ConfigDict):
         raise InputError(
-            f"get_config() of {path} must return an ml_collections.ConfigDict, "
+            f"get_config() of {one_line(str(path))} must return an ml_collections.ConfigDict, "
             f"not {type(config).__name__}"
         )
     return config
+
+
+def one_line(text: str, limit: int = 1000) -> str:
+    r"""A text as it can stand in a message: control characters escaped, the middle cut if long.
+
+    >>> print(one_line("two\nlines"))
+    two\nlines
+    >>> one_line("0123456789", limit=4)
+    '01 ... 89'
+    """
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = limit // 2
+    return line if len(line) <= limit else f"{line[:half]} ... {line[-half:]}"
 
 
 def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
@@ -192,8 +226,8 @@ def _parse(name: str, text: str, kind: type) -> Any:
         if not isinstance(value := ast.literal_eval(text), tuple | list):
             raise ValueError(text)
         return tuple(value)
-    except (ValueError, KeyError, SyntaxError, TypeError) as error:
-        raise InputError(f"--config.{name}={text}: {text!r} is not {_IN_WORDS[kind]}") from error
+    except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise InputError(f"--config.{name}: {_shown(text)} is not {_IN_WORDS[kind]}") from error
 
 
 _IN_WORDS = {
@@ -255,18 +289,25 @@ def _check_known(name: str) -> None:
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1)
         hint = f"did you mean {near[0]}?" if near else "configs/baseline.py lists all fields"
-        raise InputError(f"unknown config field {name}; {hint}")
+        raise InputError(f"unknown config field {one_line(name)}; {hint}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return one_line(repr(value))
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "a number too long to print"
 
 
 def _check_field(name: str, value: Any, field: _Field) -> None:
     kinds = {float: (float, int), tuple: (tuple, list)}.get(field.kind, (field.kind,))
     if not isinstance(value, kinds) or (isinstance(value, bool) and field.kind is not bool):
         raise InputError(
-            f"config field {name}={value!r} must be {_IN_WORDS[field.kind]}, "
+            f"config field {name}={_shown(value)} must be {_IN_WORDS[field.kind]}, "
             f"not {type(value).__name__}"
         )
     if not field.valid(value):
-        raise InputError(f"config field {name}={value!r} must {field.words}")
+        raise InputError(f"config field {name}={_shown(value)} must {field.words}")
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:

@@ -19,6 +19,8 @@ Device = Any  # jax.Device, which type checkers take for a variable
 # Options of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _FAKE_CPUS_FLAG = "xla_force_host_platform_device_count"
+_NUM_CPUS = "jax_num_cpu_devices"
+_DETERMINISTIC_FLAG = "xla_gpu_deterministic_ops"
 
 
 def prepare_cpu() -> None:
@@ -33,8 +35,7 @@ def prepare_cpu() -> None:
     after each step and zeroed page by page in the next: a third of the time at batch 128.
     """
     _keep_freed_memory()
-    # getattr: jax declares its options at run time, unseen by type checkers.
-    chosen = getattr(jax.config, "jax_num_cpu_devices") > 0  # noqa: B009
+    chosen = getattr(jax.config, _NUM_CPUS) > 0
     if chosen or _FAKE_CPUS_FLAG in os.environ.get("XLA_FLAGS", ""):
         return
     if hasattr(os, "sched_getaffinity"):  # respects cpusets and taskset; Linux only
@@ -42,7 +43,7 @@ def prepare_cpu() -> None:
     else:
         cores = os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # too late: the backend has started
-        jax.config.update("jax_num_cpu_devices", cores)
+        jax.config.update(_NUM_CPUS, cores)
 
 
 def _keep_freed_memory() -> None:
@@ -56,18 +57,25 @@ def _keep_freed_memory() -> None:
     mallopt(_M_ARENA_MAX, 1)
 
 
-def find_devices(platform: str = "auto", limit: int = 0) -> list[Device]:
+def find_devices(
+    platform: str = "auto", limit: int = 0, *, deterministic: bool = False
+) -> list[Device]:
     """The devices of a platform; of the fastest one there is for "auto".
 
     Args:
       platform: one of `PLATFORMS`.
       limit: take so many at most; 0 takes all.
+      deterministic: have XLA take only such kernels on a GPU that give the same bits each time
+        (its flag --xla_gpu_deterministic_ops, which `XLA_FLAGS` may set otherwise). CPUs and TPUs
+        do by themselves.
 
     Raises:
-      InputError: if the platform is unknown or not there. Never falls back to another one.
+      InputError: if the platform is unknown or not there (it never falls back to another one), or
+        if a GPU was in use before it could be made deterministic.
     """
     if platform not in PLATFORMS:
         raise InputError(f"unknown platform {platform!r}; known: {', '.join(PLATFORMS)}")
+    in_time = not deterministic or _make_gpu_deterministic()
     prepare_cpu()
     if platform == "cpu":
         # Keeps a GPU that is there from being started, and its memory from being taken.
@@ -81,7 +89,26 @@ def find_devices(platform: str = "auto", limit: int = 0) -> list[Device]:
             f"platform={platform}: JAX finds no {what} here ({reason}); install the jax build "
             f"for it (see the README) or choose another --config.platform"
         ) from error
+    if devices[0].platform == "gpu" and not in_time:
+        raise InputError(
+            f"deterministic=True comes too late, as JAX uses the GPU already: start it with "
+            f"XLA_FLAGS=--{_DETERMINISTIC_FLAG}=true, or set deterministic=False"
+        )
     return devices[:limit] if limit else devices
+
+
+def _make_gpu_deterministic() -> bool:
+    """Sets XLA's flag, unless it is set; False if XLA has read its flags already."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _DETERMINISTIC_FLAG in flags:
+        return True
+    try:  # to set it again is refused once a backend has started
+        jax.config.update(_NUM_CPUS, getattr(jax.config, _NUM_CPUS) + 1)
+        jax.config.update(_NUM_CPUS, getattr(jax.config, _NUM_CPUS) - 1)
+    except RuntimeError:
+        return False
+    os.environ["XLA_FLAGS"] = f"{flags} --{_DETERMINISTIC_FLAG}=true".strip()
+    return True
 
 
 def batch_mesh(devices: list[Device], batch_size: int) -> Mesh:

@@ -78,3 +78,43 @@ def total(parts: Iterable[Metrics]) -> Metrics:
         correct=sum(int(part.correct.sum()) for part in host),
         count=sum(int(part.count.sum()) for part in host),
     )
+
+
+class Tally:
+    """The metrics of an epoch's steps: on the devices until somebody asks.
+
+    Args:
+      step: steps done before those to be added.
+      metrics: of the epoch's steps among them, on the host; none without it.
+
+    Attributes:
+      metrics: of the steps that were collected, on the host.
+      skipped: which of these steps were left out as not finite, counted from 1.
+      pending: what was added and not collected, in order.
+    """
+
+    def __init__(self, step: int, metrics: Metrics | None = None) -> None:
+        self.metrics = metrics or Metrics(loss_sum=0.0, correct=0, count=0)
+        self.skipped: list[int] = []
+        self._step = step
+        self.pending: list[tuple[Metrics, int]] = []
+
+    def add(self, scores: Metrics, steps: int) -> None:
+        """Takes the metrics of some steps: leaves `[steps]` or longer, or scalars of one step."""
+        self.pending.append((scores, steps))
+
+    def collect(self, keep: int = 0) -> Metrics:
+        """Fetches what was added, which waits for it, and gives the sum over the epoch so far.
+
+        Args:
+          keep: leave so many of the newest: the devices go on while the host reads.
+        """
+        ready = self.pending[: len(self.pending) - keep]
+        self.pending = self.pending[len(ready) :]
+        host = jax.device_get([scores for scores, _ in ready])
+        for scores, (_, steps) in zip(host, ready, strict=True):
+            empty = np.flatnonzero(np.ravel(scores.count)[:steps] == 0)
+            self.skipped += (self._step + 1 + empty).tolist()
+            self._step += steps
+        self.metrics = total([self.metrics, *host])
+        return self.metrics

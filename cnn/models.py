@@ -130,6 +130,17 @@ class CNN(nn.Module):
                     f"values in a patch of {self.patch_size}x{self.patch_size}x{shape[3]}"
                 )
             side //= self.patch_size
+            if not side:
+                raise InputError(
+                    f"model.patch_size={self.patch_size} is more than the {min(shape[1:3])} pixels "
+                    f"of the images"
+                )
+        largest = 2 * max(shape[1:3]) - 1
+        if self.kernel_size > largest:
+            raise InputError(
+                f"model.kernel_size={self.kernel_size} is too much for images of "
+                f"{shape[1]}x{shape[2]} pixels: beyond {largest} nothing of it meets a pixel"
+            )
         for block in range(len(self.features)):
             convolved = side if self.padding == "SAME" else side - self.kernel_size + 1
             if convolved < 2:

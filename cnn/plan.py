@@ -15,7 +15,8 @@ import optax
 from jax.sharding import Mesh
 
 from cnn.blocks import has_convolution
-from cnn.data import Dataset, load_dataset
+from cnn.data import Dataset, Split, load_dataset
+from cnn.data.batches import DeviceSplit
 from cnn.devices import replicated
 from cnn.errors import InputError
 from cnn.models import create_model
@@ -23,7 +24,7 @@ from cnn.optimizers import create_optimizer, create_schedule
 from cnn.steps import CrossEntropy, TrainState, create_train_state, train_step
 
 # Streams of random keys, folded into the run's seed.
-_INIT, _ORDER = 0, 1
+_INIT, _ORDER, _AUGMENT = 0, 1, 2
 # Where compiling takes longer than running: a third of the time on a CPU, for the same numbers.
 _RUNS_ONCE = {"xla_backend_optimization_level": 1}
 # A call of half a second on two cores, and 50 MB of images.
@@ -59,6 +60,21 @@ class Plan:
     def order_key(self) -> jax.Array:
         """The key from which each epoch's order follows."""
         return _stream_key(np.uint32(self.config.seed), _ORDER)
+
+    @property
+    def augment_key(self) -> jax.Array:
+        """The key from which the augmentation of each step follows."""
+        return _stream_key(np.uint32(self.config.seed), _AUGMENT)
+
+    @property
+    def devices(self) -> str:
+        """What trains, in words."""
+        return f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
+
+    def place(self, split: Split) -> DeviceSplit:
+        """A split of the dataset, on every device of the mesh."""
+        normalization = self.config.dataset.normalization
+        return DeviceSplit.place(split, self.dataset, normalization, replicated(self.mesh))
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on every device of the mesh."""
@@ -121,6 +137,12 @@ def make_plan(config: Any, mesh: Mesh) -> Plan:
         raise InputError(
             f"batch_size={config.batch_size} is more than the {num_images:,} training images "
             f"of {dataset.name}"
+        )
+    side = min(dataset.image_shape[:2])
+    if config.augment.translate >= side:
+        raise InputError(
+            f"augment.translate={config.augment.translate} is too much for images of {side} "
+            f"pixels; choose 0 to {side - 1}"
         )
     # Updates, not steps: an optimizer that accumulates moves its schedule on once per update.
     accumulate, num_steps = config.optimizer.accumulate_steps, steps_per_epoch * config.num_epochs

@@ -25,6 +25,11 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def warn(line: str) -> None:
+    """Prints a line to standard error, above a live bar if there is one."""
+    tqdm.write(f"warning: {line}", file=sys.stderr)
+
+
 class Progress:
     """Epoch, step, loss, accuracy, images/s and time left, while training.
 
@@ -79,6 +84,8 @@ class Progress:
           metrics: of the epoch so far, on the host.
         """
         self._shown = now = time.monotonic()
+        if not metrics.count:
+            return  # every step so far was skipped
         rate = (step - self._start_step) / max(now - self._start_time, 1e-9)
         total = self._num_epochs * self._steps_per_epoch
         left = (total - step) / rate if rate else math.inf
@@ -119,9 +126,11 @@ def epoch_line(record: Mapping[str, Any], *, num_epochs: int) -> str:
         f"{part}: loss {record[f'{part}_loss']:.4f}, {_percent(record[f'{part}_accuracy'])} right"
         for part in ("train", "test")
     )
+    skipped = record["skipped_steps"]
     return (
         f"epoch {record['epoch']}/{num_epochs}  {'  '.join(parts)} "
-        f"of {record['test_count']:,}  ({record['images_per_second']:,.0f} images/s)"
+        f"of {record['test_count']:,}  ({record['images_per_second']:,.0f} images/s"
+        f"{f'; {skipped:,} steps were not finite, and skipped' if skipped else ''})"
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import importlib
 import importlib.metadata
 import importlib.util
@@ -12,7 +15,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
 
 import jax
 
@@ -22,10 +26,14 @@ from cnn.errors import InputError
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that has none
+
+
 class RunDirectory:
     """A run's folder: `config.json`, `environment.json`, `metrics.jsonl`, `result.json`.
 
-    Making the object only looks; `start` is the first to write.
+    Making the object only looks; `lock` is the first to write. Use it as a context manager, which
+    lets go of the lock.
 
     Args:
       path: the folder; it need not exist. `~` is the home directory.
@@ -34,6 +42,56 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser().absolute()
         self._metrics = self.path / "metrics.jsonl"
+        self._lock_file = self.path / ".lock"
+        self._lock: IO[bytes] | None = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self._lock_file.exists()
+
+    def lock(self) -> None:
+        """Makes the folder, and keeps other processes out until this one ends, however it does.
+
+        Raises:
+          InputError: if another process is in it, or it cannot be written.
+        """
+        if self._lock is not None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock = self._lock_file.open("a+b", buffering=0)
+        except OSError as error:
+            raise InputError(
+                f"work directory {self.path} cannot be written ({error.strerror}); "
+                f"choose another --workdir"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise InputError(
+                f"{self.path} is being trained in by {lock.read().decode() or 'another process'}; "
+                f"wait for it, stop it, or choose another --workdir"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        with contextlib.suppress(OSError):  # a full disk; the lock holds without a name
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}".encode())
 
     def check_writable(self) -> None:
         """Raises InputError if the folder cannot be made or written, or is a file."""
@@ -69,17 +127,15 @@ class RunDirectory:
             )
 
     def start(self, config: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
-        """Makes the folder and writes what is known before the first step."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write("config.json", config)
-            self.write("environment.json", _environment(mesh))
-        except OSError as error:
-            raise InputError(
-                f"work directory {self.path} cannot be written ({error.strerror}); "
-                f"choose another --workdir"
-            ) from error
+        """Writes what is known before the first step."""
+        self.write("environment.json", _environment(mesh))
         self._drop_torn_record()
+        self.write("config.json", config)
+
+    @property
+    def was_started(self) -> bool:
+        """Whether `start` was called: not before there was a checkpoint."""
+        return (self.path / "config.json").exists()
 
     def _drop_torn_record(self) -> None:
         """Cuts off a record that a killed process did not finish."""
@@ -90,11 +146,14 @@ class RunDirectory:
     def write(self, name: str, value: dict[str, Any]) -> None:
         """Writes a JSON file so that a reader finds the old one or the new one, never half."""
         temporary = self.path / f".{name}.tmp"
-        with temporary.open("w") as file:
-            file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path / name)
+        try:
+            with temporary.open("w") as file:
+                file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path / name)
+        finally:
+            temporary.unlink(missing_ok=True)  # of a full disk, say
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name

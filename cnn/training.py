@@ -11,8 +11,8 @@ import dataclasses
 import functools
 import math
 import os
+import signal
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,30 +20,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from cnn.augment import augment
 from cnn.checkpoints import Checkpoints, digest
 from cnn.compilation import compilation_cache
-from cnn.config import check_config, resolved
-from cnn.data import Split
+from cnn.conclusion import conclude
+from cnn.config import check_config, differences, resolved
 from cnn.data.batches import DeviceSplit, epoch_order
 from cnn.devices import batch_mesh, find_devices, replicated, sharded, stay_close
-from cnn.errors import InputError
+from cnn.errors import InputError, Interrupted
 from cnn.evaluation import evaluate
-from cnn.metrics import Metrics, total
+from cnn.interruption import StopSignals
+from cnn.metrics import Metrics, Tally
 from cnn.plan import Plan, make_plan
-from cnn.plots import plot_curves, plot_samples
-from cnn.progress import Progress, describe, epoch_line, result_line, say
+from cnn.progress import Progress, describe, epoch_line, result_line, say, warn
 from cnn.report import RunDirectory, TensorBoard
-from cnn.steps import TrainState, predict_step, train_step, train_steps
-
-_NONE = Metrics(loss_sum=0.0, correct=0, count=0)
-_SHOWN_SAMPLES = 24
-_FINAL = ("test_accuracy", "test_loss", "test_count", "train_accuracy", "train_loss")
+from cnn.steps import TrainState, train_step, train_steps
+from cnn.storage import is_trouble, trouble
 
 
 def train_and_evaluate(
     config: Any, workdir: str | os.PathLike[str]
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains as a config says, or goes on where the same run stopped.
+
+    In the main thread it takes Ctrl-C and SIGTERM while it trains: it saves before it stops.
 
     Args:
       config: a `ConfigDict` with all fields of `configs/baseline.py`.
@@ -53,12 +53,22 @@ def train_and_evaluate(
       The final state, and what `result.json` holds: accuracies are fractions, losses in nats.
 
     Raises:
-      InputError: if config, data or directory cannot give a run; nothing is written then.
+      InputError: if config, data or directory cannot give a run (nothing is written then), if the
+        run cannot be saved, or if the loss or the gradients are not finite.
+      Interrupted: after Ctrl-C or SIGTERM.
     """
     started = time.monotonic()
     check_config(config)
-    with compilation_cache(config.compilation_cache):
-        return _run(config, RunDirectory(workdir), started)
+    with compilation_cache(config.compilation_cache), RunDirectory(workdir) as run:
+        try:
+            return _run(config, run, started)
+        except OSError as error:
+            if not is_trouble(error, run.path):
+                raise
+            raise InputError(
+                f"the run cannot go on: {trouble(error, run.path)}"
+                f"{Checkpoints(run.checkpoints).then()}"
+            ) from error
 
 
 def _run(config: Any, run: RunDirectory, started: float) -> tuple[TrainState, dict[str, Any]]:
@@ -66,19 +76,21 @@ def _run(config: Any, run: RunDirectory, started: float) -> tuple[TrainState, di
     run.check_config(resolved(config))
     if (finished := run.result()) is None:
         run.check_writable()
+        if run.exists:
+            run.lock()
     run.records()  # raises if they are damaged
     if config.tensorboard:
         TensorBoard.require()
-    devices = find_devices(config.platform, config.num_devices)
+    devices = find_devices(config.platform, config.num_devices, deterministic=config.deterministic)
     plan = make_plan(config, batch_mesh(devices, config.batch_size))
     state = plan.initial_state()
     say(describe(plan, state.variables, len(devices)))
 
-    if finished is not None and not run.checkpoints.is_dir():
-        raise InputError(f"{run.path} holds a result but no checkpoints; choose another --workdir")
+    if finished is None:
+        run.lock()
     with Checkpoints(run.checkpoints) as checkpoints:
-        state, before = _restore(state, plan, checkpoints)
-        if finished is not None:
+        state, before = _restore(state, plan, run, checkpoints)
+        if finished is not None and int(state.step) == plan.num_steps:
             if digest(state) != finished["digest"]:
                 raise InputError(
                     f"the latest checkpoint of {run.path} is not the state of its result.json; "
@@ -86,140 +98,241 @@ def _run(config: Any, run: RunDirectory, started: float) -> tuple[TrainState, di
                 )
             say(f"finished before: {result_line(finished)}; {run.path} is left as it is")
             return state, finished
-        run.start(resolved(config), plan.mesh)
-        started -= before.get("wall_seconds", 0.0)
-        state = _train(state, plan, run, checkpoints, before, started)
-    result = _finish(state, plan, run, started)
+        run.lock()
+        loop = _Loop(plan, run, checkpoints, started - before.get("wall_seconds", 0.0))
+        state = loop.train(state, before)
+    result = conclude(state, plan, run, loop.started)
     say(f"finished: {result_line(result)}\ndigest: {result['digest']}")
     say(f"see {run.path}: curves.png, samples.png, result.json")
     return state, result
 
 
 def _restore(
-    state: TrainState, plan: Plan, checkpoints: Checkpoints
+    state: TrainState, plan: Plan, run: RunDirectory, checkpoints: Checkpoints
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The latest checkpoint's state and record; the fresh state and {} without one."""
-    step = checkpoints.latest_step()
-    if step is None:
+    """The latest whole checkpoint's state and record; the fresh state and {} before the first."""
+    restored = checkpoints.restore_latest(state, warn)
+    if restored is None:
+        if run.was_started:
+            raise InputError(
+                f"{run.path} holds a run, but {checkpoints.directory} no checkpoint of it; put "
+                f"them back, or choose another --workdir"
+            )
         return state, {}
-    record = checkpoints.read_record(step)
-    if record.get("dataset") != plan.dataset.fingerprint:
+    state, record = restored
+    if changed := differences(record["config"], resolved(plan.config)):
+        raise InputError(
+            f"the checkpoints in {run.path} are of another config ({'; '.join(changed)}); choose "
+            f"another --workdir"
+        )
+    if record["dataset"] != plan.dataset.fingerprint:
         raise InputError(
             f"the run was trained on other {plan.dataset.name} images than those found now; "
             f"restore the data or choose another --workdir"
         )
-    state = checkpoints.restore(state, step)
-    if step < plan.num_steps:
+    if record["devices"] != plan.devices:
+        say(
+            f"note: the run goes on with {plan.devices} after {record['devices']}, from the same "
+            f"bits; what follows is rounded in another way"
+        )
+    if (step := int(state.step)) < plan.num_steps:
         say(f"resuming at step {step:,} of {plan.num_steps:,}")
     return state, record
 
 
-def _train(
-    state: TrainState,
-    plan: Plan,
-    run: RunDirectory,
-    checkpoints: Checkpoints,
-    before: dict[str, Any],
-    started: float,
-) -> TrainState:
-    """Trains from the state's step to the last, epoch by epoch."""
-    config, data, step = plan.config, plan.dataset, int(state.step)
-    train, test = _place(plan, data.train), _place(plan, data.test)
-    for record in before.get("records", []):
-        run.append(record)  # in case metrics.jsonl was lost
-    board = TensorBoard(run.path / "tensorboard") if config.tensorboard else None
+class _Loop:
+    """The part of a run that one process trains.
 
-    def save(state: TrainState, **record: Any) -> None:
-        always = {
-            "config": resolved(config),
-            "dataset": data.fingerprint,
-            "wall_seconds": time.monotonic() - started,
-            "records": run.records(),
-        }
-        checkpoints.save(state, {**always, **record})
-
-    progress = Progress(
-        num_epochs=config.num_epochs,
-        steps_per_epoch=plan.steps_per_epoch,
-        batch_size=config.batch_size,
-        start_step=step,
-    )
-    metrics = Metrics(**before["epoch_metrics"]) if "epoch_metrics" in before else _NONE
-    steps_per_call = plan.steps_per_call(state)
-    with progress:
-        for epoch in range(step // plan.steps_per_epoch, config.num_epochs):
-            begun, first_step = time.monotonic(), int(state.step)
-            state, metrics = _train_epoch(
-                state, epoch, metrics, train, plan, steps_per_call, progress, save
-            )
-            rate = (int(state.step) - first_step) * config.batch_size / (time.monotonic() - begun)
-            tested = evaluate(state, test, batch_size=config.eval_batch_size)
-            record = _record(plan, epoch, metrics, tested, rate)
-            if not math.isfinite(record["train_loss"]):
-                raise InputError(
-                    f"the training loss became {record['train_loss']} in epoch {epoch + 1}, at a "
-                    f"learning rate of {record['learning_rate']:g}; lower it, or set "
-                    f"optimizer.clip_norm or schedule.warmup_epochs, in another --workdir"
-                )
-            run.append(record)
-            if board:
-                board.write(record)
-            save(state, test_accuracy=record["test_accuracy"])
-            say(epoch_line(record, num_epochs=config.num_epochs))
-            metrics = _NONE
-    if board:
-        board.close()
-    return state
-
-
-def _train_epoch(
-    state: TrainState,
-    epoch: int,
-    metrics: Metrics,
-    train: DeviceSplit,
-    plan: Plan,
-    steps_per_call: int,
-    progress: Progress,
-    save: Callable[..., None],
-) -> tuple[TrainState, Metrics]:
-    """Trains to the end of an epoch, from wherever in it the state is.
-
-    `metrics`, on the host, are those of the epoch's steps that the state has behind it; those
-    of the whole epoch come back.
+    Args:
+      plan: of the run.
+      run: where its files go.
+      checkpoints: where its states go.
+      started: when the run began, on the monotonic clock.
     """
-    config, step, end = plan.config, int(state.step), (epoch + 1) * plan.steps_per_epoch
-    every = config.checkpoint_every_steps
-    order = epoch_order(plan.order_key, epoch, len(plan.dataset.train.labels))
-    order = jax.device_put(order, replicated(plan.mesh))
-    how: Any = {
-        "steps": steps_per_call,
-        "batch_size": config.batch_size,
-        "sharding": sharded(plan.mesh, axis=1),
-    }
-    pending: list[Metrics] = []
-    while step < end:
-        stop = min(end, (step // every + 1) * every) if every else end
-        steps = min(steps_per_call, stop - step)
-        batches = _batches(train, order, step, **how)
-        if steps_per_call == 1:
-            state, scores = _train_step(state, batches)
-        elif plan.on_cpu:
-            state, scores = _train_steps(state, batches, steps)
-        else:
-            state, scores = _train_known_steps(state, batches, steps)
-        step += steps
-        pending.append(scores)
-        stay_close(pending, ahead=8 if steps_per_call == 1 else 2)
-        if progress.due() and len(pending) > 1:
-            # All but the newest call: the device goes on while the host reads.
-            metrics, pending = total([metrics, *pending[:-1]]), pending[-1:]
-            progress.show(step - steps, metrics)
-        if step == stop < end:
-            metrics, pending = total([metrics, *pending]), []
-            if progress.due():
-                progress.show(step, metrics)
-            save(state, epoch_metrics=dataclasses.asdict(metrics))
-    return state, total([metrics, *pending])
+
+    def __init__(
+        self, plan: Plan, run: RunDirectory, checkpoints: Checkpoints, started: float
+    ) -> None:
+        self.started = started
+        self._plan, self._config = plan, plan.config
+        self._run, self._checkpoints = run, checkpoints
+        self._steps_per_call = 1
+        self._stop: int | None = None  # the signal that wants it
+
+    def train(self, state: TrainState, before: dict[str, Any]) -> TrainState:
+        """Trains from the state's step to the last, epoch by epoch.
+
+        Args:
+          state: fresh, or restored.
+          before: the record that was restored with it; {} for a fresh one.
+        """
+        plan, config, run = self._plan, self._config, self._run
+        if not before:
+            # What has a config has a checkpoint: none left is then known from none made yet.
+            self._save(state)
+            self._checkpoints.wait()
+        run.start(resolved(config), plan.mesh)
+        for record in before.get("records", []):
+            run.append(record)  # in case metrics.jsonl was lost
+        train, test = plan.place(plan.dataset.train), plan.place(plan.dataset.test)
+        board = TensorBoard(run.path / "tensorboard") if config.tensorboard else None
+        first_step = int(state.step)
+        progress = Progress(
+            num_epochs=config.num_epochs,
+            steps_per_epoch=plan.steps_per_epoch,
+            batch_size=config.batch_size,
+            start_step=first_step,
+        )
+        self._steps_per_call = plan.steps_per_call(state)
+        metrics = Metrics(**before["epoch_metrics"]) if "epoch_metrics" in before else None
+        with progress, StopSignals() as signals:
+            for epoch in range(first_step // plan.steps_per_epoch, config.num_epochs):
+                begun, before_step = time.monotonic(), int(state.step)
+                state, metrics = self._train_epoch(state, epoch, metrics, train, progress, signals)
+                steps = int(state.step) - before_step
+                rate = steps * config.batch_size / (time.monotonic() - begun)
+                tested = evaluate(state, test, batch_size=config.eval_batch_size)
+                record = self._record(epoch, metrics, tested, rate)
+                run.append(record)
+                if board:
+                    board.write(record)
+                self._save(state, test_accuracy=record["test_accuracy"])
+                say(epoch_line(record, num_epochs=config.num_epochs))
+                self._leave_if_asked(int(state.step))
+                metrics = None
+        if board:
+            board.close()
+        return state
+
+    def _train_epoch(
+        self,
+        state: TrainState,
+        epoch: int,
+        metrics: Metrics | None,
+        train: DeviceSplit,
+        progress: Progress,
+        signals: StopSignals,
+    ) -> tuple[TrainState, Metrics]:
+        """Trains to the end of an epoch, from wherever in it the state is.
+
+        `metrics`, on the host, are those of the epoch's steps that the state has behind it; those
+        of the whole epoch come back.
+        """
+        plan, config = self._plan, self._config
+        step, end = int(state.step), (epoch + 1) * plan.steps_per_epoch
+        every = config.checkpoint_every_steps
+        order = epoch_order(plan.order_key, epoch, len(plan.dataset.train.labels))
+        order = jax.device_put(order, replicated(plan.mesh))
+        tally = Tally(step, metrics)
+        while step < end:
+            stop = min(end, (step // every + 1) * every) if every else end
+            steps = min(self._steps_per_call, stop - step)
+            batches = _batches(
+                train, order, plan.augment_key, step,
+                steps=self._steps_per_call, batch_size=config.batch_size,
+                flip=config.augment.flip, translate=config.augment.translate,
+                sharding=sharded(plan.mesh, axis=1),
+            )  # fmt: skip
+            state, scores = self._call(state, batches, steps)
+            step += steps
+            tally.add(scores, steps)
+            stay_close(tally.pending, ahead=8 if self._steps_per_call == 1 else 2)
+            self._checkpoints.check()
+            if progress.due() and len(tally.pending) > 1:
+                # All but the newest call: the device goes on while the host reads.
+                progress.show(step - steps, self._collect(tally, keep=1))
+            self._stop = signals.received(step)
+            if step < end and (step == stop or self._stop):
+                metrics = self._collect(tally)
+                if progress.due():
+                    progress.show(step, metrics)
+                self._save(state, epoch_metrics=dataclasses.asdict(metrics))
+                self._leave_if_asked(step)
+        return state, self._collect(tally)
+
+    def _call(
+        self, state: TrainState, batches: dict[str, jax.Array], steps: int
+    ) -> tuple[TrainState, Metrics]:
+        if self._steps_per_call == 1:
+            return _train_step(state, batches)
+        if self._plan.on_cpu:
+            return _train_steps(state, batches, steps)
+        return _train_known_steps(state, batches, steps)
+
+    def _collect(self, tally: Tally, keep: int = 0) -> Metrics:
+        """`tally.collect`; raises InputError for a step that was left out, if that is an error."""
+        metrics = tally.collect(keep)
+        if tally.skipped and self._config.on_nonfinite == "stop":
+            raise self._diverged(
+                f"step {tally.skipped[0]:,} gave a loss or gradients that are not finite",
+                tally.skipped[0],
+                "--config.on_nonfinite=skip leaves such steps out and goes on from it; else ",
+            )
+        return metrics
+
+    def _diverged(self, what: str, step: int, remedy: str = "") -> InputError:
+        self._checkpoints.wait()
+        return InputError(
+            f"{what}, at a learning rate of {self._plan.learning_rate(step):g} in epoch "
+            f"{-(-step // self._plan.steps_per_epoch)}; the last good checkpoint is step "
+            f"{self._checkpoints.latest_step():,}; {remedy}lower the rate, or set "
+            f"optimizer.clip_norm or schedule.warmup_epochs, in another --workdir"
+        )
+
+    def _save(self, state: TrainState, **record: Any) -> None:
+        """Starts saving the state, with all that the run needs to go on from it."""
+        weights = jax.tree.leaves(jax.device_get((state.params, state.model_state)))
+        if not all(np.isfinite(leaf).all() for leaf in weights):
+            step = int(state.step)
+            raise self._diverged(f"the parameters after step {step:,} are not finite", step)
+        always = {
+            "config": resolved(self._config),
+            "dataset": self._plan.dataset.fingerprint,
+            "devices": self._plan.devices,
+            "wall_seconds": time.monotonic() - self.started,
+            "records": self._run.records(),
+        }
+        self._checkpoints.save(state, {**always, **record})
+
+    def _leave_if_asked(self, step: int) -> None:
+        """Raises Interrupted if a signal came; the state was saved before."""
+        if self._stop:
+            self._checkpoints.wait()
+            name = signal.Signals(self._stop).name
+            raise Interrupted(
+                f"stopped by {name} at step {step:,} of {self._plan.num_steps:,}, which is saved; "
+                f"the same command goes on from there",
+                self._stop,
+            )
+
+    def _record(
+        self, epoch: int, trained: Metrics, tested: Metrics, images_per_second: float
+    ) -> dict[str, Any]:
+        """One line of `metrics.jsonl`.
+
+        Training figures are running ones, from during the epoch. Losses, of the test images too,
+        are those of the training objective: with label smoothing, if there is any.
+        """
+        plan = self._plan
+        step = (epoch + 1) * plan.steps_per_epoch
+        skipped = plan.steps_per_epoch - int(trained.count) // self._config.batch_size
+        if not trained.count:
+            raise self._diverged("no step of the epoch gave a finite loss and gradients", step)
+        if not math.isfinite(tested.loss):
+            raise self._diverged(f"the test loss became {tested.loss}", step)
+        before = sum(record["skipped_steps"] for record in self._run.records()[:epoch])
+        return {
+            "step": step,
+            "epoch": epoch + 1,
+            "train_loss": trained.loss,
+            "train_accuracy": trained.accuracy,
+            "test_loss": tested.loss,
+            "test_accuracy": tested.accuracy,
+            "test_count": tested.count,
+            "learning_rate": plan.learning_rate(step - before - skipped),
+            "skipped_steps": skipped,
+            "images_per_second": images_per_second,
+        }
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -232,90 +345,47 @@ _train_steps = jax.jit(train_steps, donate_argnames="state")
 _train_known_steps = jax.jit(train_steps, donate_argnames="state", static_argnames="count")
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "batch_size", "sharding"))
+@functools.partial(
+    jax.jit, static_argnames=("steps", "batch_size", "flip", "translate", "sharding")
+)
 def _batches(
     train: DeviceSplit,
     order: jax.Array,
+    key: jax.Array,
     step: jax.Array | int,
     *,
     steps: int,
     batch_size: int,
+    flip: bool,
+    translate: int,
     sharding: NamedSharding,
 ) -> dict[str, jax.Array]:
-    """Gathers and normalizes the batches of some steps: `image` float32[steps, B, H, W, C].
+    """Gathers, augments and normalizes the batches of some steps.
 
     Compiled by itself: XLA would repeat it for each of the overlapping patches of the first
     convolution on a CPU.
+
+    Args:
+      train: the split.
+      order: of the epoch, `int32[N]`.
+      key: of the run's augmentation; that of a step follows from it.
+      step: steps done.
+      steps: how many batches.
+      batch_size: images in each.
+      flip: as for `augment`.
+      translate: as for `augment`.
+      sharding: of `[steps, batch_size]`.
+
+    Returns:
+      `image` float32[steps, B, H, W, C], `label` int32[steps, B].
     """
     start = (step % (order.shape[0] // batch_size)) * batch_size
     # Behind the last batch of the epoch there may be fewer.
     index = order[jnp.minimum(start + jnp.arange(steps * batch_size), order.shape[0] - 1)]
     index = jax.lax.with_sharding_constraint(index.reshape(steps, batch_size), sharding)
-    return train.take(index)
 
+    def change(images: jax.Array) -> jax.Array:
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, step + i))(jnp.arange(steps))
+        return jax.vmap(functools.partial(augment, flip=flip, translate=translate))(keys, images)
 
-def _record(
-    plan: Plan, epoch: int, trained: Metrics, tested: Metrics, images_per_second: float
-) -> dict[str, Any]:
-    """One line of `metrics.jsonl`.
-
-    Training figures are running ones, from during the epoch. Losses, of the test images too, are
-    those of the training objective: with label smoothing, if there is any.
-    """
-    step = (epoch + 1) * plan.steps_per_epoch
-    return {
-        "step": step,
-        "epoch": epoch + 1,
-        "train_loss": trained.loss,
-        "train_accuracy": trained.accuracy,
-        "test_loss": tested.loss,
-        "test_accuracy": tested.accuracy,
-        "test_count": tested.count,
-        "learning_rate": plan.learning_rate(step),
-        "images_per_second": images_per_second,
-    }
-
-
-def _finish(state: TrainState, plan: Plan, run: RunDirectory, started: float) -> dict[str, Any]:
-    """Draws the pictures, then writes `result.json`, which marks the run as finished."""
-    records, test = run.records(), plan.dataset.test
-    last, best = records[-1], max(records, key=lambda r: (r["test_accuracy"], r["step"]))
-    title = f"{type(plan.model).__name__} on {plan.dataset.name}, seed {plan.config.seed}"
-    plot_curves(records, run.path / "curves.png", title=title)
-    shown = Split(test.images[:_SHOWN_SAMPLES], test.labels[:_SHOWN_SAMPLES])
-    plot_samples(
-        shown,
-        _predict(state, plan, shown),
-        plan.dataset.class_names,
-        run.path / "samples.png",
-        title=f"{title}: predicted class of the first test images",
-    )
-    result = {
-        **{name: last[name] for name in _FINAL},
-        "best_test_accuracy": best["test_accuracy"],
-        "best_epoch": best["epoch"],
-        "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "num_epochs": plan.config.num_epochs,
-        "num_steps": plan.num_steps,
-        "seed": plan.config.seed,
-        "dataset": plan.dataset.fingerprint,
-        "digest": digest(state),
-        "wall_seconds": time.monotonic() - started,
-    }
-    run.write("result.json", result)
-    return result
-
-
-def _predict(state: TrainState, plan: Plan, split: Split) -> np.ndarray:
-    """The predicted classes of a few images, `int[N]`."""
-    return np.asarray(plan.jit_once(_classes)(state, _place(plan, split)))
-
-
-def _classes(state: TrainState, split: DeviceSplit) -> jax.Array:
-    batch = split.take(jnp.arange(split.labels.shape[0]))
-    return predict_step(state, batch["image"]).argmax(-1)
-
-
-def _place(plan: Plan, split: Split) -> DeviceSplit:
-    normalization = plan.config.dataset.normalization
-    return DeviceSplit.place(split, plan.dataset, normalization, replicated(plan.mesh))
+    return train.take(index, change if flip or translate else None)

@@ -24,6 +24,12 @@ def get_config() -> ConfigDict:
     # "scale": pixel / 255, as in the seed. "standardize": per-channel mean 0, variance 1.
     config.dataset.normalization = "scale"
 
+    config.augment = ConfigDict()
+    # Mirror each training image with probability 1/2, another draw each time.
+    config.augment.flip = False
+    # Shift it by up to so many pixels both ways, the border reflected.
+    config.augment.translate = 0
+
     config.model = ConfigDict()
     config.model.name = "cnn"
     # Channels of each block (convolution, relu, 2x2 max-pooling).
@@ -76,9 +82,13 @@ def get_config() -> ConfigDict:
     # Where "cosine" and "linear" end, as a fraction of the peak.
     config.schedule.end_fraction = 0.0
 
+    # What to do about a step whose loss or gradients are not finite: "stop" the run and name it, or
+    # "skip" its update and count it. Neither lets such numbers into the parameters.
+    config.on_nonfinite = "stop"
+
     # Test images per call. Changes speed, and the test loss by rounding at most.
     config.eval_batch_size = 1000
-    # Save within epochs too, each so many steps; 0 saves at the end of each epoch only.
+    # Save within epochs too, each so many steps; 0 saves before the first epoch and after each.
     config.checkpoint_every_steps = 0
 
     # "cpu", "gpu" or "tpu" is an error where there is none; "auto" takes the fastest there is.
@@ -90,6 +100,9 @@ def get_config() -> ConfigDict:
     # on a CPU with native convolutions, which are slow in a loop. Changes speed, and results by
     # rounding at most.
     config.steps_per_call = 0
+
+    # Same bits each time on a GPU too, where the fastest kernels do not promise it.
+    config.deterministic = True
 
     # Keep what was compiled in the user's cache folder, where the next start finds it. JAX's own
     # JAX_COMPILATION_CACHE_DIR goes before.

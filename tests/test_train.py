@@ -116,7 +116,7 @@ def test_an_interrupted_run_continues_with_the_same_command(
 
     flags = ("--config", DIGITS, "--config.num_epochs=1", "--workdir", tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(cnn.training, "_finish", interrupt)
+        patch.setattr(cnn.training, "conclude", interrupt)
         code, _, err = train(*flags)
     assert (code, err.count("\n")) == (130, 1)
     assert "the same command continues the run" in err

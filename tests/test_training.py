@@ -34,7 +34,7 @@ def test_the_run_directory_explains_itself(finished):
     workdir, state, result = finished
     names = {path.name for path in workdir.iterdir()}
     assert names == {
-        "checkpoints", "config.json", "curves.png", "environment.json", "metrics.jsonl",
+        ".lock", "checkpoints", "config.json", "curves.png", "environment.json", "metrics.jsonl",
         "result.json", "samples.png",
     }  # fmt: skip
     assert json.loads((workdir / "result.json").read_text()) == result
@@ -116,7 +116,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(cnn.training, "_train_step", stop)
         patch.setattr(cnn.training, "_train_steps", stop)
-        patch.setattr(cnn.training, "_finish", stop_before_the_end)
+        patch.setattr(cnn.training, "conclude", stop_before_the_end)
         with pytest.raises(Killed):
             train_and_evaluate(config, tmp_path)
     capsys.readouterr()
@@ -131,7 +131,9 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
     for name in ("test_accuracy", "test_loss", "train_loss", "best_test_accuracy", "digest"):
         assert resumed_result[name] == result[name]
     best = result["best_epoch"] * 14
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"28", str(best)}
+    previous = 14 if steps == 28 else 25
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {"28", str(previous), str(best)}
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 5])
@@ -247,7 +249,7 @@ def unfinished(config, tmp_path, monkeypatch):
     """The directory of a run that was killed just before its end."""
     config.num_epochs = 1
     with monkeypatch.context() as patch:
-        patch.setattr(cnn.training, "_finish", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(cnn.training, "conclude", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train_and_evaluate(config, tmp_path)
     return tmp_path
@@ -255,7 +257,7 @@ def unfinished(config, tmp_path, monkeypatch):
 
 def test_a_checkpoint_holds_the_config_and_the_records(unfinished, config):
     with cnn.Checkpoints(unfinished / "checkpoints") as checkpoints:
-        record = checkpoints.read_record(14)
+        _, record = checkpoints.read(14)
     assert record["config"] == resolved(config)
     assert record["records"] == records(unfinished)
 
@@ -287,7 +289,7 @@ def test_damaged_files_of_a_run(tmp_path, config, name, text):
 def test_a_result_without_its_checkpoints(finished, config, tmp_path):
     workdir, *_ = finished
     shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
-    with pytest.raises(InputError, match="holds a result but no checkpoints"):
+    with pytest.raises(InputError, match=r"holds a run, but .*checkpoints no checkpoint of it"):
         train_and_evaluate(config, tmp_path / "run")
 
 
@@ -295,10 +297,10 @@ def test_each_epoch_has_an_order_of_its_own(config, tmp_path, monkeypatch):
     seen = []
     original = cnn.DeviceSplit.take
 
-    def note(split, index):
+    def note(split, index, *change):
         if index.ndim == 2:  # of several steps; not of an evaluation
             jax.debug.callback(lambda index: seen.extend(np.array(index)), index)
-        return original(split, index)
+        return original(split, index, *change)
 
     config.steps_per_call = 7
     monkeypatch.setattr(cnn.DeviceSplit, "take", note)
@@ -327,14 +329,6 @@ def test_the_schedule_is_the_one_the_optimizer_follows(config, digits):
     # Adam moves each weight by about the learning rate, here a quarter of 1e-3.
     assert 1e-4 < np.abs(kernels[2] - kernels[1]).max() < 3e-4
     assert plan.learning_rate(2) == pytest.approx(2.5e-4)
-
-
-def test_a_run_that_diverges_stops_with_one_line(config, tmp_path):
-    config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e30
-    with pytest.raises(InputError, match="training loss became nan in epoch 1"):
-        train_and_evaluate(config, tmp_path)
-    assert not (tmp_path / "result.json").exists()
-    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_an_accumulation_longer_than_the_run(config, tmp_path):
