@@ -4,12 +4,15 @@ The same command again continues the run, or says that it is finished.
 """
 
 import argparse
+import io
 import logging
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 try:
+    from jax.errors import JaxRuntimeError
+
     from cnn.config import load_config, one_line, override, overrides_help
     from cnn.errors import InputError, Interrupted
     from cnn.interruption import raise_on_sigterm
@@ -55,13 +58,33 @@ def main(argv: list[str]) -> None:
     config = override(load_config(flags.config), rest)
     if flags.workdir == "":
         parser.error("--workdir is empty")
-    train_and_evaluate(config, flags.workdir or _HERE / "checkpoints" / flags.config.stem)
+    try:
+        train_and_evaluate(config, flags.workdir or _HERE / "checkpoints" / flags.config.stem)
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            f"not enough memory ({str(error).splitlines()[0]}); choose a smaller batch_size, "
+            f"eval_batch_size or model"
+        ) from error
+
+
+def _hush(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Silent on writes that outlive the failed save they are part of.
+
+    TensorStore, which writes for Orbax, tells of each to an event loop that is gone.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 if __name__ == "__main__":
     # Orbax and TFDS say much that is no concern of the person at the screen.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _hush
     raise_on_sigterm()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have what the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except (InputError, OSError) as error:

@@ -15,7 +15,7 @@ from cnn.devices import (
     sharded,
     stay_close,
 )
-from cnn.errors import InputError
+from cnn.errors import InputError, Interrupted
 from cnn.evaluation import evaluate
 from cnn.metrics import Metrics, total
 from cnn.models import CNN, create_model
@@ -38,6 +38,7 @@ __all__ = [
     "Dataset",
     "DeviceSplit",
     "InputError",
+    "Interrupted",
     "Metrics",
     "Split",
     "TrainState",

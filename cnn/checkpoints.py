@@ -297,7 +297,7 @@ class Checkpoints:
         mine, theirs = _by_path(_arrays(state)), _by_path(arrays)
         wrong = [
             f"{path}: {_kind(theirs.get(path))} -> {_kind(mine.get(path))}"
-            for path in sorted({*mine, *theirs})
+            for path in sorted({*mine, *theirs}, key=lambda path: (path[:6] != "params", path))
             if _kind(mine.get(path)) != _kind(theirs.get(path))
         ]
         if wrong:

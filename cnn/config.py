@@ -9,6 +9,7 @@ import json
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,9 @@ def _parse(name: str, text: str, kind: type) -> Any:
             return {"true": True, "false": False}[text.lower()]
         if kind is not tuple:
             return kind(text)
-        if not isinstance(value := ast.literal_eval(text), tuple | list):
+        with warnings.catch_warnings(action="ignore"):  # of Python, about the text
+            value = ast.literal_eval(text)
+        if not isinstance(value, tuple | list):
             raise ValueError(text)
         return tuple(value)
     except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError) as error:

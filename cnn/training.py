@@ -241,7 +241,7 @@ class _Loop:
             if progress.due() and len(tally.pending) > 1:
                 # All but the newest call: the device goes on while the host reads.
                 progress.show(step - steps, self._collect(tally, keep=1))
-            self._stop = signals.received(step)
+            self._stop = signals.received()
             if step < end and (step == stop or self._stop):
                 metrics = self._collect(tally)
                 if progress.due():

@@ -1,3 +1,4 @@
+import errno
 import shutil
 
 import jax
@@ -56,6 +57,108 @@ def test_the_two_latest_and_the_best_are_kept(tmp_path, trained, restarts):
     with Checkpoints(tmp_path) as checkpoints:
         assert (checkpoints.latest_step(), checkpoints.best_step()) == (4, 1)
     assert names(tmp_path) == [1, 3, 4]
+
+
+def test_two_damaged_ones_are_told_of_and_moved_aside(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        for state, accuracy in zip(trained[1:4], [0.9, 0.1, 0.2], strict=True):
+            checkpoints.save(state, {"test_accuracy": accuracy})
+    for step in (2, 3):
+        (tmp_path / str(step) / "record.json").unlink()
+    told = []
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, record = checkpoints.restore_latest(new_state(seed=9), told.append)
+        assert checkpoints.steps() == [1]
+        checkpoints.save(trained[3], {})  # in the place of the one that was damaged
+    assert digest(restored) == digest(trained[1])
+    assert record["test_accuracy"] == 0.9
+    assert [line.split(" is damaged")[0] for line in told] == [
+        f"checkpoint {tmp_path / str(step)}" for step in (3, 2)
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "3", "2.damaged", "3.damaged"}
+
+
+def test_of_another_model_or_optimizer(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained[1], {})
+        checkpoints.wait()
+        with pytest.raises(InputError, match="of another model or optimizer") as error:
+            checkpoints.restore(new_state(hidden=32), 1)
+        assert "params/Dense_0/kernel: float32[32, 16] -> float32[32, 32]" in str(error.value)
+        other = create_train_state(
+            CNN(4, features=(4, 8), hidden=16), optax.sgd(0.1), jax.random.key(0), SHAPE
+        )
+        with pytest.raises(InputError, match=r"opt_state/0/count: int32\[\] -> nothing; .* more"):
+            checkpoints.restore(other, 1)
+
+
+OPTIMIZERS = {
+    "sgd": {"name": "sgd"},
+    "adamw": {"name": "adamw", "weight_decay": 0.1, "clip_norm": 1.0},
+    "accumulating": {"name": "adam", "weight_decay": 0.1, "accumulate_steps": 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [("sgd", jnp.bfloat16), ("adamw", jnp.float32), ("accumulating", jnp.bfloat16)],
+)
+def test_on_1_2_and_4_devices_and_as_plain_numpy(tmp_path, optimizer, dtype):
+    """Saved on each number of devices, restored on each, and read without any model."""
+    from cnn import batch_mesh, create_optimizer, replicated, sharded
+
+    schedule = optax.linear_schedule(1e-2, 0.0, 10)
+    tx = create_optimizer(learning_rate=schedule, **OPTIMIZERS[optimizer])
+    model = CNN(4, features=(4,), hidden=8, batch_norm=True, dtype=dtype)
+    meshes = [batch_mesh(jax.devices()[:count], 8) for count in (1, 2, 4)]
+    fresh = create_train_state(model, tx, jax.random.key(0), SHAPE)
+    for saved_on in meshes:
+        state = jax.device_put(fresh, replicated(saved_on))
+        batch = jax.device_put(BATCH, sharded(saved_on))
+        state, _ = jax.jit(train_step)(state, batch)
+        folder = tmp_path / str(saved_on.size)
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(state, {})
+        for restored_on in meshes:
+            target = jax.device_put(fresh, replicated(restored_on))
+            restored = Checkpoints(folder).restore(target, 1)
+            assert digest(restored) == digest(state)
+            for leaf in jax.tree.leaves(restored.params):
+                assert len(leaf.sharding.device_set) == restored_on.size
+        arrays, _ = Checkpoints(folder).read(1)
+        assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(arrays))
+        np.testing.assert_array_equal(
+            arrays["params"]["Conv_0"]["kernel"], state.params["Conv_0"]["kernel"]
+        )
+        np.testing.assert_array_equal(
+            arrays["model_state"]["batch_stats"]["BatchNorm_0"]["var"],
+            state.model_state["batch_stats"]["BatchNorm_0"]["var"],
+        )
+
+
+def test_what_fails_in_the_background_comes_out(tmp_path, trained, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def save_and_look(surface):
+        with Checkpoints(tmp_path) as others:
+            others.save(trained[2], {})
+            while surface == "check":
+                others.check()
+            if surface == "wait":
+                others.wait()
+            elif surface == "save":
+                others.save(trained[3], {})
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained[1], {})
+        checkpoints.wait()
+        monkeypatch.setattr("cnn.checkpoints.write_manifest", full)
+        for surface in ("check", "wait", "save", "the end"):
+            with pytest.raises(InputError, match=r"step 2 .* No space left on device") as error:
+                save_and_look(surface)
+            assert "the same command then goes on from step 1" in str(error.value)
+            assert {path.name for path in tmp_path.iterdir()} == {"1"}
 
 
 def test_what_a_killed_process_left_goes(tmp_path, trained):

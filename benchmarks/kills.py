@@ -1,0 +1,256 @@
+"""Kills a training process again and again, and holds what it ends in against a run left alone.
+
+    python benchmarks/kills.py --kills 100
+
+A real `train.py` with shuffling, augmentation, batch statistics, two CPU devices and a save every
+few steps gets SIGKILL at moments drawn anew each time: at a random time, while it starts, while a
+checkpoint is written or one is deleted, after a record, while it draws the last pictures. The same
+command starts it again, until it finishes. Then the digest, the records and the final figures must
+be those of the run left alone, to the last bit; and the next run begins, until all kills are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cli
+import machine
+
+from cnn import Checkpoints, InputError
+
+_REPOSITORY = Path(__file__).resolve().parents[1]
+_TIMING = ("images_per_second", "wall_seconds")
+_FLAGS = (
+    f"--config={_REPOSITORY / 'configs' / 'digits.py'}",
+    "--config.num_epochs=4",
+    "--config.checkpoint_every_steps=5",
+    "--config.model.batch_norm=true",
+    "--config.augment.flip=true",
+    "--config.augment.translate=1",
+)
+# Where the cores are fewer, too: what is tested is a batch spread over devices.
+_TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+_LIMIT_SECONDS = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """One kill: its moment, the newest checkpoint then, and what it interrupted.
+
+    Attributes:
+      moment: one of `MOMENTS`.
+      seconds: after the start of the process.
+      step: of the newest complete checkpoint; None before the first.
+      saving: whether a checkpoint was left half-written.
+      deleting: whether one was left half-deleted.
+    """
+
+    moment: str
+    seconds: float
+    step: int | None
+    saving: bool
+    deleting: bool
+
+
+def _appears(pattern: str) -> Callable[[Path], Callable[[], bool]]:
+    """A moment: something new matches a pattern in the run directory."""
+
+    def watch(run: Path) -> Callable[[], bool]:
+        before = {*run.glob(pattern)}
+        return lambda: not before >= {*run.glob(pattern)}
+
+    return watch
+
+
+def _next_record(run: Path) -> Callable[[], bool]:
+    metrics = run / "metrics.jsonl"
+
+    def size() -> int:
+        return metrics.stat().st_size if metrics.exists() else 0
+
+    before = size()
+    return lambda: size() > before
+
+
+MOMENTS: dict[str, Callable[[Path], Callable[[], bool]]] = {
+    "start": lambda run: lambda: True,
+    "time": lambda run: lambda: True,
+    "saving": _appears("checkpoints/.saving-*"),
+    "deleting": _appears("checkpoints/.deleting-*"),
+    "record": _next_record,
+    "pictures": _appears("curves.png"),
+}
+
+
+def command(run: Path) -> list[str]:
+    """What a person would type."""
+    return [sys.executable, str(_REPOSITORY / "train.py"), *_FLAGS, "--workdir", str(run)]
+
+
+def finish(run: Path) -> str:
+    """Runs the command to its end; gives what it printed.
+
+    Raises:
+      InputError: if it fails.
+    """
+    done = subprocess.run(
+        command(run), env={**os.environ, **_TWO_DEVICES}, capture_output=True, text=True,
+        timeout=_LIMIT_SECONDS,
+    )  # fmt: skip
+    if done.returncode:
+        raise InputError(f"the run failed with exit code {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def kill(run: Path, moment: str, delay: float) -> Kill | None:
+    """Starts the command and kills it; None if it had finished before.
+
+    Args:
+      run: the work directory.
+      moment: one of `MOMENTS`.
+      delay: seconds to wait first: after the start, or once the moment has come.
+    """
+    reached, began, come = MOMENTS[moment](run), time.monotonic(), None
+    with subprocess.Popen(
+        command(run), env={**os.environ, **_TWO_DEVICES}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        while process.poll() is None:
+            if come is None and reached():
+                come = time.monotonic()
+            if come is not None and time.monotonic() - come >= delay:
+                process.kill()
+                break
+            time.sleep(0.001)
+        _, said = process.communicate()
+    if process.returncode == 0:
+        return None
+    if process.returncode > 0:
+        raise InputError(f"the run failed with exit code {process.returncode}: {said.strip()}")
+    folder = run / "checkpoints"
+    return Kill(
+        moment,
+        round(time.monotonic() - began, 3),
+        Checkpoints(folder).latest_step(),
+        any(folder.glob(".saving-*")),
+        any(folder.glob(".deleting-*")),
+    )
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What must not depend on when a run was killed."""
+    result = json.loads((run / "result.json").read_text())
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for values in (result, *records):
+        for name in _TIMING:
+            values.pop(name, None)
+    steps = Checkpoints(run / "checkpoints").steps()
+    return {"result": result, "records": records, "steps": steps}
+
+
+def torture(
+    folder: Path, moments: Sequence[tuple[str, float]], say: Callable[[str], None]
+) -> list[Kill]:
+    """Kills runs at these moments, one after the other, and checks each run that ends.
+
+    Args:
+      folder: for the run directories.
+      moments: moment and delay of each kill; a run that finishes first makes way for another.
+      say: told what goes on.
+
+    Raises:
+      InputError: if a run ends in anything else than the one left alone, or fails.
+    """
+    finish(folder / "whole")
+    expected, kills, left, number = outcome(folder / "whole"), [], list(moments), 0
+    while left:
+        run, number = folder / f"killed-{number}", number + 1
+        survived = 0
+        while left:
+            one = kill(run, *left[0])
+            if one is None:
+                break
+            kills.append(one)
+            left.pop(0)
+            survived += 1
+            say(f"kill {len(kills)}/{len(moments)}: {one}")
+        finish(run)
+        if (found := outcome(run)) != expected:
+            raise InputError(f"a run killed {survived} times ends in {found}, not in {expected}")
+        say(f"run {number} survived {survived} kills: digest {expected['result']['digest'][:16]}")
+    return kills
+
+
+def draw(count: int, seed: int, whole_seconds: float) -> list[tuple[str, float]]:
+    """Moments and delays, half of them at any time of a run of so many seconds."""
+    rng = random.Random(seed)
+    others = [name for name in MOMENTS if name != "time"]
+    drawn = []
+    for _ in range(count):
+        moment = "time" if rng.random() < 0.5 else rng.choice(others)
+        longest = {"time": whole_seconds, "start": 1.0}.get(moment, 0.05)
+        drawn.append((moment, rng.uniform(0.0, longest)))
+    return drawn
+
+
+def report(kills: Sequence[Kill], where: dict[str, Any], command_line: str) -> str:
+    """A page in Markdown."""
+    counts = collections.Counter(one.moment for one in kills)
+    rows = [f"| {name} | {counts[name]} |" for name in MOMENTS]
+    return "\n".join(
+        [
+            f"`{command_line}`: {len(kills)} kills with SIGKILL survived; every run ended in the "
+            f"digest, records and figures of the run left alone.",
+            "",
+            machine.sentence(where),
+            "",
+            "| moment | kills |",
+            "|---|---|",
+            *rows,
+            "",
+            f"{sum(one.saving for one in kills)} left a checkpoint half-written, "
+            f"{sum(one.deleting for one in kills)} one half-deleted, "
+            f"{sum(one.step is None for one in kills)} came before the first checkpoint.",
+            "",
+        ]
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Draws the moments, kills, writes `kills.json` and `kills.md`."""
+    parser = cli.Parser("kills.py", __doc__)
+    parser.add_argument("--kills", type=cli.positive(int), default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    flags: argparse.Namespace = parser.parse_args(argv)
+    where = machine.describe()
+    with tempfile.TemporaryDirectory() as folder:
+        finish(Path(folder) / "warm-up")  # compiles, so that the next is as fast as the others
+        began = time.monotonic()
+        finish(Path(folder) / "timed")
+        seconds = time.monotonic() - began
+        moments = draw(flags.kills, flags.seed, seconds)
+        kills = torture(Path(folder), moments, cli.say)
+    line = cli.command("kills.py", argv)
+    flags.out.mkdir(parents=True, exist_ok=True)
+    found = {"command": line, "machine": where, "kills": [dataclasses.asdict(k) for k in kills]}
+    (flags.out / "kills.json").write_text(json.dumps(found, indent=1) + "\n")
+    (flags.out / "kills.md").write_text(text := report(kills, where, line))
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    cli.run(main, interrupted="nothing was kept")

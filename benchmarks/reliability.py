@@ -1,0 +1,489 @@
+"""What safety costs: the guard against numbers that are not finite, checkpoints, digests.
+
+    python benchmarks/reliability.py
+
+All in one process on the CPU. What has an "off" is timed with it and without in turns, in short
+samples side by side whose order alternates, and what counts is the median over these pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import cli
+import jax
+import jax.numpy as jnp
+import machine
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+import cnn
+from cnn.config import resolved
+
+_HERE = Path(__file__).resolve().parent
+_IMAGE_SHAPE, _NUM_CLASSES = (32, 32, 3), 10
+_BATCH_SIZE, _NUM_EPOCHS = 32, 10  # of the baseline
+_OPTIMIZER = optax.adam(1e-3)
+_IMAGES_PER_CALL, _MOST_STEPS_PER_CALL = 4096, 50  # of train.py
+
+Sampler = Callable[[], float]
+
+
+class Sizes(NamedTuple):
+    """How much of everything.
+
+    Attributes:
+      batches: images per step, for the guard.
+      sample: images in a sample of the guard.
+      train: images to train on between saves.
+      test: images of an evaluation.
+      piece: steps in a sample of the saves; a save should take less.
+      features: of the network's convolutions.
+      hidden: width of its dense layer, and that of the large network.
+      times: samples of what has no "off"; of a whole epoch there are three or fewer.
+    """
+
+    batches: tuple[int, ...]
+    sample: int
+    train: int
+    test: int
+    piece: int
+    features: tuple[int, ...]
+    hidden: tuple[int, int]
+    times: int
+
+
+_FULL = Sizes((32, 128, 512), 1024, 50_000, 10_000, 100, (32, 64), (64, 4300), 20)
+_QUICK = Sizes((32,), 64, 640, 100, 20, (2,), (8, 16), 2)
+
+
+class Pairs(NamedTuple):
+    """Seconds with something and without it, round by round."""
+
+    on: list[float]
+    off: list[float]
+
+    def overheads(self) -> list[float]:
+        """Fractions of the time without.
+
+        >>> Pairs([3.0, 2.0], [2.0, 2.0]).overheads()
+        [0.5, 0.0]
+        """
+        return [on / off - 1 for on, off in zip(self.on, self.off, strict=True)]
+
+    def differences(self) -> list[float]:
+        """Seconds more.
+
+        >>> Pairs([3.0, 2.0], [2.0, 2.5]).differences()
+        [1.0, -0.5]
+        """
+        return [on - off for on, off in zip(self.on, self.off, strict=True)]
+
+    def fastest(self) -> float:
+        """Overhead of the fastest sample with, over the fastest without.
+
+        >>> Pairs([3.0, 4.0], [9.0, 2.0]).fastest()
+        0.5
+        """
+        return min(self.on) / min(self.off) - 1
+
+
+class Summary(NamedTuple):
+    """Median of some samples, and how sure it is.
+
+    Attributes:
+      median: of the samples.
+      sure: an interval that holds the true median with 95 %, by the ranks of the samples alone.
+      middle: first and third quartile.
+      count: of the samples.
+    """
+
+    median: float
+    sure: tuple[float, float]
+    middle: tuple[float, float]
+    count: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Summary:
+        """Of at least two samples.
+
+        >>> Summary.of([5.0, 1.0, 2.0, 4.0, 3.0])
+        Summary(median=3.0, sure=(1.0, 5.0), middle=(2.0, 4.0), count=5)
+        """
+        ranked, count = sorted(samples), len(samples)
+        # How many lie below the true median is binomial: normal, for so many.
+        below = max(int(count / 2 - 0.98 * count**0.5), 0)
+        low, median, high = statistics.quantiles(ranked, n=4, method="inclusive")
+        return cls(median, (ranked[below], ranked[-1 - below]), (low, high), count)
+
+
+class Row(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+      what: was measured.
+      unit: "%", "ms" or "s".
+      found: in that unit.
+      goal: the most that the median may be; None where there is no goal.
+    """
+
+    what: str
+    unit: str
+    found: Summary
+    goal: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median is within the goal."""
+        return None if self.goal is None else self.found.median <= self.goal
+
+    def text(self) -> str:
+        """For a Markdown table."""
+        digits = 3 if self.unit == "s" else 2
+        low, high = (f"{value:,.{digits}f}" for value in self.found.sure)
+        first, third = (f"{value:,.{digits}f}" for value in self.found.middle)
+        several = self.found.count > 1
+        cells = [
+            self.what,
+            f"{self.found.median:,.{digits}f} {self.unit}",
+            f"{low} to {high}" if several else "",
+            f"{first} to {third}" if several else "",
+            f"{self.found.count}",
+            "" if self.goal is None else f"<= {self.goal:g} {self.unit}",
+            {None: "", True: "yes", False: "no"}[self.met],
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+def in_turns(pairs: Mapping[str, tuple[Sampler, Sampler]], rounds: int) -> dict[str, Pairs]:
+    """A sample of each (with, without) per round, the one right after the other."""
+    found = {name: Pairs([], []) for name in pairs}
+    for turn in range(rounds):
+        for name, samplers in pairs.items():
+            for which in (0, 1) if turn % 2 else (1, 0):
+                found[name][which].append(samplers[which]())
+        if (turn + 1) % 20 == 0 or turn + 1 == rounds:
+            cli.say(f"{', '.join(pairs)}: round {turn + 1}/{rounds}")
+    return found
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    """Until the result is there."""
+    began = time.perf_counter()
+    jax.block_until_ready(work())
+    return time.perf_counter() - began
+
+
+def _state(mesh: Mesh, sizes: Sizes, *, large: bool = False) -> cnn.TrainState:
+    """With Adam, as a run begins."""
+    model = cnn.CNN(_NUM_CLASSES, features=sizes.features, hidden=sizes.hidden[large])
+    state = cnn.create_train_state(model, _OPTIMIZER, jax.random.key(0), _IMAGE_SHAPE)
+    return jax.device_put(state.replace(lanes=mesh.size), cnn.replicated(mesh))
+
+
+def _num_params(state: cnn.TrainState) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def trainer(guard: bool) -> Callable[..., tuple[cnn.TrainState, cnn.Metrics]]:
+    """`cnn.train_steps` compiled as train.py does it, with or without the guard."""
+
+    def no_guard(loss: jax.Array, grads: Any) -> jax.Array:
+        return jnp.array(True)  # XLA folds away what hangs on it
+
+    # A function of its own: of one and the same, JAX would remember what it traced.
+    def steps(
+        state: cnn.TrainState, batches: Any, count: jax.Array | int
+    ) -> tuple[cnn.TrainState, cnn.Metrics]:
+        if guard:
+            return cnn.train_steps(state, batches, count)
+        with mock.patch("cnn.steps._all_finite", no_guard):  # while it is traced
+            return cnn.train_steps(state, batches, count)
+
+    return jax.jit(steps, donate_argnames="state")
+
+
+def guard_samplers(
+    devices: list[Any], sizes: Sizes, batch_size: int, steps: int
+) -> tuple[Sampler, Sampler]:
+    """Seconds of some steps from the initial state, with the guard and without it."""
+    mesh, rng = cnn.batch_mesh(devices, batch_size), np.random.default_rng(0)
+    batches = jax.device_put(
+        {
+            "image": rng.random((steps, batch_size, *_IMAGE_SHAPE), np.float32),
+            "label": rng.integers(_NUM_CLASSES, size=(steps, batch_size), dtype=np.int32),
+        },
+        cnn.sharded(mesh, axis=1),
+    )
+    initial = _state(mesh, sizes)
+    copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+
+    def sampler(guard: bool) -> Sampler:
+        train = trainer(guard)
+
+        def sample() -> float:
+            state = jax.block_until_ready(copy(initial))  # it is donated
+            return _seconds(lambda: train(state, batches, steps))
+
+        sample()  # compiles
+        return sample
+
+    return sampler(True), sampler(False)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "sharding"))
+def _batches(
+    split: cnn.DeviceSplit, order: jax.Array, start: int, *, steps: int, sharding: NamedSharding
+) -> dict[str, jax.Array]:
+    """Some batches in the order of an epoch; those that reach beyond its end are moved back."""
+    index = jax.lax.dynamic_slice_in_dim(order, start, steps * _BATCH_SIZE)
+    index = index.reshape(steps, _BATCH_SIZE)
+    return split.take(jax.lax.with_sharding_constraint(index, sharding))
+
+
+class Training:
+    """The baseline's training and its saves, on random images.
+
+    Args:
+      devices: to train on.
+      sizes: of the splits, and how many steps a piece has.
+      folder: for the checkpoints.
+    """
+
+    def __init__(self, devices: list[Any], sizes: Sizes, folder: Path) -> None:
+        self.mesh = cnn.batch_mesh(devices, _BATCH_SIZE)
+        self._sizes, self.folder = sizes, folder
+        self.state = _state(self.mesh, sizes)
+        self.steps_per_epoch = sizes.train // _BATCH_SIZE
+        self._steps_per_call = min(
+            _MOST_STEPS_PER_CALL, _IMAGES_PER_CALL // _BATCH_SIZE, self.steps_per_epoch
+        )
+        self._step, self._epoch = 0, -1
+        self._train_steps = trainer(guard=True)
+        splits = [
+            _random_split(count, seed) for seed, count in enumerate((sizes.train, sizes.test))
+        ]
+        names = tuple(map(str, range(_NUM_CLASSES)))
+        scale = np.ones(_IMAGE_SHAPE[-1:], np.float32)
+        data = cnn.Dataset("random", *splits, names, scale, scale, fingerprint="")
+        self._train, self._test = (
+            cnn.DeviceSplit.place(split, data, "scale", cnn.replicated(self.mesh))
+            for split in splits
+        )
+        self._checkpoints = cnn.Checkpoints(folder)
+        self._config = resolved(cnn.load_config(_HERE.parent / "configs" / "baseline.py"))
+
+    def close(self) -> None:
+        """Ends the thread that saves."""
+        self._checkpoints.__exit__(None, None, None)
+
+    def advance(self, steps: int) -> None:
+        """Trains so many steps, and returns when the last is done."""
+        last, results = self._step + steps, []
+        while self._step < last:
+            epoch, place = divmod(self._step, self.steps_per_epoch)
+            if epoch != self._epoch:
+                order = cnn.epoch_order(jax.random.key(1), epoch, self._sizes.train)
+                self._order = jax.device_put(order, cnn.replicated(self.mesh))
+                self._epoch = epoch
+            batches = _batches(
+                self._train, self._order, place * _BATCH_SIZE,
+                steps=self._steps_per_call, sharding=cnn.sharded(self.mesh, axis=1),
+            )  # fmt: skip
+            count = min(self._steps_per_call, last - self._step, self.steps_per_epoch - place)
+            self.state, metrics = self._train_steps(self.state, batches, count)
+            self._step += count
+            results.append(metrics)
+            cnn.stay_close(results, ahead=2)
+        jax.block_until_ready(self.state)
+
+    def epoch(self) -> None:
+        """As many steps as an epoch has, and the evaluation."""
+        self.advance(self.steps_per_epoch)
+        cnn.evaluate(self.state, self._test)
+
+    def save(self) -> None:
+        """Starts a save as `cnn.training` does: a look at the parameters, and ten records."""
+        weights = jax.tree.leaves(jax.device_get((self.state.params, self.state.model_state)))
+        if not all(np.isfinite(leaf).all() for leaf in weights):
+            raise cnn.InputError("the parameters are not finite")
+        line = {
+            "step": self._step, "epoch": _NUM_EPOCHS, "train_loss": 2 / 3, "train_accuracy": 2 / 3,
+            "test_loss": 2 / 3, "test_accuracy": 2 / 3, "test_count": self._sizes.test,
+            "learning_rate": 1e-3, "skipped_steps": 0, "images_per_second": 1e4 / 3,
+        }  # fmt: skip
+        record = {
+            "config": self._config,
+            "dataset": "0" * 64,
+            "devices": f"{self.mesh.size} x cpu",
+            "wall_seconds": time.monotonic(),
+            "records": [line] * _NUM_EPOCHS,
+            "test_accuracy": line["test_accuracy"],
+        }
+        self._checkpoints.save(self.state, record)
+
+    def save_alone(self) -> None:
+        """A save, to its end."""
+        self.save()
+        self._checkpoints.wait()
+
+    def with_save(self) -> None:
+        """A save that is written while a piece is trained, to the end of both."""
+        self.save()
+        self.advance(self._sizes.piece)
+        self._checkpoints.wait()
+
+    def without_save(self) -> None:
+        """A piece alone."""
+        self.advance(self._sizes.piece)
+
+    def restore(self) -> cnn.TrainState:
+        """The state of the latest checkpoint, verified."""
+        found = cnn.Checkpoints(self.folder).restore_latest(self.state, cli.say)
+        if found is None:
+            raise cnn.InputError(f"there is no checkpoint in {self.folder}")
+        return found[0]
+
+
+def _random_split(count: int, seed: int) -> cnn.Split:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(256, size=(count, *_IMAGE_SHAPE), dtype=np.uint8)
+    return cnn.Split(images, rng.integers(_NUM_CLASSES, size=count, dtype=np.int32))
+
+
+def saves_share(first: float, each: float, epoch: float) -> float:
+    """Percent of a run's training, evaluations and saves that is for the saves.
+
+    Args:
+      first: seconds of the save before the first epoch, which is waited for.
+      each: seconds that a save after an epoch costs.
+      epoch: seconds of an epoch without it.
+    """
+    saves = first + _NUM_EPOCHS * each
+    return 100 * saves / (saves + _NUM_EPOCHS * epoch)
+
+
+def measure_guard(devices: list[Any], sizes: Sizes, rounds: int) -> Iterator[tuple[Row, Any]]:
+    """The rows of the guard, each with its samples."""
+    pairs = {}
+    for size in sizes.batches:
+        steps = max(1, sizes.sample // size)
+        pairs[f"guard, batch {size} ({steps} steps)"] = guard_samplers(devices, sizes, size, steps)
+    for name, found in in_turns(pairs, rounds).items():
+        overheads = Summary.of([100 * overhead for overhead in found.overheads()])
+        yield Row(name, "%", overheads, goal=1.0), found._asdict()
+        yield Row("... fastest sample / fastest", "%", _single(100 * found.fastest())), None
+
+
+def measure_saves(training: Training, sizes: Sizes, rounds: int) -> Iterator[tuple[Row, Any]]:
+    """The rows of the checkpoints, each with its samples."""
+    first = _seconds(training.save_alone)
+    yield Row("first save of the process, which loads Orbax", "ms", _single(1e3 * first)), [first]
+    training.epoch()  # compiles
+    epochs = [_seconds(training.epoch) for _ in range(min(sizes.times, 3))]
+    name = f"epoch: {training.steps_per_epoch:,} steps of {_BATCH_SIZE}, {sizes.test:,} evaluated"
+    yield Row(name, "s", Summary.of(epochs)), epochs
+    alone = [_seconds(training.save_alone) for _ in range(sizes.times)]
+    yield Row("save, waited for", "ms", Summary.of([1e3 * one for one in alone])), alone
+    samplers = (
+        functools.partial(_seconds, training.with_save),
+        functools.partial(_seconds, training.without_save),
+    )
+    name = f"save during {sizes.piece} steps"
+    found = in_turns({name: samplers}, rounds)[name]
+    more = Summary.of(found.differences())
+    yield Row(name, "ms", Summary.of([1e3 * one for one in found.differences()])), found._asdict()
+    epoch = statistics.median(epochs)
+    shares = [saves_share(first, each, epoch) for each in found.differences()]
+    name = f"all {_NUM_EPOCHS + 1} saves of a run of {_NUM_EPOCHS} epochs"
+    yield Row(name, "%", Summary.of(shares), goal=3.0), None
+    cli.say(f"a save costs {more.median / epoch:.2%} of an epoch")
+
+
+def measure_rest(training: Training, mesh: Mesh, sizes: Sizes) -> Iterator[tuple[Row, list[float]]]:
+    """The rows of what is read or hashed, each with its samples."""
+    for state in (training.state, _state(mesh, sizes, large=True)):
+        found = [_seconds(functools.partial(cnn.digest, state)) for _ in range(sizes.times)]
+        name = f"digest, {_num_params(state):,} parameters and Adam's moments"
+        yield Row(name, "s", Summary.of(found), goal=1.0), found
+    found = [_seconds(training.restore) for _ in range(sizes.times)]
+    yield Row("restore of the latest, verified", "s", Summary.of(found)), found
+
+
+def _single(value: float) -> Summary:
+    """Of what was measured once."""
+    return Summary(value, (value, value), (value, value), 1)
+
+
+def report(rows: Sequence[Row], about: dict[str, Any], command: str) -> str:
+    """A page in Markdown."""
+    head = ["what", "median", "95 % interval of the median", "middle half", "n", "goal", "met"]
+    return "\n".join(
+        [
+            f"`{command}`\n",
+            f"{machine.sentence(about)}.\n",
+            "The seed's network, Adam. Guard and saves: with and without in turns, in one process; "
+            "what a pair of neighbouring samples differs by. Goals are for the median.\n",
+            "Guard: each sample trains the same steps from the same state in one call. Saves: a "
+            "sample is a piece of the baseline's training on random images of CIFAR-10's size; "
+            "with a save, it starts the save, trains the piece while that is written, and waits "
+            "for both. The share of a run sets that cost for each of its epochs, and the first "
+            "save, against whole epochs timed without saves.\n",
+            f"| {' | '.join(head)} |",
+            f"| {' | '.join(['---'] * len(head))} |",
+            *(row.text() for row in rows),
+            "",
+        ]
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures, writes `reliability.json` and `reliability.md`."""
+    parser = cli.Parser("reliability.py", __doc__)
+    add = parser.add_argument
+    add("--rounds", type=cli.positive(int), metavar="N", help="pairs of samples, 2 or more (120)")
+    add("--quick", action="store_true", help="small sizes; the figures mean little")
+    add("--out", type=Path, default=_HERE / "results", metavar="DIR", help="(benchmarks/results)")
+    flags = parser.parse_args(argv)
+    rounds, sizes = flags.rounds or (2 if flags.quick else 120), _QUICK if flags.quick else _FULL
+    if rounds < 2:
+        parser.error("--rounds is 2 or more")
+    about = machine.describe()
+    devices = cnn.find_devices("cpu")
+    flags.out.mkdir(parents=True, exist_ok=True)
+    # Beside the results, as a run's checkpoints are: elsewhere there may be no disk behind it.
+    with tempfile.TemporaryDirectory(prefix=".reliability-", dir=flags.out) as folder:
+        training = Training(devices, sizes, Path(folder) / "checkpoints")
+        found = [
+            *measure_guard(devices, sizes, rounds),
+            *measure_saves(training, sizes, rounds),
+            *measure_rest(training, training.mesh, sizes),
+        ]
+        training.close()
+    command = cli.command("reliability.py", argv)
+    record = {
+        "command": command,
+        "machine": about,
+        "rows": [
+            {**row._asdict(), "found": row.found._asdict(), "met": row.met, "seconds": samples}
+            for row, samples in found
+        ],
+    }
+    (flags.out / "reliability.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = report([row for row, _ in found], about, command)
+    (flags.out / "reliability.md").write_text(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    cli.run(main, interrupted="nothing was kept")

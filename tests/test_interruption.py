@@ -1,0 +1,179 @@
+"""SIGTERM, Ctrl-C and preemption notices: the step ends, it is saved, and the run goes on."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import cnn
+from cnn import Interrupted, digest, train_and_evaluate
+from cnn.interruption import StopSignals
+from tests.conftest import REPOSITORY, short_config, train_command
+
+ENDLESS = (f"--config={REPOSITORY / 'configs' / 'digits.py'}", "--config.num_epochs=100000")
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def start(command):
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def steps_in(run):
+    return cnn.Checkpoints(run / "checkpoints").steps()
+
+
+@pytest.fixture
+def training(tmp_path, digits):
+    """A process of train.py that has made some epochs, and its run directory."""
+    run = tmp_path / "run"
+    with start(train_command(*ENDLESS, "--workdir", run)) as process:
+        wait_for(lambda: len(steps_in(run)) > 1, process)
+        yield process, run
+        process.kill()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_running_step(training, signum, code):
+    process, run = training
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    blank, notice, line = err.splitlines()
+    assert not blank
+    assert notice.startswith("stopping: the running step ends")
+    saved = max(steps_in(run))
+    assert line == (
+        f"stopped by {signum.name} at step {saved:,} of 4,400,000, which is saved; the same "
+        f"command goes on from there"
+    )
+    assert not (run / "result.json").exists()
+    assert "Traceback" not in out + err
+
+
+def test_a_second_ctrl_c_stops_at_once_even_while_a_step_goes_on(tmp_path, digits):
+    """The step, of minutes, has just begun: nothing but the exit can end it."""
+    run = tmp_path / "run"
+    slow = ("--config.batch_size=1437", "--config.model.features=(2048, 2048)")
+    with start(train_command(*ENDLESS, *slow, "--workdir", run)) as process:
+        wait_for(lambda: (run / "config.json").exists(), process)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "\n"
+        assert "Ctrl-C again stops at once" in process.stderr.readline()
+        before = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert time.monotonic() - before < 5
+    assert process.returncode == 130
+    assert err == ""
+    assert cnn.Checkpoints(run / "checkpoints").read(0)
+
+
+def test_sigterm_before_the_training(tmp_path, digits):
+    with start(train_command(*ENDLESS, "--workdir", tmp_path / "run")) as process:
+        assert process.stdout.readline().startswith("data: digits")
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "the same command" in err.splitlines()[-1]
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.received() is None
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_handlers_are_as_before_afterwards():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopSignals():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_in_another_thread_signals_are_left_alone():
+    seen = []
+
+    def enter():
+        with StopSignals() as signals:
+            seen.append(signals.received())
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [None]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, digits):
+    state, _ = train_and_evaluate(short_config(), tmp_path_factory.mktemp("whole"))
+    return digest(state)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 4])
+def test_a_run_that_was_stopped_ends_in_the_same_bits(config, tmp_path, monkeypatch, whole, calls):
+    """Stopped in the first epoch, at its very end, and in the second; three steps in a call."""
+    config.steps_per_call = 7
+    original, made = cnn.training._train_steps, []
+
+    def signal_after(*args):
+        made.append(args)
+        result = original(*args)
+        if len(made) == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # for the thread that listens
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cnn.training, "_train_steps", signal_after)
+        with pytest.raises(Interrupted, match=f"at step {7 * calls} of 28") as stopped:
+            train_and_evaluate(config, tmp_path)
+    assert stopped.value.signal == signal.SIGTERM
+    assert isinstance(stopped.value, KeyboardInterrupt)
+    state, _ = train_and_evaluate(config, tmp_path)
+    assert digest(state) == whole
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [14, 28]
+
+
+def test_a_preemption_notice_to_jax_is_followed(tmp_path):
+    """SIGTERM where jax.distributed runs: its preemption service takes it, and names the step."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    run = tmp_path / "run"
+    program = f"""
+import sys
+import jax
+jax.distributed.initialize({address!r}, num_processes=1, process_id=0)
+sys.path.insert(0, {str(REPOSITORY)!r})
+import cnn
+config = cnn.load_config({str(REPOSITORY / "configs" / "digits.py")!r})
+config.num_epochs = 100_000
+try:
+    cnn.train_and_evaluate(config, {str(run)!r})
+except cnn.Interrupted as stop:
+    print(stop, file=sys.stderr)
+    sys.exit(128 + stop.signal)
+"""
+    with start([sys.executable, "-c", program]) as process:
+        wait_for(lambda: len(steps_in(run)) > 1, process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 143, err
+    assert f"stopped by SIGTERM at step {max(steps_in(run)):,} of 4,400,000, which is saved" in err

@@ -1,0 +1,180 @@
+"""NaN and infinity in loss and gradients: found at their step, never in the parameters."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cnn
+from cnn import CNN, InputError, create_train_state, digest, train_and_evaluate, train_step
+from cnn.metrics import Tally
+
+SHAPE = (16, 16, 3)
+
+
+def new_state(**kwargs):
+    model = CNN(4, features=(4,), hidden=8, batch_norm=True)
+    return create_train_state(model, optax.adam(1e-3), jax.random.key(0), SHAPE, **kwargs)
+
+
+def infinite_slope(logits, labels):
+    """A loss of 0 whose gradient is infinite, times 0."""
+    return jnp.sqrt(0 * logits.sum(-1))
+
+
+def assert_nothing_but_the_step_changed(before, after):
+    assert int(after.step) == int(before.step) + 1
+    assert digest(after.replace(step=before.step)) == digest(before)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("jit", [jax.jit, lambda function: function])
+def test_a_bad_image_changes_nothing(batch, value, jit):
+    state = new_state()
+    bad = {**batch, "image": batch["image"].at[3, 2, 1, 0].set(value)}
+    after, metrics = jit(train_step)(state, bad)
+    assert_nothing_but_the_step_changed(state, after)
+    assert jax.tree.leaves(jax.device_get(metrics)) == [0, 0, 0]
+    _, metrics = train_step(after, batch)
+    assert int(metrics.count) == 8
+
+
+def test_an_infinite_gradient_of_a_finite_loss_changes_nothing(batch):
+    state = new_state(loss_fn=infinite_slope)
+    after, metrics = train_step(state, batch)
+    assert_nothing_but_the_step_changed(state, after)
+    assert int(metrics.count) == 0
+
+
+def test_a_label_without_a_class_changes_nothing(batch):
+    state = new_state()
+    after, _ = train_step(state, {**batch, "label": batch["label"].at[0].set(4)})
+    assert_nothing_but_the_step_changed(state, after)
+
+
+def test_each_seed_of_a_vmap_for_itself(batch):
+    states = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), new_state())
+    images = jnp.stack([batch["image"], batch["image"].at[0].set(jnp.nan)])
+    batches = {"image": images, "label": jnp.stack([batch["label"]] * 2)}
+    after, metrics = jax.vmap(train_step)(states, batches)
+    assert metrics.count.tolist() == [8, 0]
+    kernels = after.params["Dense_1"]["kernel"]
+    assert not jnp.array_equal(kernels[0], states.params["Dense_1"]["kernel"][0])
+    assert jnp.array_equal(kernels[1], states.params["Dense_1"]["kernel"][1])
+
+
+def test_the_tally_names_the_steps(batch):
+    images = jnp.stack([batch["image"]] * 4).at[2, 0].set(jnp.nan)
+    batches = {"image": images, "label": jnp.stack([batch["label"]] * 4)}
+    state, scores = cnn.train_steps(new_state(), batches, 3)
+    tally = Tally(step=10)
+    tally.add(scores, 3)
+    tally.add(train_step(state, {**batch, "image": images[2]})[1], 1)
+    tally.add(train_step(state, batch)[1], 1)
+    assert tally.collect(keep=1).count == 16
+    assert tally.skipped == [13, 14]
+    assert tally.collect().count == 24
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """NaN in an image of step 18, in the second epoch."""
+    original = cnn.training._batches
+
+    def batches(train, order, key, step, **how):
+        batches = original(train, order, key, step, **how)
+        if step == 17:
+            batches["image"] = batches["image"].at[0, 5].set(jnp.nan)
+        return batches
+
+    monkeypatch.setattr(cnn.training, "_batches", batches)
+
+
+@pytest.fixture
+def config(config):
+    config.steps_per_call = 1
+    return config
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("every", "good"), [(0, 14), (5, 15), (1, 17)])
+def test_a_run_stops_and_names_the_step(config, tmp_path, poisoned, every, good):
+    config.checkpoint_every_steps = every
+    with pytest.raises(InputError) as error:
+        train_and_evaluate(config, tmp_path)
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith("step 18 gave a loss or gradients that are not finite")
+    assert "at a learning rate of 0.001 in epoch 2" in message
+    assert f"the last good checkpoint is step {good};" in message
+    assert "--config.on_nonfinite=skip" in message
+    checkpoints = cnn.Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.latest_step() == good
+    for step in checkpoints.steps():
+        arrays, _ = checkpoints.read(step)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays))
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_stopped_run_goes_on_by_skipping(config, tmp_path, poisoned, capsys):
+    """To the same bits as one that skipped from the start."""
+    with pytest.raises(InputError, match="step 18"):
+        train_and_evaluate(config, tmp_path / "stopped")
+    config.on_nonfinite = "skip"
+    state, result = train_and_evaluate(config, tmp_path / "stopped")
+    assert "1 steps were not finite, and skipped" in capsys.readouterr().out
+    assert [record["skipped_steps"] for record in records(tmp_path / "stopped")] == [0, 1]
+    assert result["skipped_steps"] == 1
+    assert int(state.step) == 28
+    assert int(state.opt_state[0][0].count) == 27
+    other, _ = train_and_evaluate(config, tmp_path / "skipped")
+    assert digest(other) == digest(state)
+
+
+def test_a_run_that_diverges(config, tmp_path):
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e30
+    with pytest.raises(InputError, match=r"step 2 .* last good checkpoint is step 0"):
+        train_and_evaluate(config, tmp_path)
+    config.on_nonfinite = "skip"
+    with pytest.raises(InputError, match="the test loss became nan"):
+        train_and_evaluate(config, tmp_path)
+    assert cnn.Checkpoints(tmp_path / "checkpoints").steps() == [0]
+
+
+def test_an_epoch_without_a_finite_step(config, tmp_path, monkeypatch):
+    original = cnn.training._batches
+    monkeypatch.setattr(
+        cnn.training, "_batches", lambda *args, **how: jax.tree.map(
+            lambda x: x * jnp.array(jnp.nan, x.dtype) if x.dtype == jnp.float32 else x,
+            original(*args, **how),
+        )
+    )  # fmt: skip
+    config.on_nonfinite = "skip"
+    with pytest.raises(InputError, match="no step of the epoch gave a finite loss"):
+        train_and_evaluate(config, tmp_path)
+
+
+def test_parameters_that_overflow_are_not_saved(config, tmp_path):
+    """The loss and its gradients are still finite; what the optimizer makes of them is not."""
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e30
+    config.optimizer.weight_decay = 1e30
+    config.checkpoint_every_steps = 1
+    with pytest.raises(InputError, match=r"parameters after step 1 are not finite"):
+        train_and_evaluate(config, tmp_path)
+    assert cnn.Checkpoints(tmp_path / "checkpoints").steps() == [0]
+
+
+def test_nobody_waits_for_the_device_at_each_step(config, tmp_path, monkeypatch):
+    fetched = []
+    original = Tally.collect
+    monkeypatch.setattr(
+        Tally, "collect", lambda tally, keep=0: fetched.append(keep) or original(tally, keep)
+    )
+    train_and_evaluate(config, tmp_path)
+    assert len(fetched) == 2  # once an epoch
