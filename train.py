@@ -13,8 +13,8 @@ from typing import NoReturn
 try:
     from jax.errors import JaxRuntimeError
 
-    from cnn.config import load_config, one_line, override, overrides_help
-    from cnn.errors import InputError, Interrupted
+    from cnn.config import load_config, override, overrides_help
+    from cnn.errors import InputError, Interrupted, one_line
     from cnn.interruption import raise_on_sigterm
     from cnn.training import train_and_evaluate
 except ValueError as error:  # JAX reads its variables as it is imported

@@ -8,7 +8,6 @@ samples side by side whose order alternates, and what counts is the median over 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import statistics
@@ -64,7 +63,7 @@ class Sizes(NamedTuple):
 
 
 _FULL = Sizes((32, 128, 512), 1024, 50_000, 10_000, 100, (32, 64), (64, 4300), 20)
-_QUICK = Sizes((32,), 64, 640, 100, 20, (2,), (8, 16), 2)
+_QUICK = Sizes((32,), 640, 640, 100, 20, (2,), (8, 16), 2)
 
 
 class Pairs(NamedTuple):
@@ -103,7 +102,8 @@ class Summary(NamedTuple):
 
     Attributes:
       median: of the samples.
-      sure: an interval that holds the true median with 95 %, by the ranks of the samples alone.
+      sure: an interval that holds the true median with 95 %, by the ranks of the samples alone;
+        for fewer than six samples, which cannot say so much, their extremes.
       middle: first and third quartile.
       count: of the samples.
     """
@@ -121,8 +121,8 @@ class Summary(NamedTuple):
         Summary(median=3.0, sure=(1.0, 5.0), middle=(2.0, 4.0), count=5)
         """
         ranked, count = sorted(samples), len(samples)
-        # How many lie below the true median is binomial: normal, for so many.
-        below = max(int(count / 2 - 0.98 * count**0.5), 0)
+        # How many lie below the true median is binomial: about normal.
+        below = max(int(count / 2 - 0.98 * count**0.5) - 1, 0)
         low, median, high = statistics.quantiles(ranked, n=4, method="inclusive")
         return cls(median, (ranked[below], ranked[-1 - below]), (low, high), count)
 
@@ -152,12 +152,11 @@ class Row(NamedTuple):
         digits = 3 if self.unit == "s" else 2
         low, high = (f"{value:,.{digits}f}" for value in self.found.sure)
         first, third = (f"{value:,.{digits}f}" for value in self.found.middle)
-        several = self.found.count > 1
         cells = [
             self.what,
             f"{self.found.median:,.{digits}f} {self.unit}",
-            f"{low} to {high}" if several else "",
-            f"{first} to {third}" if several else "",
+            f"{low} to {high}" if self.found.count > 5 else "",
+            f"{first} to {third}" if self.found.count > 1 else "",
             f"{self.found.count}",
             "" if self.goal is None else f"<= {self.goal:g} {self.unit}",
             {None: "", True: "yes", False: "no"}[self.met],
@@ -257,12 +256,12 @@ class Training:
     Args:
       devices: to train on.
       sizes: of the splits, and how many steps a piece has.
-      folder: for the checkpoints.
+      checkpoints: where the saves go.
     """
 
-    def __init__(self, devices: list[Any], sizes: Sizes, folder: Path) -> None:
+    def __init__(self, devices: list[Any], sizes: Sizes, checkpoints: cnn.Checkpoints) -> None:
         self.mesh = cnn.batch_mesh(devices, _BATCH_SIZE)
-        self._sizes, self.folder = sizes, folder
+        self._sizes, self._checkpoints = sizes, checkpoints
         self.state = _state(self.mesh, sizes)
         self.steps_per_epoch = sizes.train // _BATCH_SIZE
         self._steps_per_call = min(
@@ -280,12 +279,7 @@ class Training:
             cnn.DeviceSplit.place(split, data, "scale", cnn.replicated(self.mesh))
             for split in splits
         )
-        self._checkpoints = cnn.Checkpoints(folder)
         self._config = resolved(cnn.load_config(_HERE.parent / "configs" / "baseline.py"))
-
-    def close(self) -> None:
-        """Ends the thread that saves."""
-        self._checkpoints.__exit__(None, None, None)
 
     def advance(self, steps: int) -> None:
         """Trains so many steps, and returns when the last is done."""
@@ -349,9 +343,9 @@ class Training:
 
     def restore(self) -> cnn.TrainState:
         """The state of the latest checkpoint, verified."""
-        found = cnn.Checkpoints(self.folder).restore_latest(self.state, cli.say)
-        if found is None:
-            raise cnn.InputError(f"there is no checkpoint in {self.folder}")
+        directory = self._checkpoints.directory
+        if (found := cnn.Checkpoints(directory).restore_latest(self.state, cli.say)) is None:
+            raise cnn.InputError(f"there is no checkpoint in {directory}")
         return found[0]
 
 
@@ -395,29 +389,28 @@ def measure_saves(training: Training, sizes: Sizes, rounds: int) -> Iterator[tup
     yield Row(name, "s", Summary.of(epochs)), epochs
     alone = [_seconds(training.save_alone) for _ in range(sizes.times)]
     yield Row("save, waited for", "ms", Summary.of([1e3 * one for one in alone])), alone
+    name = f"save during {sizes.piece} steps"
     samplers = (
         functools.partial(_seconds, training.with_save),
         functools.partial(_seconds, training.without_save),
     )
-    name = f"save during {sizes.piece} steps"
     found = in_turns({name: samplers}, rounds)[name]
-    more = Summary.of(found.differences())
-    yield Row(name, "ms", Summary.of([1e3 * one for one in found.differences()])), found._asdict()
-    epoch = statistics.median(epochs)
-    shares = [saves_share(first, each, epoch) for each in found.differences()]
+    costs, epoch = found.differences(), statistics.median(epochs)
+    yield Row(name, "ms", Summary.of([1e3 * cost for cost in costs])), found._asdict()
+    yield Row("... of an epoch", "%", Summary.of([100 * cost / epoch for cost in costs])), None
     name = f"all {_NUM_EPOCHS + 1} saves of a run of {_NUM_EPOCHS} epochs"
+    shares = [saves_share(first, cost, epoch) for cost in costs]
     yield Row(name, "%", Summary.of(shares), goal=3.0), None
-    cli.say(f"a save costs {more.median / epoch:.2%} of an epoch")
 
 
-def measure_rest(training: Training, mesh: Mesh, sizes: Sizes) -> Iterator[tuple[Row, list[float]]]:
+def measure_rest(training: Training, sizes: Sizes) -> Iterator[tuple[Row, list[float]]]:
     """The rows of what is read or hashed, each with its samples."""
-    for state in (training.state, _state(mesh, sizes, large=True)):
+    for state in (training.state, _state(training.mesh, sizes, large=True)):
         found = [_seconds(functools.partial(cnn.digest, state)) for _ in range(sizes.times)]
         name = f"digest, {_num_params(state):,} parameters and Adam's moments"
         yield Row(name, "s", Summary.of(found), goal=1.0), found
     found = [_seconds(training.restore) for _ in range(sizes.times)]
-    yield Row("restore of the latest, verified", "s", Summary.of(found)), found
+    yield Row("restore of the newest checkpoint, verified", "s", Summary.of(found)), found
 
 
 def _single(value: float) -> Summary:
@@ -462,14 +455,16 @@ def main(argv: Sequence[str]) -> None:
     devices = cnn.find_devices("cpu")
     flags.out.mkdir(parents=True, exist_ok=True)
     # Beside the results, as a run's checkpoints are: elsewhere there may be no disk behind it.
-    with tempfile.TemporaryDirectory(prefix=".reliability-", dir=flags.out) as folder:
-        training = Training(devices, sizes, Path(folder) / "checkpoints")
+    with (
+        tempfile.TemporaryDirectory(prefix=".reliability-", dir=flags.out) as folder,
+        cnn.Checkpoints(folder) as checkpoints,
+    ):
+        training = Training(devices, sizes, checkpoints)
         found = [
             *measure_guard(devices, sizes, rounds),
             *measure_saves(training, sizes, rounds),
-            *measure_rest(training, training.mesh, sizes),
+            *measure_rest(training, sizes),
         ]
-        training.close()
     command = cli.command("reliability.py", argv)
     record = {
         "command": command,

@@ -129,7 +129,7 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
     if not os.path.isfile(path):  # Path's own raises where a name is too long
         fault = "is a directory" if os.path.isdir(path) else "is not a file"
         fault = fault if os.path.exists(path) else "does not exist"
-        raise InputError(f"config file {one_line(str(path))} {fault}")
+        raise InputError(f"config file {path} {fault}")
     # A config may import its neighbours as `from configs import baseline`.
     search = list(sys.path)
     sys.path.insert(0, str(path.resolve().parent.parent))
@@ -141,31 +141,18 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            one_line(f"config file {path} is broken: {type(error).__name__}: {reason}")
+            f"config file {path} is broken: {type(error).__name__}: {reason}"
         ) from error
     finally:
         sys.path[:] = search
     if not callable(get_config):
-        raise InputError(f"config file {one_line(str(path))} must define get_config()")
+        raise InputError(f"config file {path} must define get_config()")
     if not isinstance(config, ConfigDict):
         raise InputError(
-            f"get_config() of {one_line(str(path))} must return an ml_collections.ConfigDict, "
+            f"get_config() of {path} must return an ml_collections.ConfigDict, "
             f"not {type(config).__name__}"
         )
     return config
-
-
-def one_line(text: str, limit: int = 1000) -> str:
-    r"""A text as it can stand in a message: control characters escaped, the middle cut if long.
-
-    >>> print(one_line("two\nlines"))
-    two\nlines
-    >>> one_line("0123456789", limit=4)
-    '01 ... 89'
-    """
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    half = limit // 2
-    return line if len(line) <= limit else f"{line[:half]} ... {line[-half:]}"
 
 
 def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
@@ -292,12 +279,12 @@ def _check_known(name: str) -> None:
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1)
         hint = f"did you mean {near[0]}?" if near else "configs/baseline.py lists all fields"
-        raise InputError(f"unknown config field {one_line(name)}; {hint}")
+        raise InputError(f"unknown config field {name}; {hint}")
 
 
 def _shown(value: Any) -> str:
     try:
-        return one_line(repr(value))
+        return repr(value)
     except ValueError:  # Python prints no integer of more than 4,300 digits
         return "a number too long to print"
 

@@ -151,6 +151,10 @@ def make_plan(config: Any, mesh: Mesh) -> Plan:
             f"optimizer.accumulate_steps={accumulate} is more than the {num_steps:,} steps of the "
             f"run: nothing would be trained"
         )
+    if num_steps >= 2**31:
+        raise InputError(
+            f"num_epochs={config.num_epochs} makes {num_steps:,} steps; a run has less than 2**31"
+        )
     schedule = create_schedule(
         config.schedule.name,
         config.optimizer.learning_rate,

@@ -22,10 +22,23 @@ import jax
 
 from cnn.config import differences
 from cnn.errors import InputError
+from cnn.storage import absolute, is_writable, nearest
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
+RECORD_FIELDS = (
+    "step",
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "test_count",
+    "learning_rate",
+    "skipped_steps",
+    "images_per_second",
+)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that has none
 
 
@@ -40,7 +53,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).expanduser().absolute()
+        self.path = absolute(path)
         self._metrics = self.path / "metrics.jsonl"
         self._lock_file = self.path / ".lock"
         self._lock: IO[bytes] | None = None
@@ -95,13 +108,10 @@ class RunDirectory:
 
     def check_writable(self) -> None:
         """Raises InputError if the folder cannot be made or written, or is a file."""
-        nearest = self.path
-        while not nearest.exists() and nearest != nearest.parent:
-            nearest = nearest.parent
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        if not is_writable(self.path):
             raise InputError(
-                f"work directory {self.path} cannot be written ({nearest} is not a writable "
-                f"directory); choose another --workdir"
+                f"work directory {self.path} cannot be written ({nearest(self.path)} is not a "
+                f"writable directory); choose another --workdir"
             )
 
     @property
@@ -157,7 +167,7 @@ class RunDirectory:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
-        return _object(path.read_text(), path) if path.exists() else None
+        return _object(path.read_bytes(), path) if path.exists() else None
 
     def result(self) -> dict[str, Any] | None:
         """The final figures, if the run is finished."""
@@ -171,14 +181,14 @@ class RunDirectory:
         """
         if not self._metrics.exists():
             return []
-        lines = self._metrics.read_text().splitlines(keepends=True)
-        return [_object(line, self._metrics, "step") for line in lines if line.endswith("\n")]
+        lines = self._metrics.read_bytes().split(b"\n")[:-1]
+        return [_object(line, self._metrics, *RECORD_FIELDS) for line in lines]
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a record, unless the step has one: a resumed run repeats what was lost.
 
         Args:
-          record: JSON values; `step` identifies it.
+          record: JSON values, all `RECORD_FIELDS`; `step` identifies it.
         """
         if any(known["step"] == record["step"] for known in self.records()):
             return
@@ -188,11 +198,11 @@ class RunDirectory:
             os.fsync(file.fileno())
 
 
-def _object(text: str, path: Path, *names: str) -> dict[str, Any]:
+def _object(text: bytes, path: Path, *names: str) -> dict[str, Any]:
     """A JSON object with these names; InputError for anything else."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or not value.keys() >= set(names):
         raise InputError(f"{path} is damaged: not the JSON of a run; choose another --workdir")

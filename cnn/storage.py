@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import tempfile
 from pathlib import Path
+
+from cnn.errors import InputError
 
 # How TensorStore, which writes for Orbax, passes on what the operating system said.
 _IN_TENSORSTORE = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
@@ -18,6 +21,34 @@ _ADVICE = {
     errno.EPERM: "make it writable",
     errno.ENOENT: "put it back",
 }
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """A path that does not depend on the current directory; `~` is the home directory.
+
+    Raises:
+      InputError: if there is no such home directory, or the path is not text.
+    """
+    try:
+        found = Path(path).expanduser().absolute()
+        os.fsdecode(found).encode()  # TensorStore takes no other
+    except (RuntimeError, UnicodeEncodeError) as error:
+        raise InputError(f"{os.fsencode(path)!r} is no path of a folder here: {error}") from error
+    return found
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or else the nearest above it that is there: a file or a dangling link too."""
+    return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in the folder, or the folder itself be made."""
+    try:  # os.access does not know of every reason, and says yes to root
+        tempfile.TemporaryDirectory(dir=nearest(folder)).cleanup()
+    except OSError:
+        return False
+    return True
 
 
 def is_trouble(error: OSError, folder: Path) -> bool:

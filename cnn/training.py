@@ -59,7 +59,7 @@ def train_and_evaluate(
     """
     started = time.monotonic()
     check_config(config)
-    with compilation_cache(config.compilation_cache), RunDirectory(workdir) as run:
+    with RunDirectory(workdir) as run:
         try:
             return _run(config, run, started)
         except OSError as error:
@@ -83,8 +83,16 @@ def _run(config: Any, run: RunDirectory, started: float) -> tuple[TrainState, di
         TensorBoard.require()
     devices = find_devices(config.platform, config.num_devices, deterministic=config.deterministic)
     plan = make_plan(config, batch_mesh(devices, config.batch_size))
+    with compilation_cache(config.compilation_cache):
+        return _train(plan, run, finished, len(devices), started)
+
+
+def _train(
+    plan: Plan, run: RunDirectory, finished: dict[str, Any] | None, num_devices: int, started: float
+) -> tuple[TrainState, dict[str, Any]]:
+    """Trains what is left; `finished` is the result if there is one, as the run may be over."""
     state = plan.initial_state()
-    say(describe(plan, state.variables, len(devices)))
+    say(describe(plan, state.variables, num_devices))
 
     if finished is None:
         run.lock()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -63,3 +64,30 @@ def run_train():
         )
 
     return run
+
+
+ENDLESS = (f"--config={REPOSITORY / 'configs' / 'digits.py'}", "--config.num_epochs=100000")
+
+
+def start(command):
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def steps_in(run):
+    return cnn.Checkpoints(run / "checkpoints").steps()
+
+
+@pytest.fixture
+def running(tmp_path, digits):
+    """A process of train.py that has made some epochs, and its run directory."""
+    run = tmp_path / "run"
+    with start(train_command(*ENDLESS, "--workdir", run)) as process:
+        wait_for(lambda: len(steps_in(run)) > 1, process)
+        yield process, run
+        process.kill()

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -14,38 +13,20 @@ import pytest
 import cnn
 from cnn import Interrupted, digest, train_and_evaluate
 from cnn.interruption import StopSignals
-from tests.conftest import REPOSITORY, short_config, train_command
-
-ENDLESS = (f"--config={REPOSITORY / 'configs' / 'digits.py'}", "--config.num_epochs=100000")
-
-
-def wait_for(condition, process):
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
-def start(command):
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def steps_in(run):
-    return cnn.Checkpoints(run / "checkpoints").steps()
-
-
-@pytest.fixture
-def training(tmp_path, digits):
-    """A process of train.py that has made some epochs, and its run directory."""
-    run = tmp_path / "run"
-    with start(train_command(*ENDLESS, "--workdir", run)) as process:
-        wait_for(lambda: len(steps_in(run)) > 1, process)
-        yield process, run
-        process.kill()
+from tests.conftest import (
+    ENDLESS,
+    REPOSITORY,
+    short_config,
+    start,
+    steps_in,
+    train_command,
+    wait_for,
+)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_running_step(training, signum, code):
-    process, run = training
+def test_a_signal_saves_the_running_step(running, signum, code):
+    process, run = running
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code

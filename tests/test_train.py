@@ -1,6 +1,7 @@
 """train.py as a person uses it."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from tests.conftest import REPOSITORY, train_command
+from tests.conftest import ENDLESS, REPOSITORY, train_command
 
 DIGITS = REPOSITORY / "configs" / "digits.py"
 
@@ -125,50 +126,64 @@ def test_an_interrupted_run_continues_with_the_same_command(
     assert "finished: test accuracy" in out
 
 
-def test_a_damaged_checkpoint_is_one_line(run_train, tmp_path):
+def test_a_second_process_in_a_directory_is_refused_at_once(run_train, running):
+    process, run = running
+    begun = time.monotonic()
+    second = run_train(*ENDLESS, "--workdir", run)
+    assert second.returncode == 2
+    assert second.stdout == ""  # before it loads anything
+    (line,) = second.stderr.splitlines()
+    assert f"{run} is being trained in by process {process.pid} on " in line
+    assert time.monotonic() - begun < 30
+    assert process.poll() is None
+
+
+def test_two_processes_started_together(tmp_path, digits):
+    """One trains, the other is refused, whichever comes first."""
+    command = train_command(
+        "--config", DIGITS, "--config.num_epochs=1", "--workdir", tmp_path / "r"
+    )
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=240) for process in processes]
+    codes = [process.returncode for process in processes]
+    finished = [out for out, _ in outputs if "finished: test accuracy" in out]
+    assert len(finished) == 1, outputs
+    for code, (out, err) in zip(codes, outputs, strict=True):
+        refused = code == 2 and "is being trained in by process" in err
+        assert (code == 0 and "finished" in out) or refused
+    records = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(record)["step"] for record in records] == [44]
+
+
+def test_nothing_is_unpickled(run_train, tmp_path):
+    """Neither while a run prepares data and trains, nor when it is taken up again."""
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    (trap / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "def hook(event, args):\n"
+        "    if event == 'pickle.find_class':\n"
+        "        os.write(2, b'unpickled')\n"
+        "        os._exit(9)\n"
+        "sys.addaudithook(hook)\n"
+    )
     run = tmp_path / "run"
-    flags = ("--config", DIGITS, "--config.num_epochs=1", "--workdir", run)
-    assert run_train(*flags).returncode == 0
-    (run / "result.json").unlink()  # as if it had been killed just before its end
-    for path in (run / "checkpoints" / "44" / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    done = run_train(*flags)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert f"error: checkpoint {run / 'checkpoints' / '44'} cannot be restored" in done.stderr
-
-
-def read_run(run):
-    """What must not depend on when a run was killed."""
-    result = json.loads((run / "result.json").read_text())
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [{**json.loads(line), "images_per_second": None} for line in lines]
-    steps = {path.name for path in (run / "checkpoints").iterdir()}
-    return result["digest"], result["test_accuracy"], records, steps
-
-
-def test_a_run_killed_with_sigkill_ends_in_the_same_bits(run_train, tmp_path):
-    """Killed twice: after its third checkpoint, and after its second record."""
-    flags = ("--config", DIGITS, "--config.num_epochs=4", "--config.checkpoint_every_steps=5")
-    assert run_train(*flags, "--workdir", tmp_path / "whole").returncode == 0
-    run = tmp_path / "killed"
-
-    def at_step_15():
-        return any(path.name == "15" for path in run.glob("checkpoints/*"))
-
-    def two_records():
-        metrics = run / "metrics.jsonl"
-        return metrics.exists() and metrics.read_text().count("\n") >= 2
-
-    for reached in (at_step_15, two_records):
-        command = train_command(*flags, "--workdir", run)
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            while not reached():
-                assert process.poll() is None, "it ended before it could be killed"
-                time.sleep(0.01)
-            process.kill()
-        assert not (run / "result.json").exists()
-    resumed = run_train(*flags, "--workdir", run)
-    assert "resuming at step" in resumed.stdout
-    assert read_run(run) == read_run(tmp_path / "whole")
+    variables = {
+        "PYTHONPATH": str(trap),
+        "TFDS_DATA_DIR": str(tmp_path / "tfds"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    caught = subprocess.run(
+        [sys.executable, "-c", "import pickle; pickle.loads(pickle.dumps(OSError))"],
+        env={**os.environ, **variables},
+    )
+    assert caught.returncode == 9, "the trap must work"
+    for _ in range(2):
+        done = run_train(
+            "--config", DIGITS, "--config.num_epochs=1", "--workdir", run, **variables
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (run / "result.json").unlink()

@@ -9,7 +9,7 @@ import cnn
 from cnn import InputError, digest, train_and_evaluate
 from cnn.config import resolved
 from cnn.plan import Plan, make_plan
-from cnn.report import RunDirectory
+from cnn.report import RECORD_FIELDS, RunDirectory
 
 
 def records(workdir):
@@ -238,10 +238,9 @@ def test_a_work_directory_that_is_a_file(config, tmp_path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def test_a_work_directory_without_permission(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(InputError, match="cannot be written"):
-        train_and_evaluate(config, tmp_path / "run")
+def test_a_work_directory_without_permission(config):
+    with pytest.raises(InputError, match="/proc/nowhere cannot be written"):
+        train_and_evaluate(config, "/proc/nowhere")
 
 
 @pytest.fixture
@@ -355,11 +354,12 @@ def test_a_record_that_a_killed_process_did_not_finish_is_cut_off(tmp_path):
     run = RunDirectory(tmp_path)
     mesh = cnn.batch_mesh(jax.devices()[:1], 1)
     run.start({}, mesh)
-    run.append({"step": 1})
+    one, two = (dict.fromkeys(RECORD_FIELDS, step) for step in (1, 2))
+    run.append(one)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "los')
     run.start({}, mesh)
-    assert run.records() == [{"step": 1}]
-    run.append({"step": 1})
-    run.append({"step": 2})
-    assert run.records() == [{"step": 1}, {"step": 2}]
+    assert run.records() == [one]
+    run.append(one)
+    run.append(two)
+    assert run.records() == [one, two]

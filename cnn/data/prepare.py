@@ -8,16 +8,15 @@ import difflib
 import importlib.util
 import io
 import json
-import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnn.data import download
 from cnn.errors import InputError
 from cnn.manifest import write_manifest
+from cnn.storage import is_writable
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -58,7 +57,9 @@ def find(root: Path, request: Request) -> Path | None:
     if request.config:
         folder /= request.config
     elif default.is_file():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: as if not prepared
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError, RecursionError
+        ):  # damaged: as if not prepared
             folder /= json.loads(default.read_text())["default_config_name"]
     versions = [request.version] if request.version else _versions(folder)
     prepared = [folder / v for v in versions if (folder / v / "dataset_info.json").is_file()]
@@ -113,16 +114,6 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def is_writable(folder: Path) -> bool:
-    """Whether files can be made in the folder, or the folder itself be made."""
-    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    try:  # os.access does not know of every reason, and says yes to root
-        tempfile.TemporaryDirectory(dir=nearest).cleanup()
-    except OSError:
-        return False
-    return True
-
-
 def _versions(folder: Path) -> list[str]:
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     versions = [name for name in names if _VERSION.fullmatch(name)]
@@ -135,7 +126,7 @@ def _stock_builder_class(name: str) -> Any:
 
     try:
         return tfds.builder_cls(name)
-    except registered.DatasetNotFoundError as error:
+    except (registered.DatasetNotFoundError, ValueError) as error:
         from cnn.data.builders import BUILDERS
 
         known = {*BUILDERS, *tfds.list_builders(with_community_datasets=False)}

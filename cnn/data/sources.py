@@ -15,9 +15,10 @@ import numpy as np
 from cnn.data import cache
 from cnn.data.bars import progress_bar
 from cnn.data.dataset import Dataset, Split
-from cnn.data.prepare import Request, find, first_line, is_writable, prepare
+from cnn.data.prepare import Request, find, first_line, prepare
 from cnn.errors import InputError
 from cnn.manifest import MANIFEST, verify_manifest
+from cnn.storage import absolute, is_writable
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 _BATCH = 256  # records read at a time
@@ -64,7 +65,7 @@ def _data_dir(given: str | os.PathLike[str] | None) -> Path:
     text = os.fspath(given or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     if "://" in text:
         raise InputError(f"data_dir {text} is not a local directory: copy the dataset to one")
-    return Path(text).expanduser().absolute()
+    return absolute(text)
 
 
 def _prepared(root: Path, request: Request) -> Path:
@@ -187,6 +188,11 @@ def _examples(
                 warnings.catch_warnings(action="error", category=too_large),
                 PIL.Image.open(io.BytesIO(example[image_key])) as image,
             ):
+                if image.mode.startswith(("I", "F")):
+                    raise InputError(
+                        f"{builder.name} has images of more than 8 bits a channel in {split}; "
+                        f"convert them first, or choose another dataset"
+                    )
                 pixels = np.asarray(image.convert(mode))
             yield pixels.reshape(*pixels.shape[:2], -1), int(example[label_key])
 
