@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,38 @@ def test_each_core_is_a_device():
 )
 def test_the_users_own_setting_stands(variables):
     assert in_new_process(COUNT + ")", **variables) == "3"
+
+
+FLAG = "--xla_gpu_deterministic_ops"
+DETERMINISTIC = (
+    "import os, cnn; cnn.find_devices(deterministic=True); print(os.environ['XLA_FLAGS']); "
+    "cnn.find_devices(deterministic=True)"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", f"{FLAG}=true"),
+        (f"{FLAG}=false", f"{FLAG}=false"),
+        ("--xla_cpu_enable_fast_math=false", f"--xla_cpu_enable_fast_math=false {FLAG}=true"),
+    ],
+)
+def test_deterministic_asks_xla_before_it_starts(before, after):
+    assert in_new_process(DETERMINISTIC, XLA_FLAGS=before) == after
+
+
+def test_deterministic_too_late_is_an_error_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert jax.devices()  # from here on XLA does not look at its flags
+    find_devices("cpu", deterministic=True)
+    assert os.environ["XLA_FLAGS"] == ""
+    monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(platform="gpu")])
+    find_devices("gpu")
+    with pytest.raises(InputError, match=rf"XLA_FLAGS={FLAG}=true, or set deterministic=False"):
+        find_devices("gpu", deterministic=True)
+    monkeypatch.setenv("XLA_FLAGS", f"{FLAG}=true")
+    find_devices("gpu", deterministic=True)
 
 
 def test_stay_close_waits_for_the_older_results(monkeypatch):

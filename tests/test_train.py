@@ -140,9 +140,8 @@ def test_a_second_process_in_a_directory_is_refused_at_once(run_train, running):
 
 def test_two_processes_started_together(tmp_path, digits):
     """One trains, the other is refused, whichever comes first."""
-    command = train_command(
-        "--config", DIGITS, "--config.num_epochs=1", "--workdir", tmp_path / "r"
-    )
+    run = tmp_path / "run"
+    command = train_command("--config", DIGITS, "--config.num_epochs=1", "--workdir", run)
     processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -154,7 +153,7 @@ def test_two_processes_started_together(tmp_path, digits):
     for code, (out, err) in zip(codes, outputs, strict=True):
         refused = code == 2 and "is being trained in by process" in err
         assert (code == 0 and "finished" in out) or refused
-    records = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    records = (run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(record)["step"] for record in records] == [44]
 
 
