@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.flatten_util import ravel_pytree
 
 from cnn.blocks import Cut, map_blocks, sum_blocks
 from cnn.metrics import Metrics
@@ -166,28 +167,34 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         ({"image": image, "label": label}, places),
         cut,
     )
-    updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    finite = _all_finite(metrics.loss_sum, grads)
-    new = (params, model_state, opt_state, metrics)
-    old = (state.params, state.model_state, state.opt_state, jax.tree.map(jnp.zeros_like, metrics))
-    params, model_state, opt_state, metrics = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), new, old
-    )
+
+    def update(grads: Any) -> Any:
+        updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), model_state, opt_state, metrics
+
+    kept = (state.params, state.model_state, state.opt_state, jax.tree.map(jnp.zeros_like, metrics))
+    params, model_state, opt_state, metrics = _if_finite(metrics.loss_sum, grads, update, kept)
     state = state.replace(
         step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state
     )
     return state, metrics
 
 
-def _all_finite(loss: jax.Array, grads: Any) -> jax.Array:
-    """`bool[]`: whether the loss and the norm of the gradients are finite numbers.
+def _if_finite(loss: jax.Array, grads: Any, update: Callable[[Any], Any], kept: Any) -> Any:
+    """`update(grads)` if the loss and the norm of the gradients are finite numbers, else `kept`.
 
-    The squared norm, as a product: on a CPU half the time of looking at each number. It is
+    The squared norm, as a product: on a CPU a third of the time of looking at each number. It is
     infinite for a finite gradient of more than 1.8e19, with which no optimizer could do anything.
     """
-    squares = [jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(grads)]
-    return jnp.isfinite(sum(squares, loss))
+    on_cpu = jax.default_backend() == "cpu"
+    flat, unravel = ravel_pytree(grads) if on_cpu else (grads, lambda grads: grads)
+    finite = jnp.isfinite(sum((jnp.vdot(g, g) for g in jax.tree.leaves(flat)), loss))
+    if on_cpu:
+        # To choose between arrays, XLA would compute the moments of an optimizer twice; of one
+        # flat gradient it makes the same program as without any condition, to the bit.
+        return jax.lax.cond(finite, lambda flat: update(unravel(flat)), lambda flat: kept, flat)
+    # A GPU would wait for the host to take a branch.
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(grads), kept)
 
 
 def _gradients(
