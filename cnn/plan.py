@@ -87,7 +87,9 @@ class Plan:
             loss_fn=CrossEntropy(self.config.label_smoothing),
         )
         state = self.jit_once(create)(_stream_key(np.uint32(self.config.seed), _INIT))
-        state = state.replace(lanes=self.mesh.size)
+        state = state.replace(
+            lanes=self.mesh.size, skip_nonfinite=self.config.on_nonfinite == "skip"
+        )
         return jax.device_put(state, replicated(self.mesh))
 
     @property

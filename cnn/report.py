@@ -184,6 +184,18 @@ class RunDirectory:
         lines = self._metrics.read_bytes().split(b"\n")[:-1]
         return [_object(line, self._metrics, *RECORD_FIELDS) for line in lines]
 
+    def forget_after(self, step: int) -> None:
+        """Cuts off the records of later steps: the run will make them again, to other bits.
+
+        Args:
+          step: from which it goes on.
+        """
+        if kept := [record for record in self.records() if record["step"] <= step]:
+            lines = self._metrics.read_bytes().split(b"\n")[: len(kept)]
+            os.truncate(self._metrics, sum(len(line) + 1 for line in lines))
+        else:
+            self._metrics.unlink(missing_ok=True)
+
     def append(self, record: dict[str, Any]) -> None:
         """Adds a record, unless the step has one: a resumed run repeats what was lost.
 

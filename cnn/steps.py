@@ -65,6 +65,7 @@ class TrainState(struct.PyTreeNode):
       lanes: the devices over which batches are spread, for `cnn.blocks`, which on a CPU works
         through a batch in parts. None: all that divide the batch; 0: in one part, for a model or
         a loss in which the images of a batch see each other.
+      skip_nonfinite: whether a step whose loss or gradients are not finite numbers is left out.
     """
 
     step: jax.Array
@@ -76,6 +77,7 @@ class TrainState(struct.PyTreeNode):
     tx: optax.GradientTransformation = struct.field(pytree_node=False)
     loss_fn: LossFn = struct.field(pytree_node=False)
     lanes: int | None = struct.field(pytree_node=False, default=None)
+    skip_nonfinite: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -144,8 +146,8 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
 
     Returns:
       The next state, and the metrics of this batch before the update. If the loss or the norm of
-      the gradients is not a finite number, the step is counted and changes nothing else, and its
-      metrics are zeros: a `count` of 0 tells.
+      the gradients is not a finite number, the metrics are zeros (a `count` of 0 tells) and, with
+      `state.skip_nonfinite`, nothing of the state changes but the step.
 
     >>> from cnn import CNN
     >>> state = create_train_state(CNN(10), optax.adam(1e-3), jax.random.key(0), (28, 28, 1))
@@ -170,31 +172,44 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
 
     def update(grads: Any) -> Any:
         updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
-        return optax.apply_updates(state.params, updates), model_state, opt_state, metrics
+        return optax.apply_updates(state.params, updates), model_state, opt_state
 
-    kept = (state.params, state.model_state, state.opt_state, jax.tree.map(jnp.zeros_like, metrics))
-    params, model_state, opt_state, metrics = _if_finite(metrics.loss_sum, grads, update, kept)
+    finite = _is_finite(metrics.loss_sum, grads, in_one_piece=cut != (1, 1))
+    metrics = jax.tree.map(lambda one: jnp.where(finite, one, 0), metrics)
+    if state.skip_nonfinite:
+        kept = (state.params, state.model_state, state.opt_state)
+        params, model_state, opt_state = _if(finite, update, grads, kept)
+    else:
+        params, model_state, opt_state = update(grads)
     state = state.replace(
         step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state
     )
     return state, metrics
 
 
-def _if_finite(loss: jax.Array, grads: Any, update: Callable[[Any], Any], kept: Any) -> Any:
-    """`update(grads)` if the loss and the norm of the gradients are finite numbers, else `kept`.
+def _is_finite(loss: jax.Array, grads: Any, *, in_one_piece: bool) -> jax.Array:
+    """`bool[]`: whether the loss and the norm of the gradients are finite numbers.
 
-    The squared norm, as a product: on a CPU a third of the time of looking at each number. It is
-    infinite for a finite gradient of more than 1.8e19, with which no optimizer could do anything.
+    The squared norm, as a product: on a CPU half the time of looking at each number. It is infinite
+    for a finite gradient of more than 1.8e19, with which no optimizer could do anything.
+
+    Args:
+      loss: `float32[]`.
+      grads: pytree.
+      in_one_piece: whether it was cut from one array, as by `sum_blocks`: one product does.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    flat, unravel = ravel_pytree(grads) if on_cpu else (grads, lambda grads: grads)
-    finite = jnp.isfinite(sum((jnp.vdot(g, g) for g in jax.tree.leaves(flat)), loss))
-    if on_cpu:
-        # To choose between arrays, XLA would compute the moments of an optimizer twice; of one
-        # flat gradient it makes the same program as without any condition, to the bit.
-        return jax.lax.cond(finite, lambda flat: update(unravel(flat)), lambda flat: kept, flat)
-    # A GPU would wait for the host to take a branch.
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(grads), kept)
+    parts = [ravel_pytree(grads)[0]] if in_one_piece else jax.tree.leaves(grads)
+    return jnp.isfinite(sum((jnp.vdot(part, part) for part in parts), loss))
+
+
+def _if(condition: jax.Array, update: Callable[[Any], Any], grads: Any, kept: Any) -> Any:
+    """`update(grads)` if the condition holds, else `kept`."""
+    if jax.default_backend() != "cpu":  # a GPU would wait for the host to take a branch
+        return jax.tree.map(lambda new, old: jnp.where(condition, new, old), update(grads), kept)
+    # To choose between arrays, XLA would compute an optimizer's moments twice; with a branch on one
+    # flat gradient the update is the same program as without, to the bit.
+    flat, unravel = ravel_pytree(grads)
+    return jax.lax.cond(condition, lambda flat: update(unravel(flat)), lambda flat: kept, flat)
 
 
 def _gradients(

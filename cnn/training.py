@@ -180,6 +180,8 @@ class _Loop:
             self._save(state)
             self._checkpoints.wait()
         run.start(resolved(config), plan.mesh)
+        if before and before["devices"] != plan.devices:
+            run.forget_after(int(state.step))
         for record in before.get("records", []):
             run.append(record)  # in case metrics.jsonl was lost
         train, test = plan.place(plan.dataset.train), plan.place(plan.dataset.test)

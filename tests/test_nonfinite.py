@@ -17,7 +17,8 @@ SHAPE = (16, 16, 3)
 
 def new_state(**kwargs):
     model = CNN(4, features=(4,), hidden=8, batch_norm=True)
-    return create_train_state(model, optax.adam(1e-3), jax.random.key(0), SHAPE, **kwargs)
+    state = create_train_state(model, optax.adam(1e-3), jax.random.key(0), SHAPE, **kwargs)
+    return state.replace(skip_nonfinite=True)
 
 
 def infinite_slope(logits, labels):
@@ -40,6 +41,33 @@ def test_a_bad_image_changes_nothing(batch, value, jit):
     assert jax.tree.leaves(jax.device_get(metrics)) == [0, 0, 0]
     _, metrics = train_step(after, batch)
     assert int(metrics.count) == 8
+
+
+def test_unless_it_is_told_to_skip_a_step_only_tells(batch):
+    state = new_state().replace(skip_nonfinite=False)
+    bad = {**batch, "image": batch["image"].at[3, 2, 1, 0].set(jnp.nan)}
+    after, metrics = train_step(state, bad)
+    assert jax.tree.leaves(jax.device_get(metrics)) == [0, 0, 0]
+    assert jnp.isnan(metrics.loss)
+    assert jnp.isnan(after.params["Dense_1"]["kernel"]).any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_skipping_changes_no_other_step(batch, monkeypatch, backend):
+    """On a CPU not a bit; elsewhere the update is another program."""
+    plain = new_state().replace(skip_nonfinite=False)
+    expected, _ = jax.jit(train_step)(plain, batch)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    skipping, _ = jax.jit(train_step)(new_state(), batch)
+    for a, b in zip(
+        jax.tree.leaves(skipping.params), jax.tree.leaves(expected.params), strict=True
+    ):
+        if backend == "cpu":
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    bad = {**batch, "image": batch["image"].at[3, 2, 1, 0].set(jnp.nan)}
+    assert_nothing_but_the_step_changed(new_state(), jax.jit(train_step)(new_state(), bad)[0])
 
 
 def test_an_infinite_gradient_of_a_finite_loss_changes_nothing(batch):

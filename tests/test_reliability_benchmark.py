@@ -83,8 +83,6 @@ def test_the_guard_is_there_or_not(guard):
         "label": np.zeros((1, 4), np.int32),
     }
     state, metrics = trainer(guard)(state, batches, 1)
-    finite = [bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params)]
-    assert all(finite) == guard
     assert (metrics.count[0] == 0) == guard
 
 

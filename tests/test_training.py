@@ -336,6 +336,44 @@ def test_an_accumulation_longer_than_the_run(config, tmp_path):
         train_and_evaluate(config, tmp_path)
 
 
+def test_a_run_goes_on_with_other_devices(config, tmp_path, monkeypatch, capsys):
+    """After the second record, before its checkpoint: that record is made again."""
+    original = cnn.training._Loop._save
+
+    def save(loop, state, **record):
+        if int(state.step) == 28:
+            raise Killed
+        original(loop, state, **record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cnn.training._Loop, "_save", save)
+        with pytest.raises(Killed):
+            train_and_evaluate(config, tmp_path)
+    first, lost = records(tmp_path)
+    config.num_devices = 4
+    monkeypatch.setattr("cnn.training.evaluate", lambda *_, **__: cnn.Metrics(1.0, 1, 1))
+    _, result = train_and_evaluate(config, tmp_path)
+    said = capsys.readouterr().out
+    assert "note: the run goes on with 4 x cpu after 2 x cpu, from the same bits" in said
+    kept, made = records(tmp_path)
+    assert kept == first
+    assert (lost["step"], made["step"]) == (28, 28)
+    assert made["test_count"] == result["test_count"] == 1
+    assert made["train_loss"] == pytest.approx(lost["train_loss"], rel=1e-4)
+
+
+def test_the_records_after_a_step_are_cut_off(tmp_path):
+    run = RunDirectory(tmp_path)
+    made = [dict.fromkeys(RECORD_FIELDS, step) for step in (1, 2, 3)]
+    for record in made:
+        run.append(record)
+    run.forget_after(2)
+    assert run.records() == made[:2]
+    run.forget_after(0)
+    assert run.records() == []
+    run.forget_after(0)
+
+
 def test_other_images_under_the_same_name_are_refused(unfinished, config, digits, monkeypatch):
     images = np.array(digits.train.images)
     images[0, 0, 0, 0] ^= 1
