@@ -17,6 +17,8 @@ try:
     from cnn.errors import InputError, Interrupted, one_line
     from cnn.interruption import raise_on_sigterm
     from cnn.training import train_and_evaluate
+except KeyboardInterrupt:
+    sys.exit(130)
 except ValueError as error:  # JAX reads its variables as it is imported
     print(f"error: {error}; look at the environment variables named JAX_...", file=sys.stderr)
     sys.exit(2)

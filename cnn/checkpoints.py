@@ -118,10 +118,9 @@ class Checkpoints:
         """The test accuracies of the steps on disk; None where there is none to be had."""
 
         def accuracy(step: int) -> float | None:
-            try:
-                return self._record(step).get("test_accuracy")
-            except (OSError, ValueError, AttributeError):
+            if verify_manifest(self.directory / str(step), strict=True):
                 return None  # damaged
+            return self._record(step).get("test_accuracy")
 
         known = self._accuracies
         self._accuracies = {s: known[s] if s in known else accuracy(s) for s in self.steps()}
@@ -162,6 +161,7 @@ class Checkpoints:
     def _write(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
         if not self._began:  # later on, a directory that is gone is an error
             self.directory.mkdir(parents=True, exist_ok=True)
+            _sync(self.directory.parent)
             self._sweep()
             self._began = True
         new = self.directory / f"{_SAVING}{step}"
@@ -171,7 +171,7 @@ class Checkpoints:
             checkpointer.save(new / "state", args=args.PyTreeSave(arrays))
             (new / "record.json").write_text(json.dumps(record))
             write_manifest(new)
-            _sync(new / "record.json", new, self.directory)
+            _sync(*new.rglob("*"), new, self.directory)
             self._drop(step)
             new.rename(self.directory / str(step))
             _sync(self.directory)
@@ -193,7 +193,7 @@ class Checkpoints:
     def _sweep(self) -> None:
         for kind in (_SAVING, _DELETING):
             for path in self.directory.glob(f"{kind}*"):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
 
     def then(self) -> str:
         """How a run goes on that could not save, for the end of a message; never raises."""
@@ -229,14 +229,16 @@ class Checkpoints:
         Raises:
           InputError: if any bit of it is not as it was saved.
         """
-        folder = self.directory / str(step)
+        folder, (_, checkpointer) = self.directory / str(step), _orbax()
         if (fault := verify_manifest(folder, strict=True)) is None:
             try:
-                arrays = _orbax()[1].restore(folder / "state")
+                arrays = checkpointer.restore(folder / "state")
                 record = self._record(step)
                 if digest(arrays) == record["digest"] and int(arrays["step"]) == step:
                     return arrays, record
                 fault = "its digest does not match"
+            except MemoryError:
+                raise
             except Exception as error:  # of many kinds, from Orbax
                 fault = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"checkpoint {folder} is damaged: {fault}")
@@ -262,7 +264,7 @@ class Checkpoints:
 
         Args:
           state: as for `restore`.
-          tell: takes a line for each damaged checkpoint.
+          tell: takes a line for each damaged checkpoint, before it is moved.
 
         Returns:
           The state and its record.
@@ -281,9 +283,9 @@ class Checkpoints:
             restored = self._place(state, step, arrays)
             for other, fault in damaged.items():
                 aside = self.directory / f"{other}.damaged"
+                tell(f"{fault}; it is moved to {aside.name}, and the run goes on from step {step}")
                 shutil.rmtree(aside, ignore_errors=True)  # the same step was damaged before
                 (self.directory / str(other)).rename(aside)
-                tell(f"{fault}; it was moved to {aside.name}, and the run goes on from step {step}")
             return restored, record
         if damaged:
             raise InputError(

@@ -89,7 +89,7 @@ class Tally:
 
     Attributes:
       metrics: of the steps that were collected, on the host.
-      skipped: which of these steps were left out as not finite, counted from 1.
+      skipped: which of these steps were not finite and count nowhere, counted from 1.
       pending: what was added and not collected, in order.
     """
 

@@ -22,7 +22,7 @@ import jax
 
 from cnn.config import differences
 from cnn.errors import InputError
-from cnn.storage import absolute, is_writable, nearest
+from cnn.storage import absolute, nearest, trouble, write_error
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
@@ -38,6 +38,14 @@ RECORD_FIELDS = (
     "learning_rate",
     "skipped_steps",
     "images_per_second",
+)
+_RESULT_FIELDS = (
+    "digest",
+    "test_accuracy",
+    "test_count",
+    "best_test_accuracy",
+    "best_epoch",
+    "wall_seconds",
 )
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that has none
 
@@ -108,7 +116,11 @@ class RunDirectory:
 
     def check_writable(self) -> None:
         """Raises InputError if the folder cannot be made or written, or is a file."""
-        if not is_writable(self.path):
+        if (error := write_error(self.path)) is None:
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(trouble(error, self.path)) from error
+        else:
             raise InputError(
                 f"work directory {self.path} cannot be written ({nearest(self.path)} is not a "
                 f"writable directory); choose another --workdir"
@@ -116,7 +128,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """Where Orbax keeps the checkpoints."""
+        """Where the checkpoints are."""
         return self.path / "checkpoints"
 
     def check_config(self, config: dict[str, Any]) -> None:
@@ -136,42 +148,53 @@ class RunDirectory:
                 f"choose another --workdir, or delete that one"
             )
 
-    def start(self, config: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
-        """Writes what is known before the first step."""
+    def start(
+        self, config: dict[str, Any], mesh: jax.sharding.Mesh, records: list[dict[str, Any]]
+    ) -> None:
+        """Writes what is known before the next step.
+
+        Args:
+          config: resolved.
+          mesh: the devices.
+          records: those that the checkpoint knows, from which the run goes on. Others, and what is
+            left of one that a killed process did not finish, make way: it will make them again.
+        """
         self.write("environment.json", _environment(mesh))
-        self._drop_torn_record()
+        self._replace(self._metrics.name, "".join(map(_line, records)))
         self.write("config.json", config)
 
     @property
     def was_started(self) -> bool:
         """Whether `start` was called: not before there was a checkpoint."""
-        return (self.path / "config.json").exists()
+        names = ("config.json", self._metrics.name, "result.json")
+        return any((self.path / name).exists() for name in names)
 
-    def _drop_torn_record(self) -> None:
-        """Cuts off a record that a killed process did not finish."""
-        if self._metrics.exists():
-            whole = self._metrics.read_bytes().rpartition(b"\n")
-            os.truncate(self._metrics, len(whole[0]) + len(whole[1]))
+    def forget_result(self) -> None:
+        """Deletes `result.json`: the run is not finished, or no longer."""
+        (self.path / "result.json").unlink(missing_ok=True)
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         """Writes a JSON file so that a reader finds the old one or the new one, never half."""
+        self._replace(name, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}.tmp"
         try:
             with temporary.open("w") as file:
-                file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path / name)
         finally:
             temporary.unlink(missing_ok=True)  # of a full disk, say
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str, *fields: str) -> dict[str, Any] | None:
         path = self.path / name
-        return _object(path.read_bytes(), path) if path.exists() else None
+        return _object(path.read_bytes(), path, *fields) if path.exists() else None
 
     def result(self) -> dict[str, Any] | None:
         """The final figures, if the run is finished."""
-        return self._read("result.json")
+        return self._read("result.json", *_RESULT_FIELDS)
 
     def records(self) -> list[dict[str, Any]]:
         """All records of `metrics.jsonl`, in order; one that was not finished is left out.
@@ -184,30 +207,20 @@ class RunDirectory:
         lines = self._metrics.read_bytes().split(b"\n")[:-1]
         return [_object(line, self._metrics, *RECORD_FIELDS) for line in lines]
 
-    def forget_after(self, step: int) -> None:
-        """Cuts off the records of later steps: the run will make them again, to other bits.
-
-        Args:
-          step: from which it goes on.
-        """
-        if kept := [record for record in self.records() if record["step"] <= step]:
-            lines = self._metrics.read_bytes().split(b"\n")[: len(kept)]
-            os.truncate(self._metrics, sum(len(line) + 1 for line in lines))
-        else:
-            self._metrics.unlink(missing_ok=True)
-
     def append(self, record: dict[str, Any]) -> None:
-        """Adds a record, unless the step has one: a resumed run repeats what was lost.
+        """Adds a record.
 
         Args:
-          record: JSON values, all `RECORD_FIELDS`; `step` identifies it.
+          record: JSON values, all `RECORD_FIELDS`.
         """
-        if any(known["step"] == record["step"] for known in self.records()):
-            return
         with self._metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
 
 
 def _object(text: bytes, path: Path, *names: str) -> dict[str, Any]:
@@ -217,7 +230,10 @@ def _object(text: bytes, path: Path, *names: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or not value.keys() >= set(names):
-        raise InputError(f"{path} is damaged: not the JSON of a run; choose another --workdir")
+        raise InputError(
+            f"{path} is damaged: not the JSON of a run; delete it, and the next start makes it "
+            f"again from the checkpoints"
+        )
     return value
 
 

@@ -42,18 +42,23 @@ def nearest(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
 
 
-def is_writable(folder: Path) -> bool:
-    """Whether files can be made in the folder, or the folder itself be made."""
+def write_error(folder: Path) -> OSError | None:
+    """Why no files can be made in the folder, nor the folder itself; None if they can."""
     try:  # os.access does not know of every reason, and says yes to root
         tempfile.TemporaryDirectory(dir=nearest(folder)).cleanup()
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        return error
+    return None
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in the folder, or the folder itself be made."""
+    return write_error(folder) is None
 
 
 def is_trouble(error: OSError, folder: Path) -> bool:
     """Whether an error is one of the disk that holds the folder, not of another file or a pipe."""
-    elsewhere = error.filename is not None and not Path(error.filename).is_relative_to(folder)
+    elsewhere = isinstance(error.filename, str) and not Path(error.filename).is_relative_to(folder)
     return not elsewhere and (error.errno in _ADVICE or error.errno == errno.EIO)
 
 

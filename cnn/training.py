@@ -107,6 +107,7 @@ def _train(
             say(f"finished before: {result_line(finished)}; {run.path} is left as it is")
             return state, finished
         run.lock()
+        run.forget_result()
         loop = _Loop(plan, run, checkpoints, started - before.get("wall_seconds", 0.0))
         state = loop.train(state, before)
     result = conclude(state, plan, run, loop.started)
@@ -119,7 +120,12 @@ def _restore(
     state: TrainState, plan: Plan, run: RunDirectory, checkpoints: Checkpoints
 ) -> tuple[TrainState, dict[str, Any]]:
     """The latest whole checkpoint's state and record; the fresh state and {} before the first."""
-    restored = checkpoints.restore_latest(state, warn)
+
+    def tell(line: str) -> None:
+        run.lock()  # of a finished run, which is about to change
+        warn(line)
+
+    restored = checkpoints.restore_latest(state, tell)
     if restored is None:
         if run.was_started:
             raise InputError(
@@ -179,11 +185,7 @@ class _Loop:
             # What has a config has a checkpoint: none left is then known from none made yet.
             self._save(state)
             self._checkpoints.wait()
-        run.start(resolved(config), plan.mesh)
-        if before and before["devices"] != plan.devices:
-            run.forget_after(int(state.step))
-        for record in before.get("records", []):
-            run.append(record)  # in case metrics.jsonl was lost
+        run.start(resolved(config), plan.mesh, before.get("records", []))
         train, test = plan.place(plan.dataset.train), plan.place(plan.dataset.test)
         board = TensorBoard(run.path / "tensorboard") if config.tensorboard else None
         first_step = int(state.step)
@@ -208,6 +210,7 @@ class _Loop:
                     board.write(record)
                 self._save(state, test_accuracy=record["test_accuracy"])
                 say(epoch_line(record, num_epochs=config.num_epochs))
+                self._stop = self._stop or signals.received()
                 self._leave_if_asked(int(state.step))
                 metrics = None
         if board:
@@ -270,7 +273,7 @@ class _Loop:
         return _train_known_steps(state, batches, steps)
 
     def _collect(self, tally: Tally, keep: int = 0) -> Metrics:
-        """`tally.collect`; raises InputError for a step that was left out, if that is an error."""
+        """`tally.collect`; raises InputError after a step that was not finite, if it is to stop."""
         metrics = tally.collect(keep)
         if tally.skipped and self._config.on_nonfinite == "stop":
             raise self._diverged(
@@ -285,7 +288,7 @@ class _Loop:
         return InputError(
             f"{what}, at a learning rate of {self._plan.learning_rate(step):g} in epoch "
             f"{-(-step // self._plan.steps_per_epoch)}; the last good checkpoint is step "
-            f"{self._checkpoints.latest_step():,}; {remedy}lower the rate, or set "
+            f"{self._checkpoints.latest_step()}; {remedy}lower the rate, or set "
             f"optimizer.clip_norm or schedule.warmup_epochs, in another --workdir"
         )
 

@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     config.schedule.end_fraction = 0.0
 
     # What to do about a step whose loss or gradients are not finite: "stop" the run and name it, or
-    # "skip" its update and count it. Neither lets such numbers into the parameters.
+    # "skip" its update and count it. Neither lets such numbers into a checkpoint.
     config.on_nonfinite = "stop"
 
     # Test images per call. Changes speed, and the test loss by rounding at most.

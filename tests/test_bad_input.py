@@ -610,6 +610,7 @@ RUNS = [
     ({"config.json": '{"a":' * 900 + "1" + "}" * 900}, ANOTHER),
     ({"result.json": ""}, "result.json is damaged"),
     ({"result.json": "null"}, "result.json is damaged"),
+    ({"result.json": "{}"}, "result.json is damaged"),
     ({"result.json": DEEP}, "result.json is damaged"),
     ({"result.json": b"\xff\xfe"}, "result.json is damaged"),
     ({"result.json": []}, "Is a directory"),

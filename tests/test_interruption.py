@@ -52,6 +52,7 @@ def test_a_second_ctrl_c_stops_at_once_even_while_a_step_goes_on(tmp_path, digit
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "\n"
         assert "Ctrl-C again stops at once" in process.stderr.readline()
+        time.sleep(0.3)  # sooner it would be taken for an echo
         before = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
@@ -131,6 +132,44 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(config, tmp_path, monkeypa
     assert digest(state) == whole
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [14, 28]
+
+
+def test_a_signal_during_the_last_evaluation(config, tmp_path, monkeypatch, whole):
+    """It is told that the run stops, so it stops, before the pictures are drawn."""
+    original = cnn.training.evaluate
+
+    def evaluate(state, *args, **kwargs):
+        if int(state.step) == 28:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        return original(state, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cnn.training, "evaluate", evaluate)
+        with pytest.raises(Interrupted, match="stopped by SIGINT at step 28 of 28"):
+            train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / "result.json").exists()
+    state, _ = train_and_evaluate(config, tmp_path)
+    assert digest(state) == whole
+
+
+def test_a_signal_twice_in_a_moment_is_one(capfd):
+    with StopSignals() as signals:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        assert signals.received() == signal.SIGTERM
+    assert capfd.readouterr().err.count("stopping") == 1
+
+
+def test_in_a_notebook_a_second_ctrl_c_is_a_keyboard_interrupt(monkeypatch):
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        assert signals.received() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_preemption_notice_to_jax_is_followed(tmp_path):

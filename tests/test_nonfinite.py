@@ -1,5 +1,6 @@
-"""NaN and infinity in loss and gradients: found at their step, never in the parameters."""
+"""NaN and infinity in loss and gradients: found at their step, never in a checkpoint."""
 
+import functools
 import json
 
 import jax
@@ -59,13 +60,10 @@ def test_skipping_changes_no_other_step(batch, monkeypatch, backend):
     expected, _ = jax.jit(train_step)(plain, batch)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     skipping, _ = jax.jit(train_step)(new_state(), batch)
-    for a, b in zip(
-        jax.tree.leaves(skipping.params), jax.tree.leaves(expected.params), strict=True
-    ):
-        if backend == "cpu":
-            np.testing.assert_array_equal(a, b)
-        else:
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    if backend == "cpu":
+        assert digest(skipping) == digest(expected)
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    jax.tree.map(assert_close, skipping.params, expected.params)
     bad = {**batch, "image": batch["image"].at[3, 2, 1, 0].set(jnp.nan)}
     assert_nothing_but_the_step_changed(new_state(), jax.jit(train_step)(new_state(), bad)[0])
 

@@ -107,7 +107,6 @@ def test_pairs_are_taken_side_by_side():
     assert found["a"] == ([3.0, 3.0], [2.0, 2.0])
     assert found["a"].overheads() == [0.5, 0.5]
     assert found["a"].differences() == [1.0, 1.0]
-    assert found["a"].fastest() == 0.5
 
 
 def test_summary_holds_the_median_by_ranks():

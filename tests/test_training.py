@@ -362,18 +362,6 @@ def test_a_run_goes_on_with_other_devices(config, tmp_path, monkeypatch, capsys)
     assert made["train_loss"] == pytest.approx(lost["train_loss"], rel=1e-4)
 
 
-def test_the_records_after_a_step_are_cut_off(tmp_path):
-    run = RunDirectory(tmp_path)
-    made = [dict.fromkeys(RECORD_FIELDS, step) for step in (1, 2, 3)]
-    for record in made:
-        run.append(record)
-    run.forget_after(2)
-    assert run.records() == made[:2]
-    run.forget_after(0)
-    assert run.records() == []
-    run.forget_after(0)
-
-
 def test_other_images_under_the_same_name_are_refused(unfinished, config, digits, monkeypatch):
     images = np.array(digits.train.images)
     images[0, 0, 0, 0] ^= 1
@@ -388,16 +376,44 @@ def test_other_images_under_the_same_name_are_refused(unfinished, config, digits
         train_and_evaluate(config, unfinished)
 
 
-def test_a_record_that_a_killed_process_did_not_finish_is_cut_off(tmp_path):
+def test_a_run_takes_up_the_records_of_its_checkpoint(tmp_path):
+    """What a killed process wrote after it, whole or not, makes way."""
     run = RunDirectory(tmp_path)
     mesh = cnn.batch_mesh(jax.devices()[:1], 1)
-    run.start({}, mesh)
-    one, two = (dict.fromkeys(RECORD_FIELDS, step) for step in (1, 2))
-    run.append(one)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "los')
-    run.start({}, mesh)
-    assert run.records() == [one]
+    one, two, three = (dict.fromkeys(RECORD_FIELDS, step) for step in (1, 2, 3))
+    run.start({}, mesh, [])
+    assert run.records() == []
     run.append(one)
     run.append(two)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "los')
     assert run.records() == [one, two]
+    run.start({}, mesh, [one])
+    assert run.records() == [one]
+    run.append(three)
+    assert run.records() == [one, three]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "result.json", "config.json"])
+def test_what_is_left_of_a_run_is_no_empty_directory(finished, config, tmp_path, name):
+    """Else the figures of the old run would stand beside the digest of a new one."""
+    workdir, *_ = finished
+    shutil.copy(workdir / name, tmp_path)
+    with pytest.raises(InputError, match="no checkpoint of it"):
+        train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_finished_run_whose_result_is_lost_finishes_again(finished, config, tmp_path):
+    workdir, state, result = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / "config.json").unlink()
+    again, other = train_and_evaluate(config, tmp_path / "run")
+    assert digest(again) == digest(state) == other["digest"]
+    assert other["best_test_accuracy"] == result["best_test_accuracy"]
+    config.seed = 1
+    (tmp_path / "run" / "config.json").unlink()
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(InputError, match=r"are of another config \(seed: 0 -> 1\)"):
+        train_and_evaluate(config, tmp_path / "run")

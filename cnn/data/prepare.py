@@ -154,7 +154,7 @@ def _ensure_archives(
 
 
 def _file_format() -> str:
-    """Both formats are read by `tfds.data_source`; array_record has no wheels for macOS."""
+    """Both formats are read by `tfds.data_source`; array_record is not built for every system."""
     return "array_record" if importlib.util.find_spec("array_record") else "parquet"
 
 
