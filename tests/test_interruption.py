@@ -43,9 +43,9 @@ def test_a_signal_saves_the_running_step(running, signum, code):
 
 
 def test_a_second_ctrl_c_stops_at_once_even_while_a_step_goes_on(tmp_path, digits):
-    """The step, of minutes, has just begun: nothing but the exit can end it."""
+    """The step, of seconds, has just begun, if it is compiled yet: only the exit can end it."""
     run = tmp_path / "run"
-    slow = ("--config.batch_size=1437", "--config.model.features=(2048, 2048)")
+    slow = ("--config.batch_size=1437", "--config.model.features=(512, 512)")
     with start(train_command(*ENDLESS, *slow, "--workdir", run)) as process:
         wait_for(lambda: (run / "config.json").exists(), process)
         time.sleep(1)
