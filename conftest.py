@@ -1,6 +1,7 @@
 """Every test and doctest: four fake devices, no broadcasting by accident, a home of its own."""
 
 import os
+import signal
 
 import jax
 import pytest
@@ -22,6 +23,8 @@ def own_home(tmp_path_factory):
 
 def pytest_configure(config):
     """Compiles each function once for all tests, and for the processes that they start."""
+    # Under `nohup ... &` it is ignored, and would be in these processes.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "cache"):  # pytest -p no:cacheprovider
         return
     directory = str(config.cache.mkdir("jax"))
