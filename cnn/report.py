@@ -120,11 +120,10 @@ class RunDirectory:
             return
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(trouble(error, self.path)) from error
-        else:
-            raise InputError(
-                f"work directory {self.path} cannot be written ({nearest(self.path)} is not a "
-                f"writable directory); choose another --workdir"
-            )
+        raise InputError(
+            f"work directory {self.path} cannot be written ({nearest(self.path)} is not a "
+            f"writable directory); choose another --workdir"
+        ) from error
 
     @property
     def checkpoints(self) -> Path:
