@@ -15,8 +15,10 @@ derivatives. Choose with `lowering=`; "auto" decides by backend and shape, in `_
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -30,11 +32,34 @@ from cnn.rows import lines
 LOWERINGS = ("auto", "native", "patches", "winograd")
 Padding = str | Sequence[tuple[int, int]]
 
+_natively = contextvars.ContextVar("natively", default=False)
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # With so few input channels, those of an image, the products of "winograd" are too slim.
 _FEW_CHANNELS = 3
 # More would take long to compile.
 _FEW_PIXELS = 64
+
+
+@contextlib.contextmanager
+def native_operators() -> Iterator[None]:
+    """Within it, every operator is traced as for a GPU or TPU, whatever the default backend.
+
+    A program that is exported from a CPU for other platforms needs it: the choice of "auto" is
+    made while tracing, before the platform is known. A lowering that is named keeps its meaning.
+
+    Only tracing is affected. `jax.jit` keeps what it traced, without regard to this context: trace
+    a function that was not traced before, such as a new lambda or `functools.partial`.
+    """
+    token = _natively.set(True)
+    try:
+        yield
+    finally:
+        _natively.reset(token)
+
+
+def _is_for_cpu() -> bool:
+    """Whether "auto" means the operators for a CPU."""
+    return jax.default_backend() == "cpu" and not _natively.get()
 
 
 def conv_general_dilated(
@@ -182,7 +207,7 @@ def max_pool(
       lowering: "native", or any other of `LOWERINGS`, which all pool in the same way.
     """
     apart = strides is not None and tuple(strides) == tuple(window_shape)
-    own = lowering != "native" and (lowering != "auto" or jax.default_backend() == "cpu")
+    own = lowering != "native" and (lowering != "auto" or _is_for_cpu())
     if own and apart and padding == "VALID" and inputs.ndim == 4 and len(window_shape) == 2:
         return pooling.max_pool(inputs, (window_shape[0], window_shape[1]))
     # Flax's annotation of the padding is narrower than what it takes.
@@ -208,7 +233,7 @@ def dot_general(
       preferred_element_type: likewise.
     """
     matrices = lhs.ndim == rhs.ndim == 2 and dimension_numbers == (((1,), (0,)), ((), ()))
-    if matrices and preferred_element_type is None and jax.default_backend() == "cpu":
+    if matrices and preferred_element_type is None and _is_for_cpu():
         return _matmul(lhs, rhs, precision)
     return lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type)
 
@@ -237,7 +262,7 @@ def flatten(images: jax.Array) -> jax.Array:
 
     On a CPU pixel by pixel: fused with a reshape, what comes before would be slow there.
     """
-    if jax.default_backend() != "cpu" or images.shape[1] * images.shape[2] > _FEW_PIXELS:
+    if not _is_for_cpu() or images.shape[1] * images.shape[2] > _FEW_PIXELS:
         return images.reshape(images.shape[0], -1)
     pixels = [pixel for row in lines(images, 1) for pixel in lines(row, 1)]
     return jnp.concatenate(pixels, axis=-1)
@@ -249,7 +274,7 @@ def _choose(
     """The one place where backend and shape decide."""
     if lowering not in LOWERINGS:
         raise ValueError(f"unknown lowering {lowering!r}; known: {', '.join(LOWERINGS)}")
-    if not plain or (lowering == "auto" and jax.default_backend() != "cpu"):
+    if not plain or (lowering == "auto" and not _is_for_cpu()):
         return "native"
     # The sums and differences of Winograd's transforms need the digits of float32.
     able = tuple(strides) == (1, 1) and rhs.shape[:2] == (3, 3) and lhs.dtype == jnp.float32

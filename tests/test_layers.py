@@ -411,6 +411,30 @@ def test_only_a_cpu_departs_from_the_native_program(monkeypatch, fn, channels, b
     assert ("reduce_window" in pooling) == (backend != "cpu")
 
 
+def test_native_operators_are_those_of_a_gpu_on_any_backend():
+    model = CNN(10, (4, 12), hidden=16)
+    (x,) = normal((2, 18, 18, 3))
+    variables = variables_of(model, x)
+
+    def program(fn):
+        return str(jax.make_jaxpr(lambda x: fn(x))(x))
+
+    def network(x):
+        return layers.max_pool(model.apply(variables, x)[:, :, None, None], (1, 1), (1, 1))
+
+    here = program(network)
+    assert "conv_general_dilated" not in here
+    with layers.native_operators():
+        native = program(network)
+        named = program(lambda x: layers.max_pool(x, (2, 2), (2, 2), lowering="patches"))
+    assert native.count("conv_general_dilated") == 2
+    assert native.count("reduce_window_max") == 3
+    assert "concatenate" not in native
+    assert "custom_vjp" not in native
+    assert "reduce_window" not in named
+    assert program(network) == here
+
+
 def test_winograd_is_for_float32_and_3x3_kernels_without_strides():
     x, w = normal((1, 8, 8, 3), (3, 3, 3, 4))
     own = functools.partial(apply, layers.conv_max_pool, lowering="winograd")
