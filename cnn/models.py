@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -33,7 +34,7 @@ class CNN(nn.Module):
       num_classes: number of logits.
       features: output channels of each block.
       kernel_size: height and width of the convolutions, in pixels.
-      padding: "VALID" (no padding, as in the seed) or "SAME" (zeros keep the size).
+      padding: "VALID" (no padding, as in the seed) or "SAME" (zeros keep the size), in any case.
       hidden: width of the first dense layer; 0 leaves it out.
       patch_size: height and width of the stem's patches, in pixels; 0 is no stem.
       patch_features: coefficients that the stem keeps of each patch, of low frequency first.
@@ -58,6 +59,8 @@ class CNN(nn.Module):
     batch_norm: bool = False
     dtype: Any = jnp.float32
     conv_lowering: str = "auto"
+    # No image's logits depend on another image, but by batch statistics in training.
+    per_example: ClassVar[bool] = True
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
@@ -86,7 +89,7 @@ class CNN(nn.Module):
             x = nn.Conv(
                 features,
                 (self.kernel_size, self.kernel_size),
-                padding=self.padding,
+                padding=self.padding.upper(),
                 use_bias=not self.batch_norm,
                 kernel_init=_KERNEL_INIT,
                 dtype=self.dtype,
@@ -121,6 +124,14 @@ class CNN(nn.Module):
     def _check_size(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 4:
             raise InputError(f"CNN takes images of shape [B, H, W, C], not {list(shape)}")
+        padding = self.padding.upper() if isinstance(self.padding, str) else self.padding
+        if padding not in ("VALID", "SAME"):
+            raise InputError(f"model.padding={self.padding!r} must be VALID or SAME")
+        if self.conv_lowering not in layers.LOWERINGS:
+            raise InputError(
+                f"model.conv_lowering={self.conv_lowering!r} must be one of "
+                f"{', '.join(layers.LOWERINGS)}"
+            )
         side = min(shape[1:3])
         if self.patch_size:
             available = self.patch_size**2 * shape[3]
@@ -142,7 +153,7 @@ class CNN(nn.Module):
                 f"{shape[1]}x{shape[2]} pixels: beyond {largest} nothing of it meets a pixel"
             )
         for block in range(len(self.features)):
-            convolved = side if self.padding == "SAME" else side - self.kernel_size + 1
+            convolved = side if padding == "SAME" else side - self.kernel_size + 1
             if convolved < 2:
                 raise InputError(
                     f"images of {shape[1]}x{shape[2]} pixels are too small for CNN: {side} "
@@ -194,10 +205,18 @@ def create_model(name: str, num_classes: int, **fields: Any) -> nn.Module:
       **fields: the module's own fields; `dtype` may be a name such as "bfloat16".
 
     Raises:
-      InputError: for an unknown name.
+      InputError: for an unknown name, field or dtype.
     """
     if name not in _MODELS:
         raise InputError(f"unknown model {name!r}; known: {', '.join(MODEL_NAMES)}")
+    known = [field.name for field in dataclasses.fields(_MODELS[name]) if field.init]
+    if unknown := [field for field in fields if field not in known]:
+        raise InputError(
+            f"model {name} has no field {unknown[0]!r}; known: {', '.join(known[:-2])}"
+        )
     if "dtype" in fields:
-        fields["dtype"] = jnp.dtype(fields["dtype"])
+        try:
+            fields["dtype"] = jnp.dtype(fields["dtype"])
+        except TypeError as error:
+            raise InputError(f"model.dtype={fields['dtype']!r} is not a dtype") from error
     return _MODELS[name](num_classes=num_classes, **fields)

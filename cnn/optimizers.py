@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,30 @@ from cnn.errors import InputError
 OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
 SCHEDULE_NAMES = ("constant", "cosine", "linear")
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
+
+def _reused(create: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Has a function give the same object for equal arguments.
+
+    Optimizers and schedules are closures, and closures compare by identity: a new one for each of
+    many runs would have `jit` compile each run's steps anew.
+    """
+    cached = functools.lru_cache(maxsize=64, typed=True)(create)
+
+    @functools.wraps(create)
+    def reusing(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            hash((args, tuple(kwargs.items())))
+        except TypeError:  # a learning rate that is an array
+            return create(*args, **kwargs)
+        return cached(*args, **kwargs)
+
+    return reusing
+
+
+@_reused
 def create_schedule(
     name: str,
     learning_rate: float,
@@ -56,6 +81,7 @@ def _kernels(params: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
 
 
+@_reused
 def create_optimizer(
     name: str,
     learning_rate: float | optax.Schedule,
