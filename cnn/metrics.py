@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+from cnn.errors import InputError
 
 
 class Metrics(struct.PyTreeNode):
@@ -38,11 +41,16 @@ class Metrics(struct.PyTreeNode):
         """Scores one batch.
 
         Args:
-          losses: `float32[B]`, per example.
-          logits: `[B, num_classes]`. The first of equal largest logits is the prediction.
-          labels: `int32[B]`.
+          losses: `float[B]`, per example; they are summed as float32.
+          logits: `float[B, K]`. The first of equal largest logits is the prediction.
+          labels: `int[B]`.
           mask: `bool[B]`; examples where it is false count nowhere. All count without it.
+
+        Raises:
+          InputError: if an argument has another shape or type; nothing is broadcast.
         """
+        _check_shapes(losses, logits, labels, mask)
+        losses = losses.astype(jnp.float32)
         hits = jnp.argmax(logits, axis=-1) == labels
         if mask is None:
             mask = jnp.ones(labels.shape, bool)
@@ -63,6 +71,48 @@ class Metrics(struct.PyTreeNode):
     def accuracy(self) -> jax.Array | float:
         """Fraction of images predicted right, 0 to 1."""
         return self.correct / self.count
+
+
+def _check_shapes(losses: Any, logits: Any, labels: Any, mask: Any) -> None:
+    check_labels(labels)
+    size = labels.shape[0]
+    check_logits(logits, size)
+    if not _is_float(losses) or losses.shape != (size,):
+        raise InputError(
+            f"the loss must return a float for each image, [B] with B={size}, not {shown(losses)}; "
+            f"leave out its mean or sum over the batch"
+        )
+    if mask is not None and (jnp.shape(mask) != (size,) or mask.dtype != bool):
+        raise InputError(f"mask must be bool [B] with B={size}, not {shown(mask)}")
+
+
+def check_logits(logits: Any, batch_size: Any) -> None:
+    """Raises InputError unless logits are floats `[B, K]`."""
+    if not _is_float(logits) or logits.ndim != 2 or logits.shape[0] != batch_size:
+        raise InputError(
+            f"the model must return logits, float [B, K] with B={batch_size}, not {shown(logits)}"
+        )
+
+
+def _is_float(array: Any) -> bool:
+    return hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def check_labels(labels: Any) -> None:
+    """Raises InputError unless labels are integers `[B]`."""
+    is_integer = hasattr(labels, "dtype") and jnp.issubdtype(labels.dtype, jnp.integer)
+    if not is_integer or labels.ndim != 1:
+        raise InputError(f"labels must be integers [B], one for each image, not {shown(labels)}")
+
+
+def shown(value: Any) -> str:
+    """Type and shape of an array, for a message; the type alone of anything else.
+
+    >>> shown(np.zeros((2, 3), np.float32)), shown(None)
+    ('float32[2, 3]', 'NoneType')
+    """
+    is_array = hasattr(value, "dtype")
+    return f"{value.dtype}{list(value.shape)}" if is_array else type(value).__name__
 
 
 def total(parts: Iterable[Metrics]) -> Metrics:
