@@ -2,18 +2,21 @@
 
 A batch is cut into lanes, one for each device, which work side by side (`vmap`), and each lane into
 blocks of some images, which it works through one after the other (`scan`). The result is that of
-the whole batch, to rounding, of whatever treats each image for itself. Nothing is cut on GPU and
-TPU, nor where there are native convolutions: see `has_convolution`.
+the whole batch, to rounding, for whatever treats each image for itself; so a batch is cut only
+where model and loss declare that they do: see `is_per_example`. Nothing is cut on GPU and TPU, nor
+where there are native convolutions: see `has_convolution`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType
 
 from cnn.devices import num_shards
 
@@ -46,13 +49,41 @@ class Cut(NamedTuple):
           num_params: of which gradients are summed over the blocks: that is work of its own for
             each block, so the more there are, the larger the blocks.
         """
-        if lanes == 0 or jax.default_backend() != "cpu" or not image.size:
-            return cls(1, 1)
         batch_size = image.shape[0]
+        if lanes == 0 or jax.default_backend() != "cpu" or not isinstance(batch_size, int):
+            return cls(1, 1)  # a symbolic size, of `jax.export`, cannot be divided
+        # Within `shard_map` the batch is one device's part already.
+        in_shard_map = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+        if in_shard_map or not math.prod(image.shape):
+            return cls(1, 1)
         lanes = num_shards(lanes or jax.local_device_count(), batch_size)
-        most = max(_BLOCK_VALUES, num_params // _PARAMS_PER_VALUE) * batch_size // image.size
+        most = (
+            max(_BLOCK_VALUES, num_params // _PARAMS_PER_VALUE)
+            * batch_size
+            // math.prod(image.shape)
+        )
         blocks = _blocks(batch_size // lanes, max(most, 1))
         return cls(lanes, blocks)
+
+
+def is_per_example(fn: Any) -> bool:
+    """Whether a model or a loss declares that its result for an image depends on no other image.
+
+    It does so by an attribute `per_example` that is True, of its own or of its very class. What a
+    subclass inherits does not count, since it may compute something else.
+
+    Args:
+      fn: a linen module, or a loss of (logits, labels).
+
+    >>> def loss(logits, labels): ...
+    >>> is_per_example(loss)
+    False
+    >>> loss.per_example = True
+    >>> is_per_example(loss)
+    True
+    """
+    own = getattr(fn, "__dict__", {})
+    return own.get("per_example", vars(type(fn)).get("per_example")) is True
 
 
 def _blocks(images: int, most: int) -> int:
@@ -103,16 +134,24 @@ def sum_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any:
     in_lanes = jax.vmap(lambda block: fn(_images_first(block)))
 
     def add(sums: Any, block: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, in_lanes(block)), None
+        return jax.tree.map(lambda total, one: total + one, sums, in_lanes(block)), None
 
     first = jax.tree.map(lambda x: x[0], blocks)
     if cut.blocks == 1:
         sums = in_lanes(first)
     else:
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(in_lanes, first))
+        shapes = jax.eval_shape(in_lanes, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _sum_dtype(x.dtype)), shapes)
         sums, _ = jax.lax.scan(add, zeros, blocks)
+        sums = jax.tree.map(lambda x, like: x.astype(like.dtype), sums, shapes)
     unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), sums))[1]
     return unravel(jax.vmap(lambda lane: ravel_pytree(lane)[0])(sums).sum(axis=0))
+
+
+def _sum_dtype(dtype: Any) -> Any:
+    """float32 for shorter floats, whose digits would be lost in a sum over many blocks."""
+    is_float = jnp.issubdtype(dtype, jnp.floating)
+    return jnp.promote_types(dtype, jnp.float32) if is_float else dtype
 
 
 def _in_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any | None:

@@ -9,18 +9,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.flatten_util import ravel_pytree
+from jax.sharding import AbstractMesh
 
-from cnn.blocks import Cut, map_blocks, sum_blocks
-from cnn.metrics import Metrics
+from cnn import explicit, layers
+from cnn.apply import (
+    ModuleApply,
+    as_before,
+    carried_collections,
+    hashable,
+    random_streams,
+    selected,
+)
+from cnn.blocks import Cut, is_per_example, map_blocks, sum_blocks
+from cnn.errors import InputError
+from cnn.metrics import Metrics, check_labels, check_logits, shown
 
 Batch = Mapping[str, jax.Array]
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -39,14 +52,17 @@ class CrossEntropy:
     """
 
     label_smoothing: float = 0.0
+    per_example: ClassVar[bool] = True
 
     def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
-        """`float[B, K]`, `int[B]` -> `float[B]`. A label of K or more gives NaN, not an error."""
+        """`float[B, K]`, `int[B]` -> `float32[B]`. A label outside 0..K-1 gives NaN."""
+        logits = logits.astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        if not self.label_smoothing:
-            return losses
-        uniform = -jax.nn.log_softmax(logits).mean(axis=-1)
-        return (1.0 - self.label_smoothing) * losses + self.label_smoothing * uniform
+        if self.label_smoothing:
+            uniform = -jax.nn.log_softmax(logits).mean(axis=-1)
+            losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * uniform
+        # Indexing would take a negative label for a class counted from the end.
+        return jnp.where((labels >= 0) & (labels < logits.shape[-1]), losses, jnp.nan)
 
 
 class TrainState(struct.PyTreeNode):
@@ -59,12 +75,13 @@ class TrainState(struct.PyTreeNode):
       opt_state: state of `tx`.
       key: the run's random key; that of step t, and on a CPU that of each part of the
         batch, are derived from it.
-      apply_fn: the module's `apply`, called as `apply_fn(variables, image, train=...)`.
+      apply_fn: the module's `apply`, called as `apply_fn(variables, image, train=...)`; see
+        `cnn.apply.ModuleApply`.
       tx: the optimizer.
-      loss_fn: (logits `[B, K]`, labels `[B]`) -> losses `[B]`.
-      lanes: the devices over which batches are spread, for `cnn.blocks`, which on a CPU works
-        through a batch in parts. None: all that divide the batch; 0: in one part, for a model or
-        a loss in which the images of a batch see each other.
+      loss_fn: (logits `float32[B, K]`, labels `int[B]`) -> losses `float[B]`.
+      lanes: the number of devices over which batches are sharded, for `cnn.blocks`, which on a CPU
+        cuts the batch where model and loss declare that they treat each image for itself. None:
+        all devices that divide the batch; 0: never cut.
       skip_nonfinite: whether a step whose loss or gradients are not finite numbers is left out.
     """
 
@@ -96,53 +113,139 @@ def create_train_state(
     """Initializes a model and its optimizer. Pure: `vmap` it over `key` for many seeds.
 
     Args:
-      model: any linen module whose `__call__` takes `(image, train)` and returns logits.
-      tx: an Optax optimizer.
+      model: any linen module whose `__call__` takes `(image, train)`, or `(image)`, and returns
+        logits. Running statistics, dropout and other random streams work; what it only sows is
+        dropped. With an attribute `per_example = True` of its class it declares that its result for
+        an image depends on no other image of the batch (apart from batch statistics in training);
+        a CPU then trains and predicts faster, in blocks.
+      tx: any Optax optimizer; those that ask for `value`, `grad`, `value_fn`, `obj_fn` or `grad_fn`
+        are given the mean loss of the batch, its gradient, or functions of the parameters that
+        compute them.
       key: from `jax.random.key(seed)`.
       image_shape: (height, width, channels) of one image.
-      loss_fn: per-example loss.
+      loss_fn: (logits `float32[B, K]`, labels `int[B]`) -> losses `float[B]`, one for each image.
+        It declares `per_example` like the model.
+
+    Raises:
+      InputError: if `train_step` cannot call the model or the optimizer, or the model does not
+        return logits `[B, K]`.
 
     >>> from cnn import CNN
     >>> state = create_train_state(CNN(10), optax.adam(1e-3), jax.random.key(0), (32, 32, 3))
     >>> sum(leaf.size for leaf in jax.tree.leaves(state.params))
     167562
     """
-    return _create_train_state(model, tx, key, tuple(image_shape), loss_fn)
+    apply_fn, shape = ModuleApply(model), tuple(image_shape)
+    return _create_train_state(apply_fn, hashable(tx), key, shape, hashable(loss_fn))
 
 
 # Compiled whole: operator by operator takes longer, and draws the same numbers.
-@functools.partial(jax.jit, static_argnames=("model", "tx", "image_shape", "loss_fn"))
+@functools.partial(jax.jit, static_argnames=("apply_fn", "tx", "image_shape", "loss_fn"))
 def _create_train_state(
-    model: nn.Module,
+    apply_fn: ModuleApply,
     tx: optax.GradientTransformation,
     key: jax.Array,
     image_shape: tuple[int, int, int],
     loss_fn: LossFn,
 ) -> TrainState:
     init_key, run_key = jax.random.split(key)
-    variables = dict(model.init(init_key, jnp.zeros((1, *image_shape)), train=False))
-    params = variables.pop("params")
-    return TrainState(
+    image = jnp.zeros((1, *image_shape), jnp.float32)
+    logits, collections = apply_fn.init(init_key, image)
+    check_logits(logits, batch_size=1)
+    params = collections.pop("params", {})
+    if collections:
+        pair = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+        collections = carried_collections(apply_fn, params, collections, pair, run_key)
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        model_state=variables,
-        opt_state=tx.init(params),
+        model_state=collections,
+        opt_state=_initial_opt_state(tx, params),
         key=run_key,
-        apply_fn=model.apply,
+        apply_fn=apply_fn,
         tx=tx,
         loss_fn=loss_fn,
     )
+    return as_before(state, state)  # strong types, as after a step
+
+
+def _initial_opt_state(tx: optax.GradientTransformation, params: Any) -> optax.OptState:
+    """The optimizer's state; raises InputError if `train_step` could not go on with it."""
+
+    def update(params: Any, opt_state: Any) -> Any:
+        grads = jax.tree.map(jnp.zeros_like, params)
+        loss = jnp.zeros((), jnp.float32)
+        return _update(tx, grads, opt_state, params, loss, lambda _: loss)[1]
+
+    try:
+        opt_state = tx.init(params)
+        after = jax.eval_shape(update, params, opt_state)
+    except Exception as error:  # of any kind, from any optimizer
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"train_step cannot use the optimizer {_title(tx)}: {reason}") from error
+    if jax.tree.structure(opt_state) != jax.tree.structure(after):
+        raise InputError(
+            f"train_step cannot use the optimizer {_title(tx)}: an update changes the structure of "
+            f"its state"
+        )
+    return opt_state
+
+
+def _title(tx: optax.GradientTransformation) -> str:
+    """What to call an optimizer in a message: the function that made it, as a rule."""
+    return getattr(tx.update, "__qualname__", type(tx).__name__).partition(".<locals>")[0]
+
+
+def _update(
+    tx: optax.GradientTransformation,
+    grads: Any,
+    opt_state: optax.OptState,
+    params: Any,
+    loss: jax.Array,
+    loss_of: Callable[[Any], jax.Array],
+) -> tuple[Any, optax.OptState]:
+    """`tx.update`, with Optax's extra arguments for those that take them.
+
+    Args:
+      tx: the optimizer.
+      grads: of the mean loss.
+      opt_state: the state of `tx`.
+      params: the parameters.
+      loss: `float32[]`, the mean loss.
+      loss_of: from parameters to the mean loss of this batch.
+    """
+    known = inspect.signature(tx.update).parameters
+    takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
+
+    def value_fn(params: Any, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
+        del obj_fn, grad_fn  # a line search passes on what it does not know itself
+        return loss_of(params)
+
+    extra: dict[str, Any] = {
+        "value": loss,
+        "grad": grads,
+        "value_fn": value_fn,
+        "obj_fn": loss_of,
+        "grad_fn": lambda params, *_: jax.grad(loss_of)(params),
+    }
+    extra = {name: value for name, value in extra.items() if takes_all or name in known}
+    return tx.update(grads, opt_state, params, **extra)
 
 
 def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One gradient step on the mean loss of a batch.
 
-    On a CPU it works through the batch in parts, unless the model has other collections (batch
-    statistics, say) or native convolutions: see `cnn.blocks` and `TrainState.lanes`.
+    On a CPU it works through the batch in blocks where model and loss declare that they treat each
+    image for itself, as `CNN` and `CrossEntropy` do: see `cnn.blocks`. The result is the same, to
+    rounding.
 
     Args:
       state: from `create_train_state`, or the step before.
       batch: `image` float32[B, H, W, C] (normalized), `label` int32[B].
+
+    Raises:
+      InputError: while tracing, if labels are not `int[B]`, logits not `float[B, K]` or losses not
+        `float[B]`; nothing is broadcast.
 
     Returns:
       The next state, and the metrics of this batch before the update. If the loss or the norm of
@@ -158,24 +261,41 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     >>> int(state.step), bool(after.loss < before.loss)
     (2, True)
     """
+    _check_batch(batch)
+
+    def shardings(mesh: AbstractMesh) -> Any:
+        return explicit.like(state, mesh), explicit.replicated_over(mesh)
+
+    return explicit.with_automatic_axes(_train_step, shardings, state, dict(batch))
+
+
+def _train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     cut = Cut(1, 1)
-    if not state.model_state:  # the statistics of a batch say: of a block they would be others
+    # Batch statistics are those of the whole batch, so a model that has any is not cut.
+    if not state.model_state and is_per_example_state(state):
         num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         cut = Cut.of(batch["image"], state.lanes, num_params)
     image, label = batch["image"], batch["label"]
-    places = jnp.arange(label.shape[0])
+    batch_size = label.shape[0]
+    places = jnp.arange(batch_size, dtype=jnp.int32)
+    examples = ({"image": image, "label": label}, places)
     (grads, metrics), model_state = sum_blocks(
-        functools.partial(_gradients, state, batch_size=len(places)),
-        ({"image": image, "label": label}, places),
-        cut,
+        functools.partial(_gradients, state, batch_size=batch_size), examples, cut
     )
 
+    def mean_loss(params: Any) -> jax.Array:
+        return _share_of_mean_loss(state, params, examples, batch_size)[0]
+
     def update(grads: Any) -> Any:
-        updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
-        return optax.apply_updates(state.params, updates), model_state, opt_state
+        loss = metrics.loss_sum / batch_size
+        updates, opt_state = _update(
+            state.tx, grads, state.opt_state, state.params, loss, mean_loss
+        )
+        params = optax.apply_updates(state.params, updates)
+        return params, model_state, as_before(opt_state, state.opt_state)
 
     finite = _is_finite(metrics.loss_sum, grads, in_one_piece=cut != (1, 1))
-    metrics = jax.tree.map(lambda one: jnp.where(finite, one, 0), metrics)
+    counted = jax.tree.map(lambda one: jnp.where(finite, one, 0), metrics)
     if state.skip_nonfinite:
         kept = (state.params, state.model_state, state.opt_state)
         params, model_state, opt_state = _if(finite, update, grads, kept)
@@ -184,7 +304,35 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     state = state.replace(
         step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state
     )
-    return state, metrics
+    return state, counted
+
+
+def _check_batch(batch: Batch, stacked: bool = False) -> None:
+    """Raises InputError unless a batch, or several stacked ones, have images and labels [B]."""
+    if missing := {"image", "label"} - batch.keys():
+        raise InputError(f"the batch has no {missing.pop()!r}; it must have 'image' and 'label'")
+    image, label = batch["image"], batch["label"]
+    lead, letters = (2, "[S, B]") if stacked else (1, "[B]")
+    if stacked and jnp.ndim(label) != 2:
+        raise InputError(f"labels of stacked batches must be integers [S, B], not {shown(label)}")
+    check_labels(label[0] if stacked else label)
+    if jnp.shape(image)[:lead] != jnp.shape(label):
+        raise InputError(
+            f"images and labels must have the same leading axes {letters}, but are {shown(image)} "
+            f"and {shown(label)}"
+        )
+
+
+def is_per_example_state(state: TrainState) -> bool:
+    """Whether model and loss declare that they treat each image for itself."""
+    loss_fn = getattr(state.loss_fn, "wrapped", state.loss_fn)
+    return _is_per_example_model(state) and is_per_example(loss_fn)
+
+
+def _is_per_example_model(state: TrainState) -> bool:
+    # `ModuleApply`, or a bound `module.apply` in a state that somebody made without us.
+    fn = state.apply_fn
+    return is_per_example(getattr(fn, "module", getattr(fn, "__self__", None)))
 
 
 def _is_finite(loss: jax.Array, grads: Any, *, in_one_piece: bool) -> jax.Array:
@@ -199,7 +347,9 @@ def _is_finite(loss: jax.Array, grads: Any, *, in_one_piece: bool) -> jax.Array:
       in_one_piece: whether it was cut from one array, as by `sum_blocks`: one product does.
     """
     parts = [ravel_pytree(grads)[0]] if in_one_piece else jax.tree.leaves(grads)
-    return jnp.isfinite(sum((jnp.vdot(part, part) for part in parts), loss))
+    # As float32 at least: the square of a float16 overflows at 256.
+    wide = [part.astype(jnp.promote_types(part.dtype, jnp.float32)) for part in parts]
+    return jnp.isfinite(sum((jnp.vdot(part, part).real for part in wide), loss))
 
 
 def _if(condition: jax.Array, update: Callable[[Any], Any], grads: Any, kept: Any) -> Any:
@@ -219,23 +369,33 @@ def _gradients(
 
     Other collections, as the module changed them, come back too.
     """
+
+    def share(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        return _share_of_mean_loss(state, params, examples, batch_size)
+
+    grads, (metrics, model_state) = jax.grad(share, has_aux=True)(state.params)
+    return (grads, metrics), model_state
+
+
+def _share_of_mean_loss(
+    state: TrainState, params: Any, examples: tuple[Batch, jax.Array], batch_size: int
+) -> tuple[jax.Array, tuple[Metrics, Any]]:
+    """The sum of the losses of some examples over the batch size, their metrics, and statistics."""
     batch, places = examples
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), places[0])
-
-    def share_of_mean_loss(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        logits, model_state = state.apply_fn(
-            {"params": params, **state.model_state},
-            batch["image"],
-            train=True,
-            mutable=list(state.model_state),
-            rngs={"dropout": key},
-        )
-        losses = state.loss_fn(logits, batch["label"])
-        metrics = Metrics.of(losses, logits, batch["label"])
-        return losses.sum() / batch_size, (metrics, model_state)
-
-    grads, (metrics, model_state) = jax.grad(share_of_mean_loss, has_aux=True)(state.params)
-    return (grads, metrics), model_state
+    logits, model_state = state.apply_fn(
+        {"params": params, **state.model_state},
+        batch["image"],
+        train=True,
+        mutable=list(state.model_state),
+        rngs=random_streams(key),
+    )
+    check_logits(logits, batch["label"].shape[0])
+    logits = logits.astype(jnp.float32)
+    losses = state.loss_fn(logits, batch["label"])
+    metrics = Metrics.of(losses, logits, batch["label"])
+    losses = losses.astype(jnp.float32)
+    return losses.sum() / batch_size, (metrics, selected(model_state, state.model_state))
 
 
 def train_steps(
@@ -250,20 +410,45 @@ def train_steps(
     Args:
       state: from `create_train_state`, or the step before.
       batches: as for `train_step`, stacked: `image` float32[S, B, H, W, C], `label` int32[S, B].
-      count: train on the first so many, 0 to S. If it is traced, fewer steps than before need
-        not be compiled anew.
+      count: the number of batches to train on, 0 to S, from the first on. More are an error if it
+        is a number, and end with the last batch if it is traced. If it is traced, fewer steps than
+        before need not be compiled anew.
+
+    Raises:
+      InputError: as for `train_step`, and for such a count.
 
     Returns:
       The state after the last step, and metrics with leaves `[S]`: of each step, and zeros for
       those behind `count`.
     """
-    shapes = jax.eval_shape(train_step, state, jax.tree.map(lambda x: x[0], batches))[1]
+    _check_batch(batches, stacked=True)
+    steps = batches["label"].shape[0]
+    if isinstance(count, int | np.integer):  # static: a loop with a known end
+        if not 0 <= count <= steps:
+            raise InputError(f"count={count} must lie between 0 and the number of batches, {steps}")
+    else:
+        count = jnp.minimum(count, steps)
+
+    def shardings(mesh: AbstractMesh) -> Any:
+        return explicit.like(state, mesh), explicit.replicated_over(mesh)
+
+    run = functools.partial(_train_steps, count=count)
+    return explicit.with_automatic_axes(run, shardings, state, dict(batches))
+
+
+def _train_steps(
+    state: TrainState, batches: Batch, *, count: jax.Array | int
+) -> tuple[TrainState, Metrics]:
+    def batch(i: jax.Array | int) -> Batch:
+        return jax.tree.map(lambda x: x[i], batches)
+
+    shapes = jax.eval_shape(_train_step, state, batch(0))[1]
     steps = batches["label"].shape[0]
     metrics = jax.tree.map(lambda one: jnp.zeros((steps, *one.shape), one.dtype), shapes)
 
     def step(i: jax.Array, before: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, metrics = before
-        state, now = train_step(state, jax.tree.map(lambda x: x[i], batches))
+        state, now = _train_step(state, batch(i))
         return state, jax.tree.map(lambda filled, one: filled.at[i].set(one), metrics, now)
 
     return jax.lax.fori_loop(0, count, step, (state, metrics))
@@ -287,13 +472,23 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
     >>> int(jax.jit(eval_step)(state, batch).count)
     3
     """
-    logits = predict_step(state, batch["image"])
-    losses = state.loss_fn(logits, batch["label"])
-    return Metrics.of(losses, logits, batch["label"], batch.get("mask"))
+    _check_batch(batch)
+
+    def score(state: TrainState, batch: Batch) -> Metrics:
+        logits = _predict_step(state, batch["image"])
+        losses = state.loss_fn(logits, batch["label"])
+        return Metrics.of(losses, logits, batch["label"], batch.get("mask"))
+
+    return explicit.with_automatic_axes(score, explicit.replicated_over, state, dict(batch))
 
 
 def predict_step(state: TrainState, image: jax.Array) -> jax.Array:
     """The logits of some images, `float32[B, H, W, C]` (normalized) -> `float32[B, K]`.
+
+    `jax.export` takes it for any platform, whatever the present one, and with a symbolic B.
+
+    Raises:
+      InputError: while tracing, if the model does not return `float[B, K]`.
 
     >>> from cnn import CNN
     >>> state = create_train_state(CNN(10), optax.adam(1e-3), jax.random.key(0), (28, 28, 1))
@@ -301,7 +496,27 @@ def predict_step(state: TrainState, image: jax.Array) -> jax.Array:
     (4, 10)
     """
 
-    def logits(image: jax.Array) -> jax.Array:
-        return state.apply_fn(state.variables, image, train=False)
+    def shardings(mesh: AbstractMesh) -> Any:
+        return explicit.rows_like(image, mesh)
 
-    return map_blocks(logits, image, Cut.of(image, state.lanes))
+    return explicit.with_automatic_axes(_predict_step, shardings, state, image)
+
+
+def _predict_step(state: TrainState, image: jax.Array) -> jax.Array:
+    def logits(image: jax.Array) -> jax.Array:
+        logits = state.apply_fn(state.variables, image, train=False)
+        check_logits(logits, image.shape[0])
+        return logits.astype(jnp.float32)
+
+    def on_cpu(image: jax.Array) -> jax.Array:
+        is_cut = _is_per_example_model(state)
+        return map_blocks(logits, image, Cut.of(image, state.lanes) if is_cut else Cut(1, 1))
+
+    def elsewhere(image: jax.Array) -> jax.Array:
+        with layers.native_operators():
+            return logits(image)
+
+    if jax.default_backend() != "cpu":
+        return logits(image)
+    # The file that `jax.export` makes here for a GPU or a TPU is to hold their operators.
+    return jax.lax.platform_dependent(image, cpu=on_cpu, default=elsewhere)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -47,6 +47,8 @@ class Net94(nn.Module):
     conv: Callable[..., jax.Array] = jax.lax.conv_general_dilated
     conv_max_pool: Callable[..., jax.Array] = native_conv_max_pool
     max_pool: Callable[..., jax.Array] = nn.max_pool
+    # An image's logits depend on no other image, but by batch statistics in training.
+    per_example: ClassVar[bool] = True
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from cnn import explicit
 from cnn.data.dataset import Dataset, Split
+from cnn.errors import InputError
 
 NORMALIZATIONS = ("scale", "standardize")
 
@@ -42,8 +44,15 @@ class DeviceSplit(struct.PyTreeNode):
           dataset: whose train split gives mean and std.
           normalization: "standardize" (zero mean and unit variance per channel), or "scale"
             (pixel / 255, as in the seed).
-          where: a sharding, or one device.
+          where: a sharding, or one device; None is JAX's default device.
+
+        Raises:
+          InputError: for an unknown normalization.
         """
+        if normalization not in NORMALIZATIONS:
+            raise InputError(
+                f"unknown normalization {normalization!r}; known: {', '.join(NORMALIZATIONS)}"
+            )
         mean, std = np.zeros_like(dataset.mean), np.ones_like(dataset.std)
         if normalization == "standardize":
             mean = dataset.mean
@@ -59,10 +68,17 @@ class DeviceSplit(struct.PyTreeNode):
           index: which ones.
           change: applied to the images, uint8[..., H, W, C], before: an augmentation.
         """
-        images = self.images[index]
-        if change is not None:
-            images = change(images)
-        return {"image": normalize(images, self.mean, self.std), "label": self.labels[index]}
+
+        def take(split: DeviceSplit, index: jax.Array) -> dict[str, jax.Array]:
+            images = split.images[index]
+            if change is not None:
+                images = change(images)
+            return {"image": normalize(images, split.mean, split.std), "label": split.labels[index]}
+
+        def sharding(mesh: jax.sharding.AbstractMesh) -> Any:
+            return explicit.rows_like(index, mesh, axes=jnp.ndim(index))
+
+        return explicit.with_automatic_axes(take, sharding, self, index)
 
 
 def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
