@@ -47,8 +47,8 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     [[1, 2, 3], [3, 2, 1]]
     """
     batch, _, width, _ = images.shape
-    mirrored = jax.random.bernoulli(key, shape=(batch, 1))
-    column = jnp.arange(width)[None]
+    mirrored = jax.random.bernoulli(key, jnp.float32(0.5), (batch, 1))
+    column = jnp.arange(width, dtype=jnp.int32)[None]
     return _gather(images, jnp.where(mirrored, width - 1 - column, column), axis=2)
 
 
@@ -71,7 +71,7 @@ def random_translate(key: jax.Array, images: jax.Array, pixels: int) -> jax.Arra
             f"images of {height} x {width} pixels cannot be shifted by {pixels}; "
             f"choose 0 to {min(height, width) - 1} pixels"
         )
-    down, right = jax.random.randint(key, (2, batch, 1), -pixels, pixels + 1)
+    down, right = jax.random.randint(key, (2, batch, 1), -pixels, pixels + 1, jnp.int32)
     images = _gather(images, _reflect(jnp.arange(height)[None] - down, height), axis=1)
     return _gather(images, _reflect(jnp.arange(width)[None] - right, width), axis=2)
 

@@ -59,17 +59,12 @@ class Plan:
     @property
     def order_key(self) -> jax.Array:
         """The key from which each epoch's order follows."""
-        return _stream_key(np.uint32(self.config.seed), _ORDER)
+        return _stream_key(self.config.seed, _ORDER)
 
     @property
     def augment_key(self) -> jax.Array:
         """The key from which the augmentation of each step follows."""
-        return _stream_key(np.uint32(self.config.seed), _AUGMENT)
-
-    @property
-    def devices(self) -> str:
-        """What trains, in words."""
-        return f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
+        return _stream_key(self.config.seed, _AUGMENT)
 
     def place(self, split: Split) -> DeviceSplit:
         """A split of the dataset, on every device of the mesh."""
@@ -86,7 +81,7 @@ class Plan:
             image_shape=self.dataset.image_shape,
             loss_fn=CrossEntropy(self.config.label_smoothing),
         )
-        state = self.jit_once(create)(_stream_key(np.uint32(self.config.seed), _INIT))
+        state = self.jit_once(create)(_stream_key(self.config.seed, _INIT))
         state = state.replace(
             lanes=self.mesh.size, skip_nonfinite=self.config.on_nonfinite == "skip"
         )
@@ -121,9 +116,17 @@ class Plan:
         return float(jax.jit(self.schedule)(update))
 
 
+def _stream_key(seed: int, stream: int) -> jax.Array:
+    """A typed key: what `jax.random.key(seed)` is by JAX's defaults, and the stream folded in.
+
+    Made of its two words, so that no setting of JAX changes it (there is one that adds to seeds).
+    """
+    return _fold_in(np.array([0, seed], np.uint32), np.uint32(stream))
+
+
 @jax.jit
-def _stream_key(seed: np.uint32, stream: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(seed), stream)
+def _fold_in(words: jax.Array, stream: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), stream)
 
 
 def make_plan(config: Any, mesh: Mesh) -> Plan:

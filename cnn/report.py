@@ -5,27 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import importlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import jax
-
 from cnn.config import differences
 from cnn.errors import InputError
 from cnn.storage import absolute, nearest, trouble, write_error
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
-
 
 RECORD_FIELDS = (
     "step",
@@ -147,18 +136,14 @@ class RunDirectory:
                 f"choose another --workdir, or delete that one"
             )
 
-    def start(
-        self, config: dict[str, Any], mesh: jax.sharding.Mesh, records: list[dict[str, Any]]
-    ) -> None:
+    def start(self, config: dict[str, Any], records: list[dict[str, Any]]) -> None:
         """Writes what is known before the next step.
 
         Args:
           config: resolved.
-          mesh: the devices.
           records: those that the checkpoint knows, from which the run goes on. Others, and what is
             left of one that a killed process did not finish, make way: it will make them again.
         """
-        self.write("environment.json", _environment(mesh))
         self._replace(self._metrics.name, "".join(map(_line, records)))
         self.write("config.json", config)
 
@@ -234,85 +219,3 @@ def _object(text: bytes, path: Path, *names: str) -> dict[str, Any]:
             f"again from the checkpoints"
         )
     return value
-
-
-def _environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Versions, devices and commit: what else a result depends on."""
-    devices = mesh.devices.ravel()
-    return {
-        "python": platform.python_version(),
-        "os": platform.platform(),
-        "machine": platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "platform": devices[0].platform,
-        "devices": [device.device_kind for device in devices],
-        "commit": _commit(),
-        "command": sys.argv,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of this source tree, "+changes" if it was edited; None outside git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        # Fails where this file is not of the repository around it, as in an environment's folder.
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", Path(__file__).name],
-            capture_output=True, check=True, timeout=10,
-        )  # fmt: skip
-        revision = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True, text=True, check=True, timeout=10,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return revision + ("+changes" if dirty else "")
-
-
-class TensorBoard:
-    """Scalars as TensorBoard event files, written without TensorFlow.
-
-    Args:
-      directory: where `tensorboard --logdir` will find them.
-
-    Raises:
-      InputError: if the package tensorboard is not installed.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.require()
-        # The classes are made at run time from protobuf descriptors: `Any` to a type checker.
-        event: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
-        summary: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
-        writer: Any = importlib.import_module("tensorboard.summary.writer.event_file_writer")
-        self._event, self._summary = event.Event, summary.Summary
-        self._writer = writer.EventFileWriter(str(directory))
-
-    @staticmethod
-    def require() -> None:
-        """Raises InputError unless the package is there."""
-        if importlib.util.find_spec("tensorboard") is None:
-            raise InputError(
-                "tensorboard=True needs the package tensorboard: pip install '.[tensorboard]'"
-            )
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Adds a record's numbers at its step, and puts them on disk."""
-        values = [
-            self._summary.Value(tag=name, simple_value=float(value))
-            for name, value in record.items()
-            if name != "step"
-        ]
-        summary = self._summary(value=values)
-        event = self._event(wall_time=time.time(), step=record["step"], summary=summary)
-        self._writer.add_event(event)
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Ends the file."""
-        self._writer.close()

@@ -7,12 +7,14 @@ came after its checkpoint, with the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,13 +29,16 @@ from cnn.conclusion import conclude
 from cnn.config import check_config, differences, resolved
 from cnn.data.batches import DeviceSplit, epoch_order
 from cnn.devices import batch_mesh, find_devices, replicated, sharded, stay_close
-from cnn.errors import InputError, Interrupted
+from cnn.environment import begun_at, changes, environment
+from cnn.errors import InputError, Interrupted, one_line
 from cnn.evaluation import evaluate
+from cnn.event_files import EventFile, require_tensorboard
 from cnn.interruption import StopSignals
+from cnn.jax_settings import pinned_settings
 from cnn.metrics import Metrics, Tally
 from cnn.plan import Plan, make_plan
 from cnn.progress import Progress, describe, epoch_line, result_line, say, warn
-from cnn.report import RunDirectory, TensorBoard
+from cnn.report import RunDirectory
 from cnn.steps import TrainState, train_step, train_steps
 from cnn.storage import is_trouble, trouble
 
@@ -59,7 +64,7 @@ def train_and_evaluate(
     """
     started = time.monotonic()
     check_config(config)
-    with RunDirectory(workdir) as run:
+    with RunDirectory(workdir) as run, pinned_settings():
         try:
             return _run(config, run, started)
         except OSError as error:
@@ -80,7 +85,7 @@ def _run(config: Any, run: RunDirectory, started: float) -> tuple[TrainState, di
             run.lock()
     run.records()  # raises if they are damaged
     if config.tensorboard:
-        TensorBoard.require()
+        require_tensorboard()
     devices = find_devices(config.platform, config.num_devices, deterministic=config.deterministic)
     plan = make_plan(config, batch_mesh(devices, config.batch_size))
     with compilation_cache(config.compilation_cache):
@@ -106,9 +111,10 @@ def _train(
                 )
             say(f"finished before: {result_line(finished)}; {run.path} is left as it is")
             return state, finished
+        parts = _begin_part(plan, int(state.step), before)
         run.lock()
         run.forget_result()
-        loop = _Loop(plan, run, checkpoints, started - before.get("wall_seconds", 0.0))
+        loop = _Loop(plan, run, checkpoints, parts, started - before.get("wall_seconds", 0.0))
         state = loop.train(state, before)
     result = conclude(state, plan, run, loop.started)
     say(f"finished: {result_line(result)}\ndigest: {result['digest']}")
@@ -144,14 +150,37 @@ def _restore(
             f"the run was trained on other {plan.dataset.name} images than those found now; "
             f"restore the data or choose another --workdir"
         )
-    if record["devices"] != plan.devices:
-        say(
-            f"note: the run goes on with {plan.devices} after {record['devices']}, from the same "
-            f"bits; what follows is rounded in another way"
-        )
-    if (step := int(state.step)) < plan.num_steps:
-        say(f"resuming at step {step:,} of {plan.num_steps:,}")
     return state, record
+
+
+def _begin_part(plan: Plan, step: int, before: dict[str, Any]) -> list[dict[str, Any]]:
+    """The environments of the run's parts, that of this process last.
+
+    Args:
+      plan: of the run.
+      step: from which this process trains.
+      before: the record restored for it; {} at the beginning.
+    """
+    now, parts = None, before.get("environments", [])
+    with _at_most_a_warning("the environment is not recorded"):
+        now = environment(plan.mesh)
+    if now and parts and (changed := changes(parts[-1], now)):
+        say(
+            f"note: the run continues from the same bits in another environment "
+            f"({'; '.join(changed)}); what follows may be rounded in another way"
+        )
+    if before and step < plan.num_steps:
+        say(f"resuming at step {step:,} of {plan.num_steps:,}")
+    return begun_at(step, now, parts)
+
+
+@contextlib.contextmanager
+def _at_most_a_warning(what: str) -> Iterator[None]:
+    """Turns any error within it into a warning, for what is never worth a run."""
+    try:
+        yield
+    except Exception as error:
+        warn(one_line(f"{what} ({error or type(error).__name__})"))
 
 
 class _Loop:
@@ -161,13 +190,20 @@ class _Loop:
       plan: of the run.
       run: where its files go.
       checkpoints: where its states go.
+      parts: the environments of the run's parts, as `begun_at` gives them.
       started: when the run began, on the monotonic clock.
     """
 
     def __init__(
-        self, plan: Plan, run: RunDirectory, checkpoints: Checkpoints, started: float
+        self,
+        plan: Plan,
+        run: RunDirectory,
+        checkpoints: Checkpoints,
+        parts: list[dict[str, Any]],
+        started: float,
     ) -> None:
         self.started = started
+        self._parts = parts
         self._plan, self._config = plan, plan.config
         self._run, self._checkpoints = run, checkpoints
         self._steps_per_call = 1
@@ -185,9 +221,11 @@ class _Loop:
             # What has a config has a checkpoint: none left is then known from none made yet.
             self._save(state)
             self._checkpoints.wait()
-        run.start(resolved(config), plan.mesh, before.get("records", []))
+        run.start(resolved(config), before.get("records", []))
+        with _at_most_a_warning("environment.json is not written"):
+            *earlier, now = self._parts
+            run.write("environment.json", {**now, "earlier": earlier})
         train, test = plan.place(plan.dataset.train), plan.place(plan.dataset.test)
-        board = TensorBoard(run.path / "tensorboard") if config.tensorboard else None
         first_step = int(state.step)
         progress = Progress(
             num_epochs=config.num_epochs,
@@ -197,6 +235,9 @@ class _Loop:
         )
         self._steps_per_call = plan.steps_per_call(state)
         metrics = Metrics(**before["epoch_metrics"]) if "epoch_metrics" in before else None
+        events = None
+        if config.tensorboard:
+            events = EventFile(run.path / "tensorboard", before.get("records", []), warn)
         with progress, StopSignals() as signals:
             for epoch in range(first_step // plan.steps_per_epoch, config.num_epochs):
                 begun, before_step = time.monotonic(), int(state.step)
@@ -206,15 +247,13 @@ class _Loop:
                 tested = evaluate(state, test, batch_size=config.eval_batch_size)
                 record = self._record(epoch, metrics, tested, rate)
                 run.append(record)
-                if board:
-                    board.write(record)
+                if events:
+                    events.write(record)
                 self._save(state, test_accuracy=record["test_accuracy"])
                 say(epoch_line(record, num_epochs=config.num_epochs))
                 self._stop = self._stop or signals.received()
                 self._leave_if_asked(int(state.step))
                 metrics = None
-        if board:
-            board.close()
         return state
 
     def _train_epoch(
@@ -301,7 +340,7 @@ class _Loop:
         always = {
             "config": resolved(self._config),
             "dataset": self._plan.dataset.fingerprint,
-            "devices": self._plan.devices,
+            "environments": self._parts,
             "wall_seconds": time.monotonic() - self.started,
             "records": self._run.records(),
         }

@@ -105,4 +105,6 @@ def epoch_order(key: jax.Array, epoch: jax.Array | int, num_examples: int) -> ja
 # Compiled whole, not operator by operator.
 @functools.partial(jax.jit, static_argnames="num_examples")
 def _epoch_order(key: jax.Array, epoch: jax.Array | int, num_examples: int) -> jax.Array:
-    return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
+    # Of an array of a known type: of a number the result would be int64 in JAX's 64-bit mode.
+    examples = jnp.arange(num_examples, dtype=jnp.int32)
+    return jax.random.permutation(jax.random.fold_in(key, epoch), examples)

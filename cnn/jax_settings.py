@@ -1,0 +1,56 @@
+"""JAX's settings during a run.
+
+What a seed means must not depend on the variables of the shell or on what the calling program has
+set, and a setting that makes JAX strict, which a project may want for its own code, must not end a
+run of this one. Settings that only change how numbers are rounded stay as the user chose them:
+`cnn.environment` records them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import flax
+import jax
+
+# The JAX option from which a script reads each setting -> its value during a run. Options are read
+# through `jax.config`, which declares them at run time, unseen by type checkers.
+PINNED = {
+    # Which random numbers follow from a key, and of which type numbers are by default.
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    # What else makes JAX refuse or rewrite a program.
+    "jax_numpy_rank_promotion": "allow",
+    "jax_legacy_prng_key": "allow",
+    "jax_debug_key_reuse": False,
+    "jax_default_device": None,
+    "jax_transfer_guard": "allow",
+    "jax_no_tracing": False,
+    "jax_no_execution": False,
+}
+
+
+@contextlib.contextmanager
+def pinned_settings() -> Iterator[None]:
+    """Within it, in this thread, JAX's settings are those of `PINNED`, and `jit` compiles.
+
+    Afterwards they are what they were before.
+
+    >>> with jax.enable_x64(True):
+    ...     with pinned_settings():
+    ...         print(jax.numpy.zeros(1).dtype)
+    float32
+    """
+    with contextlib.ExitStack() as settings:
+        for name, value in PINNED.items():
+            settings.enter_context(getattr(jax, name.removeprefix("jax_"))(value))
+        settings.enter_context(jax.disable_jit(False))
+        # It decides how Flax derives the key of each parameter from the names above it.
+        separator = "fix_rng_separator"
+        if hasattr(flax.config, f"flax_{separator}"):
+            flag = flax.config.temp_flip_flag(separator, False)
+            settings.enter_context(flag)
+        yield
