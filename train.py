@@ -4,7 +4,6 @@ The same command again continues the run, or says that it is finished.
 """
 
 import argparse
-import io
 import logging
 import sys
 from pathlib import Path
@@ -15,7 +14,8 @@ try:
 
     from cnn.config import load_config, override, overrides_help
     from cnn.errors import InputError, Interrupted, one_line
-    from cnn.interruption import raise_on_sigterm
+    from cnn.interruption import raise_on_signals
+    from cnn.streams import lenient_streams
     from cnn.training import train_and_evaluate
 except KeyboardInterrupt:
     sys.exit(130)
@@ -84,17 +84,16 @@ if __name__ == "__main__":
     # Orbax and TFDS say much that is no concern of the person at the screen.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = _hush
-    raise_on_sigterm()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have what the terminal has not
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        main(sys.argv[1:])
-    except (InputError, OSError) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(128 + stop.signal)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues the run", file=sys.stderr)
-        sys.exit(130)
+    raise_on_signals()
+    with lenient_streams():
+        try:
+            main(sys.argv[1:])
+        except (InputError, OSError) as error:
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
+            sys.exit(2)
+        except Interrupted as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(128 + stop.signal)
+        except KeyboardInterrupt:
+            print("interrupted; the same command continues the run", file=sys.stderr)
+            sys.exit(130)

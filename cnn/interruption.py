@@ -19,18 +19,26 @@ from cnn.errors import Interrupted
 _NOTICE = b"\nstopping: the running step ends and is saved; Ctrl-C again stops at once\n"
 # What sends a signal to a process may send it to the process's group too, in the same moment.
 _ECHO_SECONDS = 0.2
+# A closed terminal, warnings of batch systems before they kill (Slurm, Grid Engine, LSF), and the
+# limit on processor time, of which the kernel reminds each second.
+_WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class StopSignals:
-    """Within it SIGINT (Ctrl-C) and SIGTERM are noted; a second one ends the process at once.
+    """Within it SIGINT (Ctrl-C), SIGTERM and what warns of an end are noted.
 
-    At once, as a thread listens: Python's own handlers wait while the main thread compiles, say. In
-    a notebook, where the process is not the run's alone, the second one is a KeyboardInterrupt.
+    The latter are SIGHUP (a closed terminal), SIGUSR1, SIGUSR2 (batch systems) and SIGXCPU, where
+    the program has no handlers of its own for them.
 
-    A signal that was ignored before, as SIGINT is under `nohup ... &`, stays ignored. In a thread
-    other than the main one, which Python lets handle no signals, nothing changes. Where
-    `jax.distributed` runs, SIGTERM belongs to JAX's preemption service, which has all processes
-    stop after the same step.
+    After the first signal a Ctrl-C, or a SIGTERM that follows either of these two, ends the process
+    at once: a thread listens, as Python's own handlers wait while the main thread compiles, say. In
+    a notebook, where the process is not the run's alone, that is a KeyboardInterrupt. Warnings may
+    come again and again, and hurry nothing.
+
+    A signal that was ignored before, as SIGINT is under `nohup ... &` and SIGHUP under `nohup`,
+    stays ignored. In a thread other than the main one, which Python lets handle no signals, nothing
+    changes. Where `jax.distributed` runs, SIGTERM belongs to JAX's preemption service, which has
+    all processes stop after the same step.
     """
 
     def __init__(self) -> None:
@@ -47,12 +55,13 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             return self
         wanted = [signal.SIGINT] if self._service else [signal.SIGINT, signal.SIGTERM]
-        before = {signum: signal.getsignal(signum) for signum in wanted}
-        # None: not a handler of Python's.
+        before = {signum: signal.getsignal(signum) for signum in (*wanted, *_WARNINGS)}
         self._before = {
             signum: handler
             for signum, handler in before.items()
+            # None: not a handler of Python's.
             if handler not in (signal.SIG_IGN, None)
+            and (signum in wanted or handler in (signal.SIG_DFL, _interrupt))
         }
         ears, self._mouth = os.pipe()
         os.set_blocking(self._mouth, False)
@@ -72,17 +81,22 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             return
         for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+            ends = handler is _interrupt and isinstance(error, Interrupted)
+            signal.signal(signum, signal.SIG_IGN if ends else handler)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._mouth)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         """In the main thread, when it comes to it."""
-        if self._is_second():
+        if self._hurries(signum):
             raise KeyboardInterrupt
 
-    def _is_second(self) -> bool:
-        return self._received is not None and time.monotonic() - self._when > _ECHO_SECONDS
+    def _hurries(self, signum: int) -> bool:
+        """Whether a signal, after the one before it, means that the process shall end at once."""
+        if self._received is None or time.monotonic() - self._when <= _ECHO_SECONDS:
+            return False
+        by_hand = (signal.SIGINT, signal.SIGTERM)
+        return signum == signal.SIGINT or (signum in by_hand and self._received in by_hand)
 
     def _listen(self, ears: int) -> None:
         """In a thread: reads the numbers of signals as they come, until nobody can send more."""
@@ -90,12 +104,15 @@ class StopSignals:
             while number := stream.read(1):
                 if number[0] not in self._before:
                     continue
-                if self._is_second() and self._ends_process:
+                if self._hurries(number[0]) and self._ends_process:
                     os._exit(128 + number[0])
                 if self._received is None:
                     self._received, self._when = number[0], time.monotonic()
-                    with contextlib.suppress(OSError):  # nobody may look any more
-                        os.write(2, _NOTICE)
+                    # Nobody may look any more; or standard error was closed from the beginning,
+                    # and its number may be that of another file.
+                    with contextlib.suppress(OSError):
+                        if sys.__stderr__ is not None:
+                            os.write(2, _NOTICE)
 
     def received(self) -> int | None:
         """The signal that wants the run to stop now; None if there is none.
@@ -110,11 +127,24 @@ class StopSignals:
         return self._received
 
 
-def raise_on_sigterm() -> None:
-    """Makes SIGTERM an `Interrupted` wherever no `StopSignals` waits for it, as Ctrl-C is one."""
+def raise_on_signals() -> None:
+    """Makes signals an `Interrupted` wherever no `StopSignals` waits for them, as Ctrl-C is one.
 
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted("stopped by SIGTERM; the same command continues the run", signum)
+    These are SIGTERM and those that warn of an end; what is ignored stays so. After the first one
+    they are ignored, so that the process, which ends now, says so once.
+    """
+    for signum in (signal.SIGTERM, *_WARNINGS):
+        if signal.getsignal(signum) == signal.SIG_DFL:
+            signal.signal(signum, _interrupt)
 
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, stop)
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    _ignore_further()
+    name = signal.Signals(signum).name
+    raise Interrupted(f"stopped by {name}; the same command continues the run", signum)
+
+
+def _ignore_further() -> None:
+    for signum in (signal.SIGTERM, *_WARNINGS):
+        if signal.getsignal(signum) is _interrupt:
+            signal.signal(signum, signal.SIG_IGN)

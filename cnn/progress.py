@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -20,14 +21,20 @@ _LIVE_SECONDS = 0.2
 
 
 def say(line: str) -> None:
-    """Prints a line to standard output, above a live bar if there is one."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    """Prints a line to standard output, above a live bar if there is one; never fails."""
+    _print(line, sys.stdout)
 
 
 def warn(line: str) -> None:
-    """Prints a line to standard error, above a live bar if there is one."""
-    tqdm.write(f"warning: {line}", file=sys.stderr)
+    """Prints a line to standard error, above a live bar if there is one; never fails."""
+    _print(f"warning: {line}", sys.stderr)
+
+
+def _print(line: str, stream: Any) -> None:
+    with contextlib.suppress(OSError, ValueError):  # full, or closed
+        if stream is not None:
+            tqdm.write(line, file=stream)
+            stream.flush()
 
 
 class Progress:
@@ -48,7 +55,7 @@ class Progress:
         self._num_epochs = num_epochs
         self._steps_per_epoch = steps_per_epoch
         self._batch_size = batch_size
-        self._live = sys.stderr.isatty()
+        self._live = sys.stderr is not None and sys.stderr.isatty()
         self._period = _LIVE_SECONDS if self._live else _PLAIN_SECONDS
         self._start_step = self._step = start_step
         self._start_time = self._shown = time.monotonic()
