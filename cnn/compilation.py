@@ -35,16 +35,21 @@ def compilation_cache(wanted: bool) -> Iterator[None]:
     Args:
       wanted: false leaves JAX as it is.
     """
-    chosen = getattr(jax.config, _DIRECTORY) is not None
-    if not wanted or chosen or jax.__version_info__ < _QUIET_SINCE:
+    chosen = getattr(jax.config, _DIRECTORY)
+    if chosen is not None:
+        with _troubles_settled(Path(chosen), own=False):
+            yield
+        return
+    if not wanted or jax.__version_info__ < _QUIET_SINCE:
         yield
         return
-    directory = cache.directory() / "jax"
+    directory = None
     try:
+        directory = cache.directory() / "jax"
         directory.mkdir(parents=True, exist_ok=True)
         prune(directory, _LIMIT)
     except OSError as error:
-        _tell(directory, error.strerror)
+        _tell(directory or error.filename, error.strerror)
         yield
         return
     # All of them: what takes a hundredth of a second to compile is loaded faster still.
@@ -52,7 +57,7 @@ def compilation_cache(wanted: bool) -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in settings}
     try:
         _configure(settings)
-        with _troubles_settled(directory):
+        with _troubles_settled(directory, own=True):
             yield
     finally:
         _configure(before)
@@ -65,8 +70,8 @@ def _configure(settings: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _troubles_settled(directory: Path) -> Iterator[None]:
-    """Acts on what JAX warns of: entries that it cannot read are deleted, else one line is told.
+def _troubles_settled(directory: Path, *, own: bool) -> Iterator[None]:
+    """Acts on what JAX warns of: own entries that it cannot read are deleted, else one line is told.
 
     JAX itself compiles what it cannot read, but does not write over the damaged file.
     """
@@ -75,13 +80,13 @@ def _troubles_settled(directory: Path) -> Iterator[None]:
     def show(message: Warning | str, *where: Any) -> None:
         if (trouble := re.match(_TROUBLE, str(message))) is None:
             shown(message, *where)
-        elif trouble[1] == "reading":
+        elif own and trouble[1] == "reading":
             for entry in directory.glob(f"{trouble[2]}-*"):
                 with contextlib.suppress(OSError):
                     entry.unlink()
         elif not told:
             told.append(True)
-            _tell(directory, trouble[3])
+            _tell(directory, trouble[3], "XDG_CACHE_HOME" if own else "JAX_COMPILATION_CACHE_DIR")
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message=_TROUBLE)
@@ -89,10 +94,10 @@ def _troubles_settled(directory: Path) -> Iterator[None]:
         yield
 
 
-def _tell(directory: Path, reason: str | None) -> None:
+def _tell(directory: Any, reason: str | None, variable: str = "XDG_CACHE_HOME") -> None:
     print(
         f"cnn: cannot keep compiled functions in {directory} ({reason}); every start will "
-        "compile them anew (XDG_CACHE_HOME moves the cache)",
+        f"compile them anew ({variable} moves the cache)",
         file=sys.stderr,
     )
 

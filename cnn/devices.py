@@ -6,7 +6,10 @@ import contextlib
 import ctypes
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +23,7 @@ Device = Any  # jax.Device, which type checkers take for a variable
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _FAKE_CPUS_FLAG = "xla_force_host_platform_device_count"
 _NUM_CPUS = "jax_num_cpu_devices"
+_XLA_FLAGS = "XLA_FLAGS"
 _DETERMINISTIC_FLAG = "xla_gpu_deterministic_ops"
 
 
@@ -70,12 +74,13 @@ def find_devices(
         do by themselves.
 
     Raises:
-      InputError: if the platform is unknown or not there (it never falls back to another one), or
-        if a GPU was in use before it could be made deterministic.
+      InputError: if the platform is unknown or not there (it never falls back to another one), if
+        XLA does not take what `XLA_FLAGS` holds, or if a GPU was in use before it could be made
+        deterministic.
     """
     if platform not in PLATFORMS:
         raise InputError(f"unknown platform {platform!r}; known: {', '.join(PLATFORMS)}")
-    in_time = not deterministic or _make_gpu_deterministic()
+    in_time = _settle_xla_flags(deterministic=deterministic)
     prepare_cpu()
     if platform == "cpu":
         # Keeps a GPU that is there from being started, and its memory from being taken.
@@ -97,18 +102,51 @@ def find_devices(
     return devices[:limit] if limit else devices
 
 
-def _make_gpu_deterministic() -> bool:
-    """Sets XLA's flag, unless it is set; False if XLA has read its flags already."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _DETERMINISTIC_FLAG in flags:
-        return True
+def _settle_xla_flags(*, deterministic: bool) -> bool:
+    """Checks `XLA_FLAGS`, and adds XLA's flag for deterministic kernels unless that is set.
+
+    XLA itself ends the process when it meets a flag that it does not know.
+
+    Returns:
+      False if kernels should be deterministic, but XLA has read its flags already.
+
+    Raises:
+      InputError: if XLA refuses the flags.
+    """
+    flags = os.environ.get(_XLA_FLAGS, "").strip()
     try:  # to set it again is refused once a backend has started
         jax.config.update(_NUM_CPUS, getattr(jax.config, _NUM_CPUS) + 1)
         jax.config.update(_NUM_CPUS, getattr(jax.config, _NUM_CPUS) - 1)
     except RuntimeError:
-        return False
-    os.environ["XLA_FLAGS"] = f"{flags} --{_DETERMINISTIC_FLAG}=true".strip()
+        return not deterministic or _DETERMINISTIC_FLAG in flags
+    if flags and not flags.startswith("-"):  # the name of a file that holds them
+        try:
+            flags = " ".join(Path(flags).read_text().split())
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{_XLA_FLAGS}={flags} is neither flags, which begin with --, nor a file of such "
+                f"({error})"
+            ) from error
+    if flags and (reason := _refusal(flags)):
+        raise InputError(f"XLA does not take {_XLA_FLAGS}={flags} ({reason})")
+    if deterministic and _DETERMINISTIC_FLAG not in flags:
+        flags = f"{flags} --{_DETERMINISTIC_FLAG}=true".strip()
+    if flags:
+        os.environ[_XLA_FLAGS] = flags
     return True
+
+
+def _refusal(flags: str) -> str | None:
+    """What XLA, started in a process of its own on a CPU, says of flags that it does not take."""
+    variables = {**os.environ, _XLA_FLAGS: flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    try:
+        done = subprocess.run(command, env=variables, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    said = done.stderr.decode(errors="replace").splitlines()
+    about = [line.rpartition("] ")[2] for line in said if "flag" in line]
+    return about[0] if done.returncode and about else None
 
 
 def batch_mesh(devices: list[Device], batch_size: int) -> Mesh:

@@ -32,6 +32,17 @@ PINNED = {
     "jax_no_execution": False,
 }
 
+# JAX has no context managers for these: within a run they hold in all threads.
+_UPDATED = {
+    # Checks of its arrays' values, which fail where arrays lie on several devices.
+    "jax_error_checking_behavior_nan": "ignore",
+    "jax_error_checking_behavior_oob": "ignore",
+    "jax_error_checking_behavior_divide": "ignore",
+    # What the cache of compiled functions cannot do costs a compilation, not a run.
+    "jax_raise_persistent_cache_errors": False,
+    "jax_compilation_cache_check_contents": False,
+}
+
 
 @contextlib.contextmanager
 def pinned_settings() -> Iterator[None]:
@@ -48,6 +59,10 @@ def pinned_settings() -> Iterator[None]:
         for name, value in PINNED.items():
             settings.enter_context(getattr(jax, name.removeprefix("jax_"))(value))
         settings.enter_context(jax.disable_jit(False))
+        for name, value in _UPDATED.items():
+            if hasattr(jax.config, name):
+                settings.callback(jax.config.update, name, getattr(jax.config, name))
+                jax.config.update(name, value)
         # It decides how Flax derives the key of each parameter from the names above it.
         separator = "fix_rng_separator"
         if hasattr(flax.config, f"flax_{separator}"):

@@ -7,11 +7,15 @@ of 64 bytes, zeros between. One file, so that a rename publishes or replaces all
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -28,8 +32,25 @@ _CHUNK = 1 << 22
 
 
 def directory() -> Path:
-    """Where this program keeps what it can make again (`XDG_CACHE_HOME` is respected)."""
-    return Path(platformdirs.user_cache_dir("cnn"))
+    """Where this program keeps what it can make again (`XDG_CACHE_HOME` is respected).
+
+    For a user without a home directory it is a folder among the temporary files.
+
+    Raises:
+      PermissionError: if that folder is not the user's alone.
+    """
+    with contextlib.suppress(RuntimeError):
+        found = platformdirs.user_cache_dir("cnn")
+        if not found.startswith("~"):  # as older versions leave it
+            return Path(found)
+    own = Path(tempfile.gettempdir()) / f"cnn-{os.getuid()}"
+    own.mkdir(mode=0o700, exist_ok=True)
+    status = own.lstat()
+    # Whoever can write there could have this process load what they have compiled.
+    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o022
+    if status.st_uid != os.getuid() or not private:
+        raise PermissionError(errno.EACCES, "this folder should be yours alone", str(own))
+    return own
 
 
 def load(prepared: Path, name: str) -> Dataset | None:

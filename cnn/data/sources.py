@@ -62,10 +62,18 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
 
 
 def _data_dir(given: str | os.PathLike[str] | None) -> Path:
-    text = os.fspath(given or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    text = os.fspath(given or os.environ.get("TFDS_DATA_DIR") or _usual_data_dir())
     if "://" in text:
         raise InputError(f"data_dir {text} is not a local directory: copy the dataset to one")
     return absolute(text)
+
+
+def _usual_data_dir() -> Path:
+    """Where TFDS has its datasets; beside the cache for a user without a home directory."""
+    try:
+        return Path.home() / "tensorflow_datasets"
+    except RuntimeError:
+        return cache.directory() / "prepared"
 
 
 def _prepared(root: Path, request: Request) -> Path:
