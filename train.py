@@ -19,8 +19,9 @@ try:
     from cnn.training import train_and_evaluate
 except KeyboardInterrupt:
     sys.exit(130)
-except ValueError as error:  # JAX reads its variables as it is imported
-    print(f"error: {error}; look at the environment variables named JAX_...", file=sys.stderr)
+except ValueError as error:  # JAX and others read their variables as they are imported
+    named = " named JAX_..." if "jax" in str(error).lower() else ""
+    print(f"error: {error}; look at the environment variables{named}", file=sys.stderr)
     sys.exit(2)
 
 _HERE = Path(__file__).resolve().parent

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -74,14 +75,14 @@ class Plan:
     def initial_state(self) -> TrainState:
         """The state before the first step, on every device of the mesh."""
         optimizer = {**self.config.optimizer.to_dict(), "learning_rate": self.schedule}
-        create = functools.partial(
-            create_train_state,
-            self.model,
-            create_optimizer(**optimizer),
-            image_shape=self.dataset.image_shape,
+        create = self.jit_once(create_train_state, ("model", "tx", "image_shape", "loss_fn"))
+        state = create(
+            model=self.model,
+            tx=create_optimizer(**optimizer),
+            key=_stream_key(self.config.seed, _INIT),
+            image_shape=tuple(self.dataset.image_shape),
             loss_fn=CrossEntropy(self.config.label_smoothing),
         )
-        state = self.jit_once(create)(_stream_key(self.config.seed, _INIT))
         state = state.replace(
             lanes=self.mesh.size, skip_nonfinite=self.config.on_nonfinite == "skip"
         )
@@ -92,9 +93,16 @@ class Plan:
         """Whether the devices are those of a CPU."""
         return self.mesh.devices.flat[0].platform == "cpu"
 
-    def jit_once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`jax.jit` for what runs once."""
-        return jax.jit(fn, compiler_options=_RUNS_ONCE if self.on_cpu else None)
+    def jit_once(
+        self, fn: Callable[..., Any], static_argnames: tuple[str, ...] = ()
+    ) -> Callable[..., Any]:
+        """`jax.jit` for what runs once in a run.
+
+        Args:
+          fn: of a module: the compiled function is kept for later runs.
+          static_argnames: as for `jax.jit`.
+        """
+        return _jit_once(fn, static_argnames, self.on_cpu)
 
     def steps_per_call(self, state: TrainState) -> int:
         """Steps in one call of the compiled function: none passes an epoch's end or a save."""
@@ -113,7 +121,20 @@ class Plan:
     def learning_rate(self, step: int) -> float:
         """The learning rate of the last update made when `step` steps are done."""
         update = max(step // self.config.optimizer.accumulate_steps - 1, 0)
-        return float(jax.jit(self.schedule)(update))
+        return float(_scheduled(self.schedule, np.int32(update)))
+
+
+@functools.cache
+def _jit_once(
+    fn: Callable[..., Any], static_argnames: tuple[str, ...], on_cpu: bool
+) -> Callable[..., Any]:
+    options = _RUNS_ONCE if on_cpu else None
+    return jax.jit(fn, static_argnames=static_argnames, compiler_options=options)
+
+
+@functools.partial(jax.jit, static_argnames="schedule")
+def _scheduled(schedule: optax.Schedule, update: jax.Array) -> jax.Array:
+    return jnp.asarray(schedule(update))
 
 
 def _stream_key(seed: int, stream: int) -> jax.Array:
