@@ -1,8 +1,8 @@
-"""Saving and restoring a run: all of Orbax lives here.
+"""Saving and restoring a run.
 
-A checkpoint is a folder named by its step. It holds the arrays as Orbax writes them (`state`),
-JSON values (`record.json`) and the SHA-256 of each file. It is written beside its place and
-renamed when all of it is on disk, so a folder of that name is complete, whenever the process dies.
+A checkpoint is a folder named by its step. It holds the arrays (`cnn.arrays`), JSON values
+(`record.json`) and the SHA-256 of each file. It is written beside its place, read back, and renamed
+when all of it is on disk, so a folder of that name is complete, whenever the process dies.
 """
 
 from __future__ import annotations
@@ -10,38 +10,36 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
-import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
+from cnn import leaves
+from cnn.arrays import host_tree, read_arrays, write_arrays
 from cnn.errors import InputError
-from cnn.manifest import verify_manifest, write_manifest
+from cnn.files import siblings, sync
+from cnn.manifest import read_bytes, verify_manifest, write_manifest
 from cnn.steps import TrainState
-from cnn.storage import trouble
+from cnn.storage import absolute, trouble, unreadable
 
 _ARRAYS = ("step", "params", "model_state", "opt_state")
-_KEPT = 2  # of the newest: one to go on from, one for when that is damaged
+_KEPT = 2  # of the newest: one to resume from, one for when that is damaged
 # A name that begins with a dot is none of a step.
 _SAVING, _DELETING = ".saving-", ".deleting-"
+_STEP = re.compile(r"0|[1-9][0-9]*")
+_TRIES = 5  # of reading what another process replaces
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:
     """What is stored. The random key is not: it follows from the config's seed."""
     return {name: getattr(state, name) for name in _ARRAYS}
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree; a field of a named tuple and a key of a dictionary read alike."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def digest(state: TrainState | dict[str, Any]) -> str:
@@ -55,34 +53,52 @@ def digest(state: TrainState | dict[str, Any]) -> str:
 
     Returns:
       64 hexadecimal digits.
+
+    Raises:
+      InputError: a leaf is neither an array, nor a typed random key, nor a number.
     """
-    arrays = _arrays(state) if isinstance(state, TrainState) else state
-    sha = hashlib.sha256()
-    for path, value in sorted(_by_path(jax.device_get(arrays)).items()):
-        value = np.asarray(value)
-        sha.update(f"{path} {value.dtype} {value.shape}\n".encode())
-        sha.update(np.ascontiguousarray(value).tobytes())
-    return sha.hexdigest()
+    return leaves.digest(_arrays(state) if isinstance(state, TrainState) else state)
+
+
+class _DamagedError(InputError):
+    """What was read of a checkpoint is not what was saved."""
+
+
+class _GoneError(InputError):
+    """There is no such checkpoint, or no longer."""
+
+
+_Found = TypeVar("_Found")
+_Identity = tuple[int, ...]
+
+
+class _Fault(Exception):  # noqa: N818 - caught below, never seen by a caller
+    """What is wrong with a checkpoint, in a few words."""
 
 
 class Checkpoints:
     """The checkpoints of one run: the two latest, and the best by test accuracy.
 
-    Saves go on in the background; use it as a context manager, which waits for them and so
-    lets their errors out. One process at a time may save (`RunDirectory` sees to it).
+    Saves run in the background; use it as a context manager, which waits for them and so
+    lets their errors out. One process at a time may save (`RunDirectory` sees to it); any number
+    may read meanwhile, and only the one that saves changes anything.
 
     Args:
-      directory: made by the first save if it is not there.
+      directory: made by the first save if it is not there; `~` is the home directory.
 
     Attributes:
       directory: as an absolute path.
+
+    Raises:
+      InputError: `directory` is an address such as `s3://bucket`, or no path.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory).absolute()
+        self.directory = absolute(directory)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "save")
         self._saving: concurrent.futures.Future[None] | None = None
-        self._accuracies: dict[int, float | None] = {}
+        self._accuracies: dict[int, tuple[_Identity | None, float | None]] = {}
+        self._damaged: dict[int, _Identity | None] = {}  # to be moved aside by the next save
         self._began = False
 
     def __enter__(self) -> Checkpoints:
@@ -99,105 +115,151 @@ class Checkpoints:
             self.wait()
 
     def steps(self) -> list[int]:
-        """The steps that are complete on disk, in order."""
-        if not self.directory.is_dir():
+        """The steps that are complete on disk, in order, without those found damaged before.
+
+        Raises:
+          InputError: the directory cannot be read.
+        """
+        try:
+            names = os.listdir(self.directory)
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+        except OSError as error:
+            raise InputError(f"the checkpoints cannot be listed: {unreadable(error)}") from error
+        steps = sorted(int(name) for name in names if _STEP.fullmatch(name))
+        return [step for step in steps if not self._is_known_as_damaged(step)]
+
+    def _is_known_as_damaged(self, step: int) -> bool:
+        identity = self._damaged.get(step)
+        return identity is not None and identity == _identity(self._folder(step))
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint; None without one."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the highest test accuracy; None without one."""
-        ranking = self._ranking().items()
-        ranked = [(accuracy, step) for step, accuracy in ranking if accuracy is not None]
-        return max(ranked)[1] if ranked else None
+        """Step of the checkpoint with the highest test accuracy; None without one.
 
-    def _ranking(self) -> dict[int, float | None]:
-        """The test accuracies of the steps on disk; None where there is none to be had."""
+        Damaged ones do not count, nor those that another process deletes meanwhile.
 
-        def accuracy(step: int) -> float | None:
-            if verify_manifest(self.directory / str(step), strict=True):
-                return None  # damaged
-            return self._record(step).get("test_accuracy")
+        Raises:
+          InputError: a checkpoint cannot be read for another reason.
+        """
+        ranked = []
+        for step in self.steps():
+            with contextlib.suppress(_GoneError):
+                ranked.append((self._accuracy(step), step))
+        return _best(ranked)
 
-        known = self._accuracies
-        self._accuracies = {s: known[s] if s in known else accuracy(s) for s in self.steps()}
-        return self._accuracies
+    def _accuracy(self, step: int) -> float | None:
+        """The test accuracy of a step; None if it has none, or is damaged."""
+        identity = _identity(self._folder(step))
+        before, accuracy = self._accuracies.get(step, (None, None))
+        if identity is None or before != identity:
+            try:
+                accuracy = self._look(step, _checked_record).get("test_accuracy")
+            except _DamagedError:
+                accuracy = None
+            self._accuracies[step] = identity, accuracy
+        return accuracy
 
     def save(self, state: TrainState, record: dict[str, Any]) -> None:
         """Starts saving a state under its step.
+
+        It takes the place of an earlier checkpoint of the same step only after it was read back
+        and found equal; older ones are deleted only after that.
 
         Args:
           state: copied before this returns, so the caller may donate it.
           record: JSON values kept beside it. `test_accuracy`, if there, ranks it for "best".
 
         Raises:
-          InputError: if the save before this one failed; or there is a later step, which would
-            be taken for the latest.
+          InputError: if the save before this one failed; if there is a later step, which would
+            be taken for the latest; or if something in the state or the record cannot be saved.
         """
         self.wait()
         # A copy: the caller's next step donates these buffers while they are being written.
-        arrays = jax.tree.map(np.array, jax.device_get(_arrays(state)))
+        arrays = host_tree(_arrays(state))
         step, latest = int(arrays["step"]), self.latest_step()
         if latest is not None and step < latest:
             raise InputError(f"step {step} is older than step {latest} in {self.directory}")
+        try:
+            json.dumps(record)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the record of step {step} is not JSON: {error}") from error
         self._saving = self._thread.submit(self._save, step, arrays, record)
 
     def _save(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
         """In the thread: writes a checkpoint, puts it in its place, deletes what is not kept."""
         try:
             self._write(step, arrays, {**record, "digest": digest(arrays)})
-            self._accuracies[step] = record.get("test_accuracy")
+            accuracy = record.get("test_accuracy")
+            self._accuracies[step] = _identity(self._folder(step)), accuracy
             self._prune()
         except Exception as error:  # of many kinds, from Orbax
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+            what = error if isinstance(error, InputError) else trouble(error, self.directory)
             raise InputError(
                 f"the checkpoint of step {step:,} ({size / 1e6:.1f} MB) could not be written: "
-                f"{trouble(error, self.directory)}{self.then()}"
+                f"{what}{self.then()}"
             ) from error
 
     def _write(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
         if not self._began:  # later on, a directory that is gone is an error
             self.directory.mkdir(parents=True, exist_ok=True)
-            _sync(self.directory.parent)
+            sync(self.directory.parent)
             self._sweep()
             self._began = True
         new = self.directory / f"{_SAVING}{step}"
         try:
             new.mkdir()
-            args, checkpointer = _orbax()
-            checkpointer.save(new / "state", args=args.PyTreeSave(arrays))
+            write_arrays(new, arrays)
             (new / "record.json").write_text(json.dumps(record))
             write_manifest(new)
-            _sync(*new.rglob("*"), new, self.directory)
+            sync(*new.rglob("*"), new, self.directory)
+            _read_back(new, step)
+            self._set_aside()
             self._drop(step)
-            new.rename(self.directory / str(step))
-            _sync(self.directory)
+            new.rename(self._folder(step))
+            sync(self.directory)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)  # a full disk needs the space
             raise
 
+    def _set_aside(self) -> None:
+        """Renames the checkpoints that `restore_latest` found damaged."""
+        for step in list(self._damaged):
+            if self._is_known_as_damaged(step):
+                aside = self.directory / _aside(step)
+                shutil.rmtree(aside, ignore_errors=True)  # the same step was damaged before
+                self._folder(step).rename(aside)
+            del self._damaged[step]
+
     def _prune(self) -> None:
         steps = self.steps()
-        for step in set(steps) - {*steps[-_KEPT:], self.best_step()}:
+        kept, ranked = set(steps[-_KEPT:]), []
+        for step in steps:
+            try:
+                ranked.append((self._accuracy(step), step))
+            except InputError:  # it cannot be read now, and may be the best
+                kept.add(step)
+        for step in set(steps) - kept - {_best(ranked)}:
             self._drop(step)
         self._sweep()
 
     def _drop(self, step: int) -> None:
         """Takes a step away at once; `_sweep` deletes its files."""
         with contextlib.suppress(FileNotFoundError):
-            (self.directory / str(step)).rename(self.directory / f"{_DELETING}{step}")
+            self._folder(step).rename(self.directory / f"{_DELETING}{step}")
 
     def _sweep(self) -> None:
         for kind in (_SAVING, _DELETING):
-            for path in self.directory.glob(f"{kind}*"):
+            for path in siblings(self.directory, kind):
                 shutil.rmtree(path, ignore_errors=True)
 
     def then(self) -> str:
-        """How a run goes on that could not save, for the end of a message; never raises."""
-        with contextlib.suppress(OSError):
+        """How a run resumes that could not save, for the end of a message; never raises."""
+        with contextlib.suppress(OSError, InputError):
             if (step := self.latest_step()) is not None:
                 return f"; the same command then goes on from step {step:,}"
         return ""
@@ -213,45 +275,62 @@ class Checkpoints:
         if saving is not None:
             saving.result()
 
-    def _record(self, step: int) -> dict[str, Any]:
-        return json.loads((self.directory / str(step) / "record.json").read_text())
-
     def read(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """A checkpoint as it is: for a program without the model, a machine without the device.
+
+        Another process may be training meanwhile: what it replaces is read again.
 
         Args:
           step: which one.
 
         Returns:
           NumPy arrays in nested dictionaries and lists: `step`, `params`, `model_state`,
-          `opt_state`; and the record that was saved with them.
+          `opt_state`; and the record that was saved with them. Typed random keys are JAX arrays.
 
         Raises:
-          InputError: if any bit of it is not as it was saved.
+          InputError: any bit of it is not as it was saved ("is damaged"); or there is no such
+            checkpoint, or no longer ("is gone"); or a file cannot be read for another reason.
         """
-        folder, (_, checkpointer) = self.directory / str(step), _orbax()
-        if (fault := verify_manifest(folder, strict=True)) is None:
+        return self._look(step, functools.partial(_load, step=step))
+
+    def _look(self, step: int, look: Callable[[Path], _Found]) -> _Found:
+        """What a function finds in the folder of a step, while others may replace or delete it."""
+        folder = self._folder(step)
+        for _ in range(_TRIES):
             try:
-                arrays = checkpointer.restore(folder / "state")
-                record = self._record(step)
-                if digest(arrays) == record["digest"] and int(arrays["step"]) == step:
-                    return arrays, record
-                fault = "its digest does not match"
-            except MemoryError:
+                # As long as it is open, no other folder can have its number.
+                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError as error:
+                raise _GoneError(
+                    f"checkpoint {folder} is gone: it was deleted, or never saved; "
+                    f"Checkpoints.steps() lists those that exist"
+                ) from error
+            except NotADirectoryError as error:
+                raise _DamagedError(f"checkpoint {folder} is damaged: not a folder") from error
+            except OSError as error:
+                raise InputError(f"a checkpoint cannot be read: {unreadable(error)}") from error
+            try:
+                return look(folder)
+            except (InputError, MemoryError):
                 raise
             except Exception as error:  # of many kinds, from Orbax
-                fault = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"checkpoint {folder} is damaged: {fault}")
+                if _is_still(handle, folder):
+                    raise _explained(error, folder) from error
+            finally:
+                os.close(handle)
+        raise InputError(f"checkpoint {folder} is replaced all the time: read it again later")
 
     def restore(self, state: TrainState, step: int) -> TrainState:
         """Reads a checkpoint into the structure and onto the devices of `state`.
+
+        A function that was compiled for `state` takes the result without compiling again.
 
         Args:
           state: a fresh state of the same run; its arrays say shapes, dtypes and shardings.
           step: which checkpoint; on how many devices it was made does not matter.
 
         Raises:
-          InputError: if the checkpoint is damaged, or of another model or optimizer.
+          InputError: as for `read`, or the checkpoint is of another model or optimizer.
         """
         return self._place(state, step, self.read(step)[0])
 
@@ -260,77 +339,154 @@ class Checkpoints:
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """Restores the newest checkpoint that is whole; None if there is no checkpoint at all.
 
-        Those that are damaged are told of and moved aside, to be named "<step>.damaged".
+        Nothing on disk is changed. Those found damaged are passed over, here and by `steps`, and
+        the next save renames them to "<step>.damaged": so only a process that saves moves them.
 
         Args:
           state: as for `restore`.
-          tell: takes a line for each damaged checkpoint, before it is moved.
+          tell: takes a line for each damaged checkpoint.
 
         Returns:
           The state and its record.
 
         Raises:
-          InputError: if all are damaged (they stay where they are), or the newest whole one is of
-            another model or optimizer.
+          InputError: if all are damaged, if the newest whole one is of another model or
+            optimizer, or if a file cannot be read for another reason than damage.
         """
-        damaged: dict[int, str] = {}
+        for _ in range(_TRIES):
+            # Another process deletes a step only when there is a newer one.
+            with contextlib.suppress(_GoneError):
+                return self._restore_latest(state, tell)
+        raise InputError(f"{self.directory} changes all the time: read it again later")
+
+    def _restore_latest(
+        self, state: TrainState, tell: Callable[[str], None]
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        damaged: dict[int, tuple[_Identity | None, str]] = {}
         for step in reversed(self.steps()):
+            identity = _identity(self._folder(step))
             try:
                 arrays, record = self.read(step)
-            except InputError as error:
-                damaged[step] = str(error)
+            except _DamagedError as error:
+                damaged[step] = identity, str(error)
                 continue
             restored = self._place(state, step, arrays)
-            for other, fault in damaged.items():
-                aside = self.directory / f"{other}.damaged"
-                tell(f"{fault}; it is moved to {aside.name}, and the run goes on from step {step}")
-                shutil.rmtree(aside, ignore_errors=True)  # the same step was damaged before
-                (self.directory / str(other)).rename(aside)
+            for other, (identity, fault) in damaged.items():
+                tell(
+                    f"{fault}; the run resumes from step {step}, and its next save renames the "
+                    f"damaged one to {_aside(other)}"
+                )
+                self._damaged[other] = identity
             return restored, record
         if damaged:
             raise InputError(
-                f"{'; '.join(damaged.values())}; no other is left: put a whole one back, or begin "
-                f"anew in another --workdir"
+                f"{'; '.join(fault for _, fault in damaged.values())}; no other is left: put a "
+                f"whole one back, or begin anew in another --workdir"
             )
         return None
 
     def _place(self, state: TrainState, step: int, arrays: dict[str, Any]) -> TrainState:
         """The arrays of a step in the structure and on the devices of a state."""
-        mine, theirs = _by_path(_arrays(state)), _by_path(arrays)
+        mine, theirs = leaves.by_path(_arrays(state)), leaves.by_path(arrays)
         wrong = [
-            f"{path}: {_kind(theirs.get(path))} -> {_kind(mine.get(path))}"
+            f"{path}: {theirs_kind} -> {my_kind}"
             for path in sorted({*mine, *theirs}, key=lambda path: (path[:6] != "params", path))
-            if _kind(mine.get(path)) != _kind(theirs.get(path))
+            if (theirs_kind := leaves.kind(theirs.get(path)))
+            != (my_kind := leaves.kind(mine.get(path)))
         ]
         if wrong:
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise InputError(
-                f"checkpoint {self.directory / str(step)} is of another model or optimizer "
+                f"checkpoint {self._folder(step)} is of another model or optimizer "
                 f"({'; '.join(wrong[:4])}{more})"
             )
-        leaves, structure = jax.tree.flatten(_arrays(state))
-        values = jax.device_put([theirs[path] for path in mine], [leaf.sharding for leaf in leaves])
+        structure = jax.tree.structure(_arrays(state))
+        values = [leaves.like(leaf, theirs[path]) for path, leaf in mine.items()]
         return state.replace(**jax.tree.unflatten(structure, values))
 
-
-@functools.cache
-def _orbax() -> tuple[Any, Any]:
-    """Orbax's `args`, and what writes and reads a tree of arrays."""
-    import orbax.checkpoint as ocp  # takes most of a second, and scripts may do without
-
-    return ocp.args, ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    def _folder(self, step: int) -> Path:
+        return self.directory / str(step)
 
 
-def _kind(leaf: Any) -> str:
-    """Dtype and shape of an array in words."""
-    return "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+def _aside(step: int) -> str:
+    return f"{step}.damaged"
 
 
-def _sync(*paths: Path) -> None:
-    """Sees to it that they survive a power failure."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _best(ranked: list[tuple[float | None, int]]) -> int | None:
+    """The step of the highest accuracy, the latest of equal ones."""
+    known = [(accuracy, step) for accuracy, step in ranked if accuracy is not None]
+    return max(known)[1] if known else None
+
+
+def _identity(folder: Path) -> _Identity | None:
+    """What tells a folder from another that takes its place; None if there is none."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _is_still(handle: int, folder: Path) -> bool:
+    """Whether an open folder is the one of this path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(folder))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def _checked_record(folder: Path) -> dict[str, Any]:
+    """The record of a checkpoint whose files are all as they were written.
+
+    Raises:
+      _Fault: they are not.
+      OSError: one of them cannot be read.
+    """
+    if (fault := verify_manifest(folder, strict=True)) is not None:
+        raise _Fault(fault)
+    try:
+        record = json.loads(read_bytes(folder / "record.json"))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or "digest" not in record:
+        raise _Fault("record.json is not that of a checkpoint")
+    return record
+
+
+def _load(folder: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays and the record of a checkpoint, each bit checked; raises as `_checked_record`."""
+    record = _checked_record(folder)
+    arrays = read_arrays(folder)
+    if digest(arrays) != record["digest"] or int(arrays["step"]) != step:
+        raise _Fault("its digest does not match")
+    return arrays, record
+
+
+def _read_back(folder: Path, step: int) -> None:
+    """Raises InputError or OSError unless what was just written can be read."""
+    try:
+        _load(folder, step)
+    except (InputError, OSError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds, from Orbax
+        raise InputError(
+            f"it was read back and is not what was saved ({_first_line(error)}); it is deleted"
+        ) from error
+
+
+def _explained(error: Exception, folder: Path) -> InputError:
+    """The error for a person whose checkpoint could not be read and was not replaced meanwhile."""
+    if isinstance(error, _Fault):
+        return _DamagedError(f"checkpoint {folder} is damaged: {error}")
+    if isinstance(error, OSError):
+        return InputError(f"a checkpoint cannot be read: {unreadable(error)}")
+    return InputError(
+        f"checkpoint {folder} cannot be read, although its SHA256SUMS fit: {_first_line(error)}; "
+        f"nothing was changed; try the versions of cnn and Orbax that saved it"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -6,10 +6,14 @@ comment to that program, is the digest of the lines above it: a damaged list is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+from cnn.files import replacing
 
 MANIFEST = "SHA256SUMS"
 
@@ -24,49 +28,77 @@ def write_manifest(folder: Path) -> None:
         for path in _files(folder)
     )
     seal = b"# sha256 of the lines above: %s\n" % hashlib.sha256(body).hexdigest().encode()
-    # Not of tempfile, whose files only their owner may read.
-    temporary = folder / f"{MANIFEST}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(body + seal)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, folder / MANIFEST)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(folder / MANIFEST) as stream:
+        stream.write(body + seal)
 
 
 def verify_manifest(folder: Path, *, strict: bool) -> str | None:
     """The first fault of a folder in a few words, or None if it is as its manifest says.
 
+    Only what was read and is wrong is a fault, and a listed file that does not exist.
+
     Args:
       folder: where `write_manifest` was called.
       strict: whether a file that is not listed is a fault.
+
+    Raises:
+      OSError: a file exists and cannot be opened or read now; its `filename` says which.
     """
-    path = MANIFEST
     try:
-        whole = _WHOLE.fullmatch((folder / MANIFEST).read_bytes())
-        if whole is None or hashlib.sha256(whole[1]).hexdigest().encode() != whole[4]:
-            return f"{MANIFEST} is damaged"
-        listed = {os.fsdecode(name): digest for digest, name in re.findall(_LINE, whole[1])}
-        for path, digest in listed.items():
+        whole = _WHOLE.fullmatch(read_bytes(folder / MANIFEST))
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except IsADirectoryError:
+        return f"{MANIFEST} is a folder"
+    if whole is None or hashlib.sha256(whole[1]).hexdigest().encode() != whole[4]:
+        return f"{MANIFEST} is damaged"
+    listed = {os.fsdecode(name): digest for digest, name in re.findall(_LINE, whole[1])}
+    for path, digest in listed.items():
+        try:
             if _sha256(folder / path).encode() != digest:
                 return f"{path} was changed"
-        path = "the folder"
-        extra = [name for name in _files(folder) if name not in listed] if strict else []
-    except FileNotFoundError:
-        return f"{path} is missing"
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{path} is missing"
+        except IsADirectoryError:
+            return f"{path} is a folder"
+    extra = [name for name in _files(folder) if name not in listed] if strict else []
     return f"{extra[0]} is not listed in {MANIFEST}" if extra else None
 
 
 def _files(folder: Path) -> list[str]:
     """All files below the folder, save the manifest and what a killed writer left of one."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if not name.startswith(MANIFEST))
+    found = [
+        path.relative_to(folder).as_posix()
+        for place, _, names in os.walk(folder, onerror=_reraise)
+        for path in (Path(place, name) for name in names)
+        if path.is_file()
+    ]
+    return sorted(name for name in found if not name.startswith(MANIFEST))
+
+
+def _reraise(error: OSError) -> None:
+    raise error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+      OSError: with the file's name also where reading fails, not only where opening does.
+    """
+    with _named(path), open(path, "rb") as stream:
+        return stream.read()
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
+    with _named(path), open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise

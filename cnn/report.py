@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from cnn.config import differences
 from cnn.errors import InputError
+from cnn.files import replacing, sync
 from cnn.storage import absolute, nearest, trouble, write_error
 
 RECORD_FIELDS = (
@@ -162,15 +163,8 @@ class RunDirectory:
         self._replace(name, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.tmp"
-        try:
-            with temporary.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / name)
-        finally:
-            temporary.unlink(missing_ok=True)  # of a full disk, say
+        with replacing(self.path / name) as stream:
+            stream.write(text.encode())
 
     def _read(self, name: str, *fields: str) -> dict[str, Any] | None:
         path = self.path / name
@@ -199,8 +193,7 @@ class RunDirectory:
         """
         with self._metrics.open("a") as file:
             file.write(_line(record))
-            file.flush()
-            os.fsync(file.fileno())
+        sync(self._metrics)
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from cnn.errors import InputError
 
 # How TensorStore, which writes for Orbax, passes on what the operating system said.
 _IN_TENSORSTORE = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
-_ADVICE = {
+_TO_WRITE = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some space there, or raise the quota",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
@@ -21,20 +21,39 @@ _ADVICE = {
     errno.EPERM: "make it writable",
     errno.ENOENT: "put it back",
 }
+_TO_READ = {
+    errno.EACCES: "make it readable",
+    errno.EPERM: "make it readable",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close some files of other programs",
+    errno.ENOENT: "put it back",
+}
+# "s3://bucket", and what pathlib makes of it: "s3:/bucket".
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
     """A path that does not depend on the current directory; `~` is the home directory.
 
     Raises:
-      InputError: if there is no such home directory, or the path is not text.
+      InputError: the path is an address such as `s3://bucket`, or empty, or not text, or there is
+        no such home directory.
     """
     try:
-        found = Path(path).expanduser().absolute()
-        os.fsdecode(found).encode()  # TensorStore takes no other
-    except (RuntimeError, UnicodeEncodeError) as error:
-        raise InputError(f"{os.fsencode(path)!r} is no path of a folder here: {error}") from error
-    return found
+        text = os.fsdecode(path)
+    except TypeError as error:
+        raise InputError(f"a path is needed, not {path!r} ({type(path).__name__})") from error
+    if _SCHEME.match(text):
+        raise InputError(
+            f"{text} is an address, not a path of this machine: mount or copy it, and give the "
+            f"path (a local folder of that name: give its absolute path)"
+        )
+    if not text or "\0" in text:
+        raise InputError(f"{text!r} is not a path: it {'holds a NUL' if text else 'is empty'}")
+    try:
+        return Path(text).expanduser().absolute()
+    except (RuntimeError, OSError) as error:  # no such user; the current directory is gone
+        raise InputError(f"{text!r} is not a path of this machine: {error}") from error
 
 
 def nearest(folder: Path) -> Path:
@@ -58,8 +77,31 @@ def is_writable(folder: Path) -> bool:
 
 def is_trouble(error: OSError, folder: Path) -> bool:
     """Whether an error is one of the disk that holds the folder, not of another file or a pipe."""
-    elsewhere = isinstance(error.filename, str) and not Path(error.filename).is_relative_to(folder)
-    return not elsewhere and (error.errno in _ADVICE or error.errno == errno.EIO)
+    return not _elsewhere(error, folder) and (error.errno in _TO_WRITE or error.errno == errno.EIO)
+
+
+def _elsewhere(error: BaseException, folder: Path) -> bool:
+    name = error.filename if isinstance(error, OSError) else None
+    return isinstance(name, str) and not Path(name).is_relative_to(folder)
+
+
+def system_error(error: BaseException) -> int | None:
+    """The number that the operating system gave an error, also one that passed TensorStore."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = _IN_TENSORSTORE.search(str(error))
+    return int(match[1] or match[2]) if match else None
+
+
+def unreadable(error: OSError) -> str:
+    """Why a file could not be read, and what to do, in half a line.
+
+    >>> import errno
+    >>> unreadable(OSError(errno.EIO, "Input/output error", "/runs/a"))
+    '/runs/a (Input/output error): nothing was changed; look at the disk'
+    """
+    advice = _TO_READ.get(error.errno or 0, "look at the disk")
+    return f"{error.filename} ({error.strerror}): nothing was changed; {advice}"
 
 
 def trouble(error: BaseException, folder: Path) -> str:
@@ -69,12 +111,11 @@ def trouble(error: BaseException, folder: Path) -> str:
     >>> trouble(OSError(errno.EDQUOT, "Disk quota exceeded"), Path("/runs"))
     'Disk quota exceeded in /runs: free some space there, or raise the quota'
     """
-    number = error.errno if isinstance(error, OSError) else None
-    if match := _IN_TENSORSTORE.search(str(error)):
-        number = int(match[1] or match[2])
+    number = system_error(error)
     if number in (errno.ENOENT, None) and not folder.exists():
-        return f"{folder} was removed: {_ADVICE[errno.ENOENT]}"
+        return f"{folder} was removed: {_TO_WRITE[errno.ENOENT]}"
     if number is None:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         return f"{first_line[:200]} in {folder}: look at the disk"
-    return f"{os.strerror(number)} in {folder}: {_ADVICE.get(number, 'look at the disk')}"
+    place = error.filename if isinstance(error, OSError) and _elsewhere(error, folder) else folder
+    return f"{os.strerror(number)} in {place}: {_TO_WRITE.get(number, 'look at the disk')}"

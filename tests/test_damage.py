@@ -133,7 +133,9 @@ def test_the_run_goes_on_from_the_one_before(
     assert warning.startswith(
         f"warning: checkpoint {run / 'checkpoints' / '28'} is damaged: {name}"
     )
-    assert warning.endswith("it is moved to 28.damaged, and the run goes on from step 25")
+    assert warning.endswith(
+        "the run resumes from step 25, and its next save renames the damaged one to 28.damaged"
+    )
     assert "resuming at step 25 of 28" in out
     assert digest(state) == result["digest"] == expected
     assert Checkpoints(run / "checkpoints").steps()[-2:] == [25, 28]

@@ -52,7 +52,7 @@ def test_a_file_that_is_changed_longer_or_missing_is_named(name, folder):
     (folder / name).unlink()
     assert faults(folder) == f"{name} is missing"
     (folder / name).mkdir()
-    assert faults(folder) == f"{name} cannot be read (Is a directory)"
+    assert faults(folder) == f"{name} is a folder"
 
 
 def test_every_damage_of_the_manifest_is_named(folder):

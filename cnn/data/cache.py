@@ -24,7 +24,7 @@ import numpy as np
 import platformdirs
 
 from cnn.data.dataset import Dataset, Split
-from cnn.data.files import replacing
+from cnn.files import replacing
 
 _FORMAT = 1
 _ALIGN = 64
@@ -123,6 +123,7 @@ def store(prepared: Path, dataset: Dataset) -> bool:
     }
     text = json.dumps(header).encode()
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as stream:
             stream.write(b"%08x %s\n" % (zlib.crc32(text), text))
             for array in arrays:

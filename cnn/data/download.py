@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnn.data.bars import progress_bar
-from cnn.data.files import replacing
 from cnn.errors import InputError
+from cnn.files import replacing
 
 if TYPE_CHECKING:
     import requests
@@ -62,24 +62,25 @@ def _download(url: str, size: int, sha256: str, place: Path) -> None:
 
     digest, received = hashlib.sha256(), 0
     try:
-        with (
-            _open(url, place) as response,
-            replacing(place) as stream,
-            progress_bar(desc=place.name, total=size, unit="B", unit_scale=True) as bar,
-        ):
+        with _open(url, place) as response:
             if response.status_code != 200:
                 raise InputError(f"{url} answers HTTP {response.status_code}: {_other_ways(place)}")
-            for block in response.iter_content(1 << 18):
-                stream.write(block)
-                digest.update(block)
-                received += len(block)
-                bar.update(len(block))
-            if digest.hexdigest() != sha256:
-                raise InputError(
-                    f"{url} gave a wrong file: {received:,} bytes with sha256 {digest.hexdigest()},"
-                    f" not {size:,} bytes with {sha256} (cut short, or an error page?); nothing "
-                    f"was kept; try again, {_other_ways(place)}"
-                )
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                replacing(place) as stream,
+                progress_bar(desc=place.name, total=size, unit="B", unit_scale=True) as bar,
+            ):
+                for block in response.iter_content(1 << 18):
+                    stream.write(block)
+                    digest.update(block)
+                    received += len(block)
+                    bar.update(len(block))
+                if digest.hexdigest() != sha256:
+                    raise InputError(
+                        f"{url} gave a wrong file: {received:,} bytes with sha256 "
+                        f"{digest.hexdigest()}, not {size:,} bytes with {sha256} (cut short, or an "
+                        f"error page?); nothing was kept; try again, {_other_ways(place)}"
+                    )
     except requests.RequestException as error:
         raise InputError(
             f"the download of {url} broke off after {received:,} of {size:,} bytes "
