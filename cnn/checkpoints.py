@@ -27,7 +27,7 @@ from cnn.errors import InputError
 from cnn.files import siblings, sync
 from cnn.manifest import read_bytes, verify_manifest, write_manifest
 from cnn.steps import TrainState
-from cnn.storage import absolute, trouble, unreadable
+from cnn.storage import absolute, system_error, trouble, unreadable
 
 _ARRAYS = ("step", "params", "model_state", "opt_state")
 _KEPT = 2  # of the newest: one to resume from, one for when that is damaged
@@ -468,9 +468,11 @@ def _read_back(folder: Path, step: int) -> None:
     """Raises InputError or OSError unless what was just written can be read."""
     try:
         _load(folder, step)
-    except (InputError, OSError, MemoryError):
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # of many kinds, from Orbax
+        if system_error(error) is not None:
+            raise
         raise InputError(
             f"it was read back and is not what was saved ({_first_line(error)}); it is deleted"
         ) from error
@@ -480,7 +482,7 @@ def _explained(error: Exception, folder: Path) -> InputError:
     """The error for a person whose checkpoint could not be read and was not replaced meanwhile."""
     if isinstance(error, _Fault):
         return _DamagedError(f"checkpoint {folder} is damaged: {error}")
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and system_error(error) is not None:
         return InputError(f"a checkpoint cannot be read: {unreadable(error)}")
     return InputError(
         f"checkpoint {folder} cannot be read, although its SHA256SUMS fit: {_first_line(error)}; "

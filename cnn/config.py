@@ -11,7 +11,6 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -22,6 +21,7 @@ from cnn.errors import InputError
 from cnn.layers import LOWERINGS
 from cnn.models import MODEL_NAMES
 from cnn.optimizers import OPTIMIZER_NAMES, SCHEDULE_NAMES
+from cnn.storage import local_path
 
 # Where the data lies, what is compiled anew and what is recorded beside the run do not change its
 # result; on which devices it goes on does by rounding, and what to do about steps that are not
@@ -125,7 +125,7 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
     Raises:
       InputError: if there is no such file, or it does not give a config.
     """
-    path = Path(path)
+    path = local_path(path)
     if not os.path.isfile(path):  # Path's own raises where a name is too long
         fault = "is a directory" if os.path.isdir(path) else "is not a file"
         fault = fault if os.path.exists(path) else "does not exist"

@@ -115,7 +115,7 @@ def kind(leaf: Any) -> str:
     if is_key(leaf):
         return f"key<{jax.random.key_impl(leaf)}>{list(leaf.shape)}"
     value = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return f"{value.dtype}{list(value.shape)}"
+    return f"{value.dtype.newbyteorder('=')}{list(value.shape)}"
 
 
 def like(fresh: Any, value: Any) -> Any:
@@ -131,9 +131,9 @@ def like(fresh: Any, value: Any) -> Any:
     if not isinstance(fresh, jax.Array):
         scalar = isinstance(fresh, (np.generic, bool, int, float, complex))
         if not scalar:
-            return np.array(value)
+            return np.array(value, fresh.dtype if isinstance(fresh, np.ndarray) else None)
         return np.asarray(value)[()] if isinstance(fresh, np.generic) else value.item()
-    if fresh.weak_type:
+    if not is_key(fresh) and fresh.weak_type:
         value = fresh.at[...].set(value)  # the one operation that keeps the bits and the weak type
     if fresh.committed:
         return jax.device_put(value, fresh.sharding)

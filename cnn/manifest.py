@@ -90,6 +90,11 @@ def read_bytes(path: Path) -> bytes:
         return stream.read()
 
 
+def read_through(path: Path) -> None:
+    """Raises OSError, with the file's name, unless all of a file can be read."""
+    _sha256(path)
+
+
 def _sha256(path: Path) -> str:
     with _named(path), open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

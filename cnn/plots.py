@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cnn.data import Split
+from cnn.storage import local_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def plot_curves(
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(local_path(path))
 
 
 def plot_samples(
@@ -94,4 +95,4 @@ def plot_samples(
             text = f"{class_names[prediction]}\nnot {class_names[label]}"
             style = {"color": "#D55E00", "fontweight": "bold"}
         axes.set_title(text, fontsize=8, **style)
-    figure.savefig(path)
+    figure.savefig(local_path(path))

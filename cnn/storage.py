@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import tempfile
 from pathlib import Path
 
@@ -32,12 +33,11 @@ _TO_READ = {
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
-def absolute(path: str | os.PathLike[str]) -> Path:
-    """A path that does not depend on the current directory; `~` is the home directory.
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """A path as it was given, if it can be one of this machine.
 
     Raises:
-      InputError: the path is an address such as `s3://bucket`, or empty, or not text, or there is
-        no such home directory.
+      InputError: the path is an address such as `s3://bucket`, or empty, or no text.
     """
     try:
         text = os.fsdecode(path)
@@ -45,15 +45,32 @@ def absolute(path: str | os.PathLike[str]) -> Path:
         raise InputError(f"a path is needed, not {path!r} ({type(path).__name__})") from error
     if _SCHEME.match(text):
         raise InputError(
-            f"{text} is an address, not a path of this machine: mount or copy it, and give the "
-            f"path (a local folder of that name: give its absolute path)"
+            f"{text} is an address, not a path of this machine: mount or copy what is there and "
+            f"give its path (of a local folder with such a name, the absolute path)"
         )
     if not text or "\0" in text:
         raise InputError(f"{text!r} is not a path: it {'holds a NUL' if text else 'is empty'}")
+    return Path(text)
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """A path that does not depend on the current directory; `~` is the home directory.
+
+    Raises:
+      InputError: as for `local_path`, or there is no such home directory.
+    """
     try:
-        return Path(text).expanduser().absolute()
+        return local_path(path).expanduser().absolute()
     except (RuntimeError, OSError) as error:  # no such user; the current directory is gone
-        raise InputError(f"{text!r} is not a path of this machine: {error}") from error
+        raise InputError(f"{os.fsdecode(path)} is not a path of this machine: {error}") from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; raises OSError where that cannot be known."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def nearest(folder: Path) -> Path:

@@ -1,5 +1,11 @@
+import builtins
 import errno
+import functools
+import json
+import os
 import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +16,7 @@ import optax
 import pytest
 
 from cnn import CNN, Checkpoints, InputError, create_train_state, digest, train_step
+from cnn import checkpoints as cnn_checkpoints
 
 SHAPE = (16, 16, 3)
 
@@ -238,3 +245,320 @@ def test_the_digest_sees_every_bit(trained):
         state
     )
     assert digest(state.replace(step=state.step + 1)) != digest(state)
+
+
+# Each has what a library takes for a pattern, an address, an escape or a variable.
+PATHS = [
+    "sweep[lr=0.1]",
+    "a*b?c{d}|e",
+    "back\\slash",
+    "%41#;,:'\"&$HOME~ \n",
+    "gs:/b",
+    os.fsdecode(b"\xff\xfe"),
+    "\u00fc" * 120,
+]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_no_path_breaks_a_checkpoint(tmp_path, trained, name, monkeypatch):
+    (tmp_path / "tmp [x]").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp [x]"))
+    folder = tmp_path / name / "run"
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(trained[1], {"test_accuracy": 0.5})
+        checkpoints.save(trained[2], {})
+    again = Checkpoints(folder)
+    assert (again.steps(), again.best_step()) == ([1, 2], 1)
+    assert digest(again.restore(new_state(), 2)) == digest(trained[2])
+    (tmp_path / name).rename(tmp_path / "plain")
+    assert digest(Checkpoints(tmp_path / "plain" / "run").read(1)[0]) == digest(trained[1])
+    assert {path.name for path in tmp_path.iterdir()} <= {"plain", "tmp [x]", "gs:"}
+    links = [os.readlink(path) for path in Path("/tmp").iterdir() if path.is_symlink()]
+    assert not [target for target in links if target.startswith(str(tmp_path))]
+
+
+NAMES = ["a.b", "a/b", "a[0]", "", " ", "\n", "%", "%41", "\u00fc", "..", ".zarray", "0", "x" * 300]
+LEAVES = {
+    "names": {**dict.fromkeys(NAMES, 1), "a": {"b": 2.5}},
+    "integers as keys": {10: jnp.ones(1), 9: jnp.zeros(1)},
+    "key": jax.random.key(3),
+    "keys": jax.random.split(jax.random.key(3, impl="rbg"), (2, 3)),
+    "no keys": jax.random.split(jax.random.key(3), 0),
+    "empty": jnp.zeros((0, 3), jnp.bfloat16),
+    "nothing": (None, jnp.ones(2), (), {}),
+    "weak": jnp.asarray(2.0),
+    "weak array": jnp.full((2, 3), 2.0),
+    "NaNs": jax.lax.bitcast_convert_type(
+        jnp.array([0x7FC00001, 0xFFC12345], jnp.uint32), "float32"
+    ),
+    "numbers": [3, 2.5, True, 1j, np.float32(2), np.array(3.0), np.arange(3, dtype=">i4")],
+} | {
+    name: jnp.arange(3).astype(name)
+    for name in (
+        *("bool", "int4", "uint4", "int8", "uint16", "bfloat16", "float16", "complex64"),
+        *("float4_e2m1fn", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"),
+    )
+}
+
+
+def test_every_kind_of_leaf_comes_back(tmp_path, trained):
+    state = trained[1].replace(opt_state=LEAVES)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {})
+    arrays, _ = checkpoints.read(1)
+    restored = checkpoints.restore(state, 1)
+    assert digest(restored) == digest(arrays) == digest(state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        assert type(old) is type(new)
+        for name in ("dtype", "weak_type", "committed", "sharding"):
+            assert getattr(old, name, None) == getattr(new, name, None)
+    read = arrays["opt_state"]
+    assert read["names"].keys() == LEAVES["names"].keys()
+    assert set(read["integers as keys"]) == {"9", "10"}
+    assert read["keys"].dtype == LEAVES["keys"].dtype
+    assert read["nothing"][0] is None
+    assert read["nothing"][1].tolist() == [1, 1]
+
+
+def test_the_digest_tells_paths_apart(trained):
+    def of(**leaves):
+        return digest(trained[1].replace(opt_state=leaves))
+
+    first, second = of(**{"a/b": 1, "a": {"b": 2}}), of(**{"a/b": 2, "a": {"b": 1}})
+    assert first != second
+    assert of(key=jax.random.key(0)) != of(key=jax.random.key(1))
+    assert of(key=jax.random.key(0)) != of(key=jax.random.key_data(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("leaf", ["text", object(), np.array(["a"]), np.array(0, "M8[s]")])
+def test_a_leaf_that_cannot_be_saved_is_named(tmp_path, trained, leaf):
+    state = trained[1].replace(opt_state={"odd": leaf})
+    for act in (digest, lambda state: Checkpoints(tmp_path).save(state, {})):
+        with pytest.raises(InputError, match="opt_state/odd of the state is "):
+            act(state)
+    with pytest.raises(InputError, match="the record of step 1 is not JSON"):
+        Checkpoints(tmp_path).save(trained[1], {"odd": object()})
+
+
+def test_what_cannot_be_read_back_does_not_count(tmp_path, trained, monkeypatch):
+    """As Orbax lost what was below a path with brackets; the sums then fit what is left."""
+    with Checkpoints(tmp_path) as checkpoints:
+        for state, accuracy in zip(trained[:3], [0.9, 0.1, 0.2], strict=True):
+            checkpoints.save(state, {"test_accuracy": accuracy})
+    before = names(tmp_path)
+
+    from cnn.manifest import write_manifest
+
+    def lose(pattern, folder):
+        for file in (folder / "state").glob(pattern):
+            file.unlink()
+        write_manifest(folder)
+
+    for pattern in ("manifest.ocdbt", "_METADATA", "d/*"):
+        lossy = functools.partial(lose, pattern)
+        monkeypatch.setattr("cnn.checkpoints.write_manifest", lossy)
+        with (
+            pytest.raises(InputError, match=r"step 3 .* read back and is not .* from step 2"),
+            Checkpoints(tmp_path) as checkpoints,
+        ):
+            checkpoints.save(trained[3], {"test_accuracy": 1.0})
+        assert names(tmp_path) == before == [0, 1, 2]
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_a_checkpoint_of_an_earlier_version(tmp_path, trained):
+    """It had no `arrays.json`, and the names of the leaves as they are."""
+    import orbax.checkpoint as ocp
+
+    from cnn.manifest import write_manifest
+
+    state = trained[1].replace(model_state={"a.b": {"c d": jnp.ones(2)}})
+    arrays = {name: getattr(state, name) for name in ("step", "params", "model_state", "opt_state")}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        host = jax.tree.map(np.array, jax.device_get(arrays))
+        checkpointer.save(tmp_path / "1" / "state", args=ocp.args.PyTreeSave(host))
+    (tmp_path / "1" / "record.json").write_text(json.dumps({"digest": digest(state)}))
+    write_manifest(tmp_path / "1")
+    restored = Checkpoints(tmp_path).restore(state, 1)
+    assert digest(restored) == digest(state)
+
+
+def test_a_checkpoint_of_a_later_version(tmp_path, trained):
+    from cnn.manifest import write_manifest
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained[1], {})
+    (tmp_path / "1" / "arrays.json").write_text(json.dumps({"format": 3}))
+    write_manifest(tmp_path / "1")
+    with pytest.raises(InputError, match="saved by a later version of cnn"):
+        checkpoints.restore_latest(new_state(), print)
+    assert {path.name for path in tmp_path.iterdir()} == {"1"}
+
+
+def test_the_digest_of_a_state_is_that_of_earlier_versions(trained):
+    """SHA-256 over "path dtype shape", a line feed, and the bytes of each leaf, by path."""
+    import hashlib
+
+    sha = hashlib.sha256()
+    state = {
+        "params": {"b": np.float32([1, 2]), "a": np.zeros((2, 0), np.int8)},
+        "step": np.int32(7),
+    }
+    sha.update(b"params/a int8 (2, 0)\nparams/b float32 (2,)\n" + np.float32([1, 2]).tobytes())
+    sha.update(b"step int32 ()\n" + np.int32(7).tobytes())
+    assert digest(state) == sha.hexdigest()
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_restoring_does_not_compile_the_step_again(tmp_path, placed):
+    from cnn import batch_mesh, replicated, sharded
+
+    tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)  # has a leaf of weak type
+    state = create_train_state(Small(jnp.float32), tx, jax.random.key(0), SHAPE)
+    batch = BATCH
+    if placed:
+        mesh = batch_mesh(jax.devices()[:2], 8)
+        state, batch = jax.device_put(state, replicated(mesh)), jax.device_put(batch, sharded(mesh))
+    compiled = []
+
+    def listen(event, _, **__):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    step = jax.jit(train_step)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {})
+    restored = checkpoints.restore(state, 0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        first, _ = step(state, batch)
+        assert compiled
+        compiled.clear()
+        second, _ = step(restored, batch)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+    assert digest(first) == digest(second)
+
+
+def everything(folder):
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("name", ["record.json", "SHA256SUMS", "state/_METADATA"])
+def test_what_cannot_be_opened_is_no_damage(tmp_path, trained, monkeypatch, number, name):
+    with Checkpoints(tmp_path) as checkpoints:
+        for state in trained[1:3]:
+            checkpoints.save(state, {"test_accuracy": 0.5})
+    before, refused = everything(tmp_path), str(tmp_path / "2" / name)
+
+    def open_(path, *args, _open=open, **kwargs):
+        if str(path) == refused:
+            raise OSError(number, os.strerror(number), str(path))
+        return _open(path, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", open_)
+    checkpoints, told = Checkpoints(tmp_path), []
+    for act in (
+        lambda: checkpoints.restore_latest(new_state(), told.append),
+        lambda: checkpoints.read(2),
+        checkpoints.best_step,
+    ):
+        with pytest.raises(InputError) as error:
+            act()
+        assert f"{refused} ({os.strerror(number)}): nothing was changed" in str(error.value)
+        assert "damaged" not in str(error.value)
+    assert not told
+    assert everything(tmp_path) == before
+    with checkpoints:  # what may be the best is not deleted
+        checkpoints.save(trained[3], {})
+        checkpoints.save(trained[4], {})
+    assert names(tmp_path) == [1, 2, 3, 4]
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, trained, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained[1], {})
+
+    def listdir(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    for act in (checkpoints.steps, checkpoints.latest_step, checkpoints.best_step):
+        with pytest.raises(InputError, match=r"Permission denied.*make it readable"):
+            act()
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Has something done by another process while a checkpoint is read, once."""
+
+    def patch(act):
+        original = cnn_checkpoints.read_arrays
+
+        def read(folder):
+            monkeypatch.setattr(cnn_checkpoints, "read_arrays", original)
+            act()
+            return original(folder)
+
+        monkeypatch.setattr(cnn_checkpoints, "read_arrays", read)
+
+    return patch
+
+
+def test_a_step_that_is_deleted_while_it_is_read(tmp_path, trained, meanwhile):
+    with Checkpoints(tmp_path) as writer:
+        for state in trained[1:3]:
+            writer.save(state, {"test_accuracy": 0.5})
+        writer.wait()
+        reader = Checkpoints(tmp_path)
+
+        def save():
+            for state in trained[3:5]:
+                writer.save(state, {"test_accuracy": 0.6})
+            writer.wait()
+
+        meanwhile(save)
+        with pytest.raises(InputError, match=r"checkpoint .*/2 is gone"):
+            reader.read(2)
+        with pytest.raises(InputError, match=r"checkpoint .*/1 is gone"):
+            reader.restore(new_state(), 1)
+        meanwhile(lambda: shutil.rmtree(tmp_path / "4"))
+        restored, _ = reader.restore_latest(new_state(), print)
+        assert digest(restored) == digest(trained[3])
+        assert reader.best_step() == 3
+
+
+def test_a_step_that_is_replaced_while_it_is_read(tmp_path, trained, meanwhile):
+    with Checkpoints(tmp_path) as writer:
+        writer.save(trained[1], {"which": 1})
+        writer.wait()
+        other = trained[2].replace(step=trained[1].step)
+
+        def save():
+            writer.save(other, {"which": 2})
+            writer.wait()
+
+        meanwhile(save)
+        arrays, record = Checkpoints(tmp_path).read(1)
+    assert digest(arrays) == digest(other)
+    assert record["which"] == 2
+
+
+def test_a_reader_moves_nothing(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        for state in trained[1:4]:
+            checkpoints.save(state, {"test_accuracy": 0.5})
+    (tmp_path / "3" / "record.json").unlink()
+    before, told = everything(tmp_path), []
+    reader = Checkpoints(tmp_path)
+    reader.restore_latest(new_state(), told.append)
+    assert len(told) == 1
+    assert (reader.latest_step(), reader.best_step()) == (2, 2)
+    assert everything(tmp_path) == before
+    with Checkpoints(tmp_path) as writer:
+        writer.restore_latest(new_state(), told.append)
+        writer.save(trained[3], {"test_accuracy": 0.7})
+    assert (reader.latest_step(), reader.best_step()) == (3, 3), "it is whole again"

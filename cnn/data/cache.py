@@ -25,6 +25,7 @@ import platformdirs
 
 from cnn.data.dataset import Dataset, Split
 from cnn.files import replacing
+from cnn.storage import absolute, local_path
 
 _FORMAT = 1
 _ALIGN = 64
@@ -37,12 +38,15 @@ def directory() -> Path:
     For a user without a home directory it is a folder among the temporary files.
 
     Raises:
-      PermissionError: if that folder is not the user's alone.
+      InputError: `XDG_CACHE_HOME` is no path of this machine.
+      PermissionError: if that folder among the temporary files is not the user's alone.
     """
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        local_path(given)  # platformdirs passes over what is not absolute
     with contextlib.suppress(RuntimeError):
         found = platformdirs.user_cache_dir("cnn")
         if not found.startswith("~"):  # as older versions leave it
-            return Path(found)
+            return absolute(found)
     own = Path(tempfile.gettempdir()) / f"cnn-{os.getuid()}"
     own.mkdir(mode=0o700, exist_ok=True)
     status = own.lstat()
@@ -53,55 +57,69 @@ def directory() -> Path:
     return own
 
 
+class UnreadableError(Exception):
+    """The cache exists and cannot be opened or read now; `args` say which file and why."""
+
+
 def load(prepared: Path, name: str) -> Dataset | None:
     """The decoded arrays of the prepared directory, mapped read-only.
 
     None when there is no cache, when the prepared files were changed since, or when it is damaged,
     which a line on stderr tells. Every byte is checked, so a flipped bit costs a new decoding, not
     a result.
+
+    Raises:
+      UnreadableError: for another reason than damage; the cache should stay as it is.
+      OSError: the prepared files cannot be read.
     """
     file, identity = _file(prepared), _identity(prepared)
     try:
-        data = np.memmap(file, np.uint8, mode="r")
-        line = bytes(data[:_CHUNK]).partition(b"\n")[0]
-        checksum, _, text = line.partition(b" ")
-        if checksum != b"%08x" % zlib.crc32(text):
-            raise ValueError("its first line")
-        header = json.loads(text)
-        if header["identity"] != identity:
-            return None
-        arrays, position = [], len(line) + 1
-        for shape, dtype in header["arrays"]:
-            start = position + -position % _ALIGN
-            end = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
-            if end > len(data):
-                raise ValueError("cut short")
-            if data[position:start].any():
-                raise ValueError("bytes between the arrays")
-            arrays.append(np.asarray(data[start:end]).view(dtype).reshape(shape))
-            position = end
-        if position != len(data):
-            raise ValueError("too long")
-        if _checksums(arrays) != header["checksums"]:
-            raise ValueError("a checksum differs")
-        return Dataset(
-            name=name,
-            train=Split(arrays[0], arrays[1]),
-            test=Split(arrays[2], arrays[3]),
-            class_names=tuple(header["class_names"]),
-            mean=np.array(header["mean"], np.float32),
-            std=np.array(header["std"], np.float32),
-            fingerprint=header["fingerprint"],
-        )
+        return _read(file, identity, name)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        what = error.strerror if isinstance(error, OSError) else error
+    except OSError as error:
+        raise UnreadableError(str(file), error.strerror) from error
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         print(
-            f"cnn: the decoded images in {file} are damaged ({what}); decoding them anew",
+            f"cnn: the decoded images in {file} are damaged ({error}); decoding them anew",
             file=sys.stderr,
         )
         return None
+
+
+def _read(file: Path, identity: list[Any], name: str) -> Dataset | None:
+    """As `load`; raises ValueError or the like for damage."""
+    data = np.memmap(file, np.uint8, mode="r")
+    line = bytes(data[:_CHUNK]).partition(b"\n")[0]
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        raise ValueError("its first line")
+    header = json.loads(text)
+    if header["identity"] != identity:
+        return None
+    arrays, position = [], len(line) + 1
+    for shape, dtype in header["arrays"]:
+        start = position + -position % _ALIGN
+        end = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if end > len(data):
+            raise ValueError("cut short")
+        if data[position:start].any():
+            raise ValueError("bytes between the arrays")
+        arrays.append(np.asarray(data[start:end]).view(dtype).reshape(shape))
+        position = end
+    if position != len(data):
+        raise ValueError("too long")
+    if _checksums(arrays) != header["checksums"]:
+        raise ValueError("a checksum differs")
+    return Dataset(
+        name=name,
+        train=Split(arrays[0], arrays[1]),
+        test=Split(arrays[2], arrays[3]),
+        class_names=tuple(header["class_names"]),
+        mean=np.array(header["mean"], np.float32),
+        std=np.array(header["std"], np.float32),
+        fingerprint=header["fingerprint"],
+    )
 
 
 def store(prepared: Path, dataset: Dataset) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -67,6 +68,7 @@ class Dataset:
     fingerprint: str
 
     def __post_init__(self) -> None:
+        _check_parts(self.name, self.train, self.test, self.class_names)
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
             raise InputError(
                 f"{self.name}: train images are {self.train.images.shape[1:]} but test images "
@@ -100,7 +102,7 @@ class Dataset:
 
     @classmethod
     def from_splits(
-        cls, name: str, *, train: Split, test: Split, class_names: tuple[str, ...]
+        cls, name: str, *, train: Split, test: Split, class_names: Sequence[str]
     ) -> Dataset:
         """A `Dataset` of arrays at hand, its statistics and fingerprint computed.
 
@@ -112,6 +114,7 @@ class Dataset:
         Raises:
           InputError: as for `Dataset`.
         """
+        _check_parts(name, train, test, class_names)
         mean, std = channel_statistics(train.images)
         return cls(name, train, test, tuple(class_names), mean, std, fingerprint(train, test))
 
@@ -147,6 +150,18 @@ def fingerprint(train: Split, test: Split) -> str:
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _check_parts(name: object, train: object, test: object, class_names: object) -> None:
+    if not isinstance(name, str):
+        raise InputError(f"the name of a dataset must be text, not {name!r}")
+    for title, split in (("train", train), ("test", test)):
+        if not isinstance(split, Split):
+            raise InputError(f"{name}: {title} must be a Split, not {type(split).__name__}")
+    if not isinstance(class_names, tuple | list) or not all(
+        isinstance(class_name, str) for class_name in class_names
+    ):
+        raise InputError(f"{name}: class_names must be a tuple of text, not {class_names!r}")
 
 
 def _check_array(title: str, value: object, dtype: type[np.generic], shape: str) -> None:

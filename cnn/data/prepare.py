@@ -10,13 +10,14 @@ import io
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnn.data import download
 from cnn.errors import InputError
 from cnn.manifest import write_manifest
-from cnn.storage import is_writable
+from cnn.storage import is_file, is_writable
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -41,7 +42,7 @@ class Request:
     @classmethod
     def parse(cls, text: str) -> Request:
         """Raises `InputError` if the text has another form."""
-        match = _NAME.fullmatch(text)
+        match = _NAME.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise InputError(
                 f"{text!r} is not a dataset name: write name, name/config or name:version, such "
@@ -56,13 +57,13 @@ def find(root: Path, request: Request) -> Path | None:
     default = folder / ".config" / "metadata.json"  # how TFDS notes the default config
     if request.config:
         folder /= request.config
-    elif default.is_file():
+    elif is_file(default):
         with contextlib.suppress(
             ValueError, KeyError, TypeError, RecursionError
         ):  # damaged: as if not prepared
             folder /= json.loads(default.read_text())["default_config_name"]
     versions = [request.version] if request.version else _versions(folder)
-    prepared = [folder / v for v in versions if (folder / v / "dataset_info.json").is_file()]
+    prepared = [folder / v for v in versions if is_file(folder / v / "dataset_info.json")]
     return prepared[-1] if prepared else None
 
 
@@ -96,6 +97,7 @@ def prepare(root: Path, request: Request) -> Path:
             f"{place} is damaged (dataset_info.json is missing): delete it to have {request.name} "
             "prepared again"
         )
+    _check_features(builder.info.features, request.name)
     _ensure_archives(builder, root / "downloads", only_check=not ours)
     print(f"cnn: preparing {request.name} in {place}", file=sys.stderr)
     try:
@@ -107,6 +109,39 @@ def prepare(root: Path, request: Request) -> Path:
         raise InputError(_why_not_prepared(request.name, error)) from error
     write_manifest(place)
     return place
+
+
+def check_label_names(names: Iterable[str], what: str) -> None:
+    """Raises InputError for class names that TFDS's label files cannot hold.
+
+    >>> check_label_names(["cat", "polar bear"], "mine")
+
+    Args:
+      names: of the classes.
+      what: begins the message.
+    """
+    for index, name in enumerate(names):
+        if name != name.strip() or not name or {"\n", "\r"} & set(name) or not _is_text(name):
+            raise InputError(
+                f"{what}: TFDS cannot keep the name {name!r} of class {index}: give each class a "
+                "name without line breaks, and without blanks at its ends"
+            )
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_features(features: Any, name: str) -> None:
+    import tensorflow_datasets as tfds
+
+    for feature in features.values() if isinstance(features, tfds.features.FeaturesDict) else ():
+        if isinstance(feature, tfds.features.ClassLabel) and feature.num_classes is not None:
+            check_label_names(feature.names, name)
 
 
 def first_line(error: Exception) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
+import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +18,14 @@ import numpy as np
 from cnn.data import cache
 from cnn.data.bars import progress_bar
 from cnn.data.dataset import Dataset, Split
-from cnn.data.prepare import Request, find, first_line, prepare
+from cnn.data.prepare import Request, check_label_names, find, first_line, prepare
 from cnn.errors import InputError
-from cnn.manifest import MANIFEST, verify_manifest
-from cnn.storage import absolute, is_writable
+from cnn.manifest import MANIFEST, read_through, verify_manifest
+from cnn.storage import absolute, is_file, is_writable, unreadable
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 _BATCH = 256  # records read at a time
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
@@ -49,23 +53,39 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
         archive, directory not writable, TensorFlow needed, images of several sizes, bad labels.
     """
     request = Request.parse(name)
+    cache.directory()  # raises before anything is written
     try:
-        prepared = _prepared(_data_dir(data_dir), request)
-        dataset = cache.load(prepared, request.title)
-        if dataset is None:
-            dataset = _decode(prepared, request.title)
-            if cache.store(prepared, dataset):
-                dataset = cache.load(prepared, request.title) or dataset
+        return _loaded(_prepared(_data_dir(data_dir), request), request.title)
     except OSError as error:
         raise InputError(f"{name}: {error}") from error
+
+
+def _loaded(prepared: Path, name: str) -> Dataset:
+    """The arrays from the cache, or else from the prepared files; the cache is kept current."""
+    try:
+        if (dataset := cache.load(prepared, name)) is not None:
+            return dataset
+        dataset = _decode(prepared, name)
+        if cache.store(prepared, dataset):
+            return cache.load(prepared, name) or dataset
+    except cache.UnreadableError as error:
+        file, reason = error.args
+        print(
+            f"cnn: the decoded images in {file} cannot be read ({reason}); they are decoded again "
+            "and the file is left as it is (XDG_CACHE_HOME moves the cache)",
+            file=sys.stderr,
+        )
+        dataset = _decode(prepared, name)
     return dataset
 
 
 def _data_dir(given: str | os.PathLike[str] | None) -> Path:
-    text = os.fspath(given or os.environ.get("TFDS_DATA_DIR") or _usual_data_dir())
-    if "://" in text:
-        raise InputError(f"data_dir {text} is not a local directory: copy the dataset to one")
-    return absolute(text)
+    root = absolute(given or os.environ.get("TFDS_DATA_DIR") or _usual_data_dir())
+    try:
+        os.fspath(root).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"data_dir {root} is not UTF-8, and TFDS takes no other path") from error
+    return root
 
 
 def _usual_data_dir() -> Path:
@@ -91,21 +111,26 @@ def _decode(prepared: Path, name: str) -> Dataset:
     import PIL.Image
     import tensorflow_datasets as tfds
 
-    # What stock TFDS prepared has no manifest; then the formats' own checks must do.
-    is_listed = (prepared / MANIFEST).exists()
-    if is_listed and (fault := verify_manifest(prepared, strict=False)) is not None:
+    try:
+        fault = _fault(prepared)
+    except OSError as error:
+        raise InputError(f"the prepared {name} cannot be read: {unreadable(error)}") from error
+    if fault is not None:
         raise InputError(
             f"the prepared {name} is damaged ({fault}): delete {prepared} to have it prepared again"
         )
     too_large = PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError
     try:
+        _check_class_names(prepared, name)
         builder: Any = tfds.builder_from_directory(prepared)
         splits = builder.info.splits
         image_key, label_key = _keys(builder, name)
         test = "test" if "test" in splits else "validation"
         if "train" not in splits or test not in splits:
             raise InputError(
-                f"{name} has the splits {', '.join(splits)}: train and test are needed"
+                f"{name} has only the splits {', '.join(splits)}, and both train and test (or "
+                "validation) are needed: prepare it with both (docs/datasets.md), or read it with "
+                "tfds.data_source, divide the images and pass them to cnn.Dataset.from_splits"
             )
         return Dataset.from_splits(
             name,
@@ -123,10 +148,45 @@ def _decode(prepared: Path, name: str) -> Dataset:
     except MemoryError as error:
         raise InputError(f"{name} does not fit in memory: choose a smaller dataset") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.filename and error.errno not in _MISSING:
+            raise InputError(f"the prepared {name} cannot be read: {unreadable(error)}") from error
         raise InputError(
             f"cannot read the prepared {name} ({first_line(error)}): delete {prepared} to have it "
             "prepared again"
         ) from error
+
+
+def _fault(prepared: Path) -> str | None:
+    """What is wrong with the files; raises OSError if one of them cannot be opened or read."""
+    if is_file(prepared / MANIFEST):
+        return verify_manifest(prepared, strict=False)
+    # What stock TFDS prepared has no manifest: the formats' own checks must do. They do not tell
+    # damage from a file that cannot be read, so all are read here.
+    for path in filter(is_file, sorted(prepared.iterdir())):
+        read_through(path)
+    return None
+
+
+def _check_class_names(prepared: Path, name: str) -> None:
+    """Raises InputError unless each line of a label file is the name of one class.
+
+    TFDS writes a name per line, and reads the lines that are not blank, without the blanks at their
+    ends. So a line break or an empty name would give the classes behind it the names of others.
+    """
+    import tensorflow_datasets as tfds
+
+    description = json.loads((prepared / "features.json").read_text())
+    features: Any = tfds.features.FeatureConnector.from_json(description)
+    for key, feature in features.items():
+        file = prepared / f"{key}.labels.txt"
+        if isinstance(feature, tfds.features.ClassLabel) and is_file(file):
+            lines = file.read_bytes().decode().replace("\r\n", "\n").split("\n")[:-1]
+            check_label_names(lines, f"{name}: {file}")
+            if len(lines) != feature.num_classes:
+                raise InputError(
+                    f"{name}: {file} has {len(lines)} lines for {feature.num_classes} classes: "
+                    f"prepare it with names without line breaks"
+                )
 
 
 def _keys(builder: Any, name: str) -> tuple[str, str]:
