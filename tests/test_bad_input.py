@@ -535,7 +535,7 @@ PICTURES = {
     "no train split": ({"splits": {"test": examples(PNG)}}, "train and test are needed"),
     "other splits": (
         {"splits": {"a": examples(PNG), "b": examples(PNG)}},
-        "pictures has only the splits a, b",
+        "pictures has the splits a, b",
     ),
     "declared as 16 bits": ({"features": {"image": image(dtype=np.uint16)}}, NOT_IMAGES),
     "two channels": (

@@ -128,8 +128,8 @@ def _decode(prepared: Path, name: str) -> Dataset:
         test = "test" if "test" in splits else "validation"
         if "train" not in splits or test not in splits:
             raise InputError(
-                f"{name} has only the splits {', '.join(splits)}, and both train and test (or "
-                "validation) are needed: prepare it with both (docs/datasets.md), or read it with "
+                f"{name} has the splits {', '.join(splits)}: train and test are needed (or train "
+                "and validation); prepare it with both (docs/datasets.md), or read it with "
                 "tfds.data_source, divide the images and pass them to cnn.Dataset.from_splits"
             )
         return Dataset.from_splits(

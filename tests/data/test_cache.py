@@ -1,5 +1,6 @@
 """Decoded once; a cache that is damaged, stale or impossible is noticed."""
 
+import errno
 import json
 import os
 import subprocess
@@ -133,6 +134,30 @@ def test_cache_directory_that_cannot_be_written(digits_dir, tmp_path, monkeypatc
     assert not second.train.images.flags.writeable
     error = capsys.readouterr().err
     assert error.count("XDG_CACHE_HOME") == error.count("cnn: ") == 2
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE])
+def test_a_cache_that_cannot_be_read_is_left_as_it_is(
+    number, digits_dir, decoded, monkeypatch, capsys
+):
+    expected = load_dataset("digits").fingerprint
+    file = cache_file()
+    before = (file.stat().st_ino, file.read_bytes())
+
+    def memmap(path, *args, **kwargs):
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "memmap", memmap)
+        capsys.readouterr()
+        assert load_dataset("digits").fingerprint == expected
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("cnn: "))
+    assert line.startswith(
+        f"cnn: the decoded images in {file} cannot be read ({os.strerror(number)})"
+    )
+    assert (file.stat().st_ino, file.read_bytes()) == before
+    load_dataset("digits")
+    assert len(decoded) == 2  # it is used again
 
 
 def test_temporary_files_of_killed_processes_are_removed(digits_dir):

@@ -92,3 +92,16 @@ def test_bad_statistics(bad):
         Dataset("x", split(), split(), NAMES, mean=bad, std=good, fingerprint="0")
     with pytest.raises(InputError, match="std"):
         Dataset("x", split(), split(), NAMES, mean=good, std=bad, fingerprint="0")
+
+
+@pytest.mark.parametrize("names", ["abc", None, ("a", 1, "c"), (b"a", b"b", b"c"), {"a", "b", "c"}])
+def test_class_names_are_texts(names):
+    with pytest.raises(InputError, match="mine: class_names must be a tuple of text"):
+        Dataset.from_splits("mine", train=split(), test=split(seed=1), class_names=names)
+
+
+def test_parts_of_other_types():
+    with pytest.raises(InputError, match="mine: test must be a Split, not tuple"):
+        Dataset.from_splits("mine", train=split(), test=(1, 2), class_names=NAMES)
+    with pytest.raises(InputError, match="the name of a dataset must be text, not 3"):
+        Dataset.from_splits(3, train=split(), test=split(), class_names=NAMES)

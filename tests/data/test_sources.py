@@ -35,13 +35,17 @@ class OwnImages(tfds.core.GeneratorBasedBuilder):
     sizes = ((4, 6),)
     mode = "RGB"
     classes = 3
+    names = None
+    late_names = None  # known only once the archive is read
     labels = (0, 1, 2)
 
     def _info(self):
         channels = len(PIL.Image.new(self.mode, (1, 1)).getbands())
         features = {
             "image": tfds.features.Image(shape=(None, None, channels)),
-            "label": tfds.features.ClassLabel(num_classes=self.classes),
+            "label": tfds.features.ClassLabel(names=self.names)
+            if self.names
+            else tfds.features.ClassLabel(num_classes=self.classes),
         }
         return tfds.core.DatasetInfo(
             builder=self,
@@ -50,6 +54,8 @@ class OwnImages(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
+        if self.late_names:
+            self.info.features["label"].names = self.late_names
         return {split: self._generate_examples() for split in self.splits}
 
     def _generate_examples(self):
@@ -101,9 +107,87 @@ def test_labels_out_of_range(data_dir, monkeypatch):
     assert "run from -1 to 0" in message_of("own_images")
 
 
-def test_no_test_split(data_dir, monkeypatch):
-    monkeypatch.setattr(OwnImages, "splits", ("train", "extra"))
-    assert "train, extra" in message_of("own_images")
+@pytest.mark.parametrize("splits", [("train", "extra"), ("train",), ("test",)])
+def test_splits_that_are_missing(splits, data_dir, monkeypatch):
+    monkeypatch.setattr(OwnImages, "splits", splits)
+    message = message_of("own_images")
+    assert f"own_images has the splits {', '.join(splits)}: train and test are needed" in message
+    for way_out in ("docs/datasets.md", "tfds.data_source", "cnn.Dataset.from_splits"):
+        assert way_out in message
+
+
+BAD_NAMES = [
+    ["a\nb", "c", "d"],
+    ["a\nb", "c", ""],  # as many lines as classes once the empty one is left out
+    ["", "b", "c"],
+    [" a", "b", "c"],
+    ["a", "b\t", "c"],
+    ["a", "b\u00a0", "c"],
+    ["a\rb", "c", "d"],
+    ["a", "\ud800", "c"],
+]
+
+
+@pytest.mark.parametrize("names", BAD_NAMES)
+@pytest.mark.parametrize("when", ["names", "late_names"])
+def test_class_names_that_a_label_file_cannot_hold(names, when, data_dir, monkeypatch):
+    """TFDS itself would give the classes behind such a name the names of others."""
+    monkeypatch.setattr(OwnImages, when, names)
+    assert "own_images: " in message_of("own_images")
+    if when == "names":
+        assert "without line breaks, and without blanks" in message_of("own_images")
+        assert not list(data_dir.glob("own_images/*"))
+
+
+def test_class_names_of_a_dataset_that_tfds_prepared(data_dir, monkeypatch):
+    for names in BAD_NAMES[:-1]:
+        monkeypatch.setattr(OwnImages, "names", names)
+        builder = OwnImages(data_dir=data_dir)
+        builder.download_and_prepare(file_format="array_record")
+        assert "label.labels.txt" in message_of("own_images")
+        shutil.rmtree(data_dir)
+    good = ["polar bear", "\u718a", 'a,b;"c"\x0b\u2028d']
+    monkeypatch.setattr(OwnImages, "names", good)
+    OwnImages(data_dir=data_dir).download_and_prepare(file_format="array_record")
+    assert load_dataset("own_images").class_names == tuple(good)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE])
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("name", ["features.json", "digits-train*"])
+def test_a_file_that_cannot_be_opened_is_no_damage(
+    number, listed, name, digits_dir, monkeypatch, capsys
+):
+    if not listed:
+        (digits_dir / MANIFEST).unlink()
+    (file,) = digits_dir.glob(name)
+    refuse(monkeypatch, file, number)
+    message = message_of("digits")
+    assert f"the prepared digits cannot be read: {file} ({os.strerror(number)})" in message
+    assert "nothing was changed" in message
+    assert "delete" not in message
+
+
+def refuse(monkeypatch, file, number):
+    def open_(path, *args, _open=open, **kwargs):
+        if str(path) == str(file):
+            raise OSError(number, os.strerror(number), str(path))
+        return _open(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", open_)
+
+
+def test_a_folder_that_cannot_be_looked_into(digits_dir, monkeypatch):
+    """It must not be taken for one in which nothing was prepared."""
+    stat = os.stat
+
+    def refused(path, *args, **kwargs):
+        if str(path).endswith("dataset_info.json"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr("os.stat", refused)
+    assert "Permission denied" in message_of("digits")
 
 
 def test_builder_that_needs_tensorflow(data_dir, monkeypatch, capfd):
@@ -128,7 +212,9 @@ def test_unknown_names(data_dir):
     assert not data_dir.exists()
 
 
-@pytest.mark.parametrize("name", ["", "../etc", "a b", "cifar10:newest", "cifar10:3", "/cifar10"])
+@pytest.mark.parametrize(
+    "name", ["", "../etc", "a b", "cifar10:newest", "cifar10:3", "/cifar10", None, 3, b"cifar10"]
+)
 def test_not_a_name(name, data_dir):
     assert repr(name) in message_of(name)
 
@@ -203,6 +289,25 @@ def test_newest_version_unless_one_is_named(data_dir, monkeypatch):
     load_dataset("own_images")
     load_dataset("own_images:1.2.0")
     assert seen[::2] == ["1.10.0", "1.2.0"]
+
+
+@pytest.mark.parametrize("name", ["a[b]*?", "{SPLIT} %41#;,:", "back\\slash\n", "gs:"])
+def test_any_path_holds_datasets_and_caches(name, prepared_digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name / "cache"))
+    shutil.copytree(prepared_digits, tmp_path / name / "tfds")
+    first = load_dataset("digits", tmp_path / name / "tfds")
+    assert len(list((tmp_path / name / "cache" / "cnn" / "decoded").iterdir())) == 1
+    capsys.readouterr()
+    assert load_dataset("digits", tmp_path / name / "tfds").fingerprint == first.fingerprint
+    assert not capsys.readouterr().err
+    (tmp_path / name / "tfds" / "digits").rename(tmp_path / "aside")
+    again = load_dataset("digits", tmp_path / name / "tfds")  # prepared anew
+    assert again.fingerprint == first.fingerprint
+
+
+def test_a_data_dir_that_is_not_utf8(tmp_path):
+    assert "is not UTF-8" in message_of("digits", tmp_path / os.fsdecode(b"\xff"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_remote_data_dir(data_dir):
