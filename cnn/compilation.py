@@ -71,7 +71,7 @@ def _configure(settings: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _troubles_settled(directory: Path, *, own: bool) -> Iterator[None]:
-    """Acts on what JAX warns of: own entries that it cannot read are deleted, else one line is told.
+    """Acts on what JAX warns of: entries of ours that it cannot read are deleted, else it says so.
 
     JAX itself compiles what it cannot read, but does not write over the damaged file.
     """

@@ -26,6 +26,8 @@ PINNED = {
     "jax_numpy_rank_promotion": "allow",
     "jax_legacy_prng_key": "allow",
     "jax_debug_key_reuse": False,
+    "jax_debug_nans": False,  # a run stops at such numbers by itself, or leaves the step out
+    "jax_debug_infs": False,
     "jax_default_device": None,
     "jax_transfer_guard": "allow",
     "jax_no_tracing": False,

@@ -134,6 +134,19 @@ def test_entries_that_cannot_be_written_cost_one_line(folder, capsys):
     assert line.count("\n") == 1
 
 
+def test_the_users_own_cache_that_cannot_be_used_costs_one_line(folder, tmp_path, capsys):
+    (tmp_path / "own").write_text("a file")
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    with compilation_cache(False):
+        triple()
+        jax.clear_caches()
+        triple()
+    line = capsys.readouterr().err
+    assert line.startswith(f"cnn: cannot keep compiled functions in {tmp_path / 'own'} (")
+    assert line.endswith("(JAX_COMPILATION_CACHE_DIR moves the cache)\n")
+    assert line.count("\n") == 1
+
+
 def test_other_warnings_still_come_through(folder):
     with pytest.warns(UserWarning, match="mind the step"), compilation_cache(True):
         warnings.warn("mind the step", stacklevel=1)

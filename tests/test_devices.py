@@ -77,6 +77,12 @@ def test_deterministic_asks_xla_before_it_starts(before, after):
     assert in_new_process(DETERMINISTIC, XLA_FLAGS=before) == after
 
 
+def test_flags_may_be_in_a_file(tmp_path):
+    (tmp_path / "flags").write_text("--xla_cpu_enable_fast_math=false\n")
+    flags = in_new_process(DETERMINISTIC, XLA_FLAGS=str(tmp_path / "flags"))
+    assert flags == f"--xla_cpu_enable_fast_math=false {FLAG}=true"
+
+
 def test_deterministic_too_late_is_an_error_on_a_gpu(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     assert jax.devices()  # from here on XLA does not look at its flags

@@ -1,10 +1,15 @@
 """SIGTERM, Ctrl-C and preemption notices: the step ends, it is saved, and the run goes on."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import signal
 import socket
+import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -12,7 +17,7 @@ import pytest
 
 import cnn
 from cnn import Interrupted, digest, train_and_evaluate
-from cnn.interruption import StopSignals
+from cnn.interruption import StopSignals, raise_on_signals
 from tests.conftest import (
     ENDLESS,
     REPOSITORY,
@@ -23,8 +28,12 @@ from tests.conftest import (
     wait_for,
 )
 
+WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_saves_the_running_step(running, signum, code):
     process, run = running
     process.send_signal(signum)
@@ -71,15 +80,82 @@ def test_sigterm_before_the_training(tmp_path, digits):
     assert "the same command" in err.splitlines()[-1]
 
 
-def test_an_ignored_ctrl_c_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def test_a_closed_terminal_saves_the_running_step(tmp_path, digits):
+    """Nothing can be written to it any more, and nothing is."""
+    run, (screen, terminal) = tmp_path / "run", pty.openpty()
+    with subprocess.Popen(
+        train_command(*ENDLESS, "--workdir", run),
+        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as process:  # fmt: skip
+        os.close(terminal)
+        os.set_blocking(screen, False)
+
+        def has_saved():
+            with contextlib.suppress(BlockingIOError):  # who reads it makes room for more
+                os.read(screen, 1 << 16)
+            return len(steps_in(run)) > 1
+
+        wait_for(has_saved, process)
+        before = max(steps_in(run))
+        os.close(screen)
+        assert process.wait(timeout=60) == 129
+    saved = max(steps_in(run))
+    assert saved >= before
+    assert cnn.Checkpoints(run / "checkpoints").read(saved)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_an_ignored_signal_stays_ignored(signum):
+    before = signal.signal(signum, signal.SIG_IGN)
     try:
         with StopSignals() as signals:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signum)
+            time.sleep(0.05)
             assert signals.received() is None
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(signum) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signum, before)
+
+
+def test_a_program_keeps_its_own_handler_of_a_batch_systems_signal():
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda *args: seen.append(args[0]))
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.05)
+            assert signals.received() is None
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [signal.SIGUSR1]
+
+
+def test_warnings_that_come_again_hurry_nothing(monkeypatch):
+    """A batch system sends SIGTERM after its warning, and the kernel SIGXCPU each second."""
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)  # as in a notebook
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.3)  # sooner the next would be taken for an echo
+        for signum in (signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), signum)
+        assert signals.received() == signal.SIGUSR2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_outside_of_the_training_signals_raise_once():
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, *WARNINGS)}
+    try:
+        raise_on_signals()
+        with pytest.raises(Interrupted, match="stopped by SIGHUP; the same command") as stopped:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stopped.value.signal == signal.SIGHUP
+        for signum in before:
+            os.kill(os.getpid(), signum)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def test_handlers_are_as_before_afterwards():

@@ -195,16 +195,50 @@ def test_everything_that_a_config_can_choose(config, tmp_path):
     assert np.isfinite(result["test_loss"])
 
 
-def test_tensorboard_files_hold_the_records(config, tmp_path):
+def test_tensorboard_shows_each_step_once_and_from_the_first(config, tmp_path, monkeypatch):
+    """Turned on after the first epoch, and killed between the second record and its checkpoint."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config.tensorboard, config.num_epochs = True, 1
+    original = cnn.training._Loop._save
+    for killed_at in (14, 28):
+        config.tensorboard = killed_at == 28
+
+        def save(loop, state, killed_at=killed_at, **record):
+            if int(state.step) == killed_at:
+                if killed_at == 14:
+                    original(loop, state, **record)
+                raise Killed
+            original(loop, state, **record)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cnn.training._Loop, "_save", save)
+            with pytest.raises(Killed):
+                train_and_evaluate(config, tmp_path)
     train_and_evaluate(config, tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    (record,) = records(tmp_path)
-    assert events.Scalars("test_accuracy")[0].step == record["step"]
-    assert events.Scalars("test_loss")[0].value == pytest.approx(record["test_loss"], rel=1e-6)
+    assert [(scalar.step, scalar.value) for scalar in events.Scalars("test_loss")] == [
+        (record["step"], pytest.approx(record["test_loss"], rel=1e-6))
+        for record in records(tmp_path)
+    ]
+
+
+def test_runs_that_differ_in_the_seed_compile_nothing_anew(config, tmp_path):
+    compiled = []
+
+    def note(event, _, **about):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(about.get("fun_name"))
+
+    config.num_epochs = 1
+    train_and_evaluate(config, tmp_path / "0")
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        for config.seed in (1, 2):
+            train_and_evaluate(config, tmp_path / str(config.seed))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert compiled == []
 
 
 def test_tensorboard_that_is_not_installed_is_one_line(config, tmp_path, monkeypatch):
@@ -354,7 +388,14 @@ def test_a_run_goes_on_with_other_devices(config, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("cnn.training.evaluate", lambda *_, **__: cnn.Metrics(1.0, 1, 1))
     _, result = train_and_evaluate(config, tmp_path)
     said = capsys.readouterr().out
-    assert "note: the run goes on with 4 x cpu after 2 x cpu, from the same bits" in said
+    assert (
+        "note: the run continues from the same bits in another environment "
+        "(devices: 2 x cpu -> 4 x cpu)"
+    ) in said
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    (before,) = environment.pop("earlier")
+    assert (len(before["devices"]), before["starts"]) == (2, [0])
+    assert (len(environment["devices"]), environment["starts"]) == (4, [14])
     kept, made = records(tmp_path)
     assert kept == first
     assert (lost["step"], made["step"]) == (28, 28)
