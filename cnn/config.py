@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import json
 import os
+import re
 import runpy
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -39,11 +42,12 @@ _ON_NONFINITE = ("stop", "skip")
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
-    """The type of a field, what its value must satisfy, and that in words."""
+    """The type of a field, what its value must satisfy, that in words, and its one spelling."""
 
     kind: type
     valid: Callable[[Any], bool] = lambda _: True
     words: str = ""
+    canonical: Callable[[Any], Any] = lambda value: value
 
 
 def _choice(*names: str) -> _Field:
@@ -76,7 +80,9 @@ _WIDTHS = _Field(
     tuple,
     lambda value: all(type(width) is int and 1 <= width <= _MAX_WIDTH for width in value),
     f"hold whole numbers from 1 to {_MAX_WIDTH}",
+    tuple,
 )
+_PADDINGS = ("VALID", "SAME")
 
 FIELDS: dict[str, _Field] = {
     "seed": _Field(int, lambda value: 0 <= value < 2**32, "lie between 0 and 2**32 - 1"),
@@ -86,7 +92,12 @@ FIELDS: dict[str, _Field] = {
     "model.name": _choice(*MODEL_NAMES),
     "model.features": _WIDTHS,
     "model.kernel_size": _WIDTH,
-    "model.padding": _choice("VALID", "SAME"),
+    "model.padding": _Field(
+        str,
+        lambda value: value.upper() in _PADDINGS,
+        f"be one of {', '.join(_PADDINGS)}",
+        str.upper,
+    ),
     "model.hidden": _WIDTH_OR_NONE,
     "model.patch_size": _WIDTH_OR_NONE,
     "model.patch_features": _WIDTH,
@@ -119,8 +130,34 @@ FIELDS: dict[str, _Field] = {
 }
 
 
+def find_config(name: str, folder: Path) -> Path:
+    """The config file that a person means: the path of one, or the name of one in a folder.
+
+    Args:
+      name: such as "mine/config.py", "digits" or "digits.py". A path to a file comes first.
+      folder: of the named configs.
+
+    Raises:
+      InputError: if there is none; it names configs with a similar name.
+    """
+    path = local_path(name)
+    # Path's own methods raise where a name is too long.
+    for place in (path, folder / name, folder / f"{name}.py"):
+        if os.path.isfile(place):
+            return place
+    fault = "is a directory" if os.path.isdir(path) else "is not a file"
+    fault = fault if os.path.exists(path) else "does not exist"
+    known = sorted(place.stem for place in folder.glob("*.py"))
+    near = difflib.get_close_matches(path.stem, known, n=1)
+    hint = f"did you mean --config {near[0]}?" if near else f"there are {', '.join(known)}"
+    raise InputError(f"config file {name or repr(name)} {fault}; {hint}")
+
+
 def load_config(path: str | os.PathLike[str]) -> ConfigDict:
     """Calls `get_config()` of a Python file. A config is code: run only what you trust.
+
+    Args:
+      path: of the file; or of the `config.json` of a run.
 
     Raises:
       InputError: if there is no such file, or it does not give a config.
@@ -134,7 +171,10 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
     search = list(sys.path)
     sys.path.insert(0, str(path.resolve().parent.parent))
     try:
-        get_config = runpy.run_path(str(path)).get("get_config")
+        if path.suffix == ".json":
+            get_config = functools.partial(_read_json, path)
+        else:
+            get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if callable(get_config) else None
         if isinstance(config, ConfigDict):
             flatten(config)  # raises where a section holds itself, or a field awaits its value
@@ -153,6 +193,11 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
             f"not {type(config).__name__}"
         )
     return config
+
+
+def _read_json(path: Path) -> Any:
+    value = json.loads(path.read_text())
+    return ConfigDict(value) if isinstance(value, dict) else value
 
 
 def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
@@ -229,15 +274,39 @@ _IN_WORDS = {
 }
 
 
-def overrides_help() -> str:
-    """All fields and what each may be, one a line."""
-    width = max(map(len, FIELDS))
-    lines = (
-        f"  --config.{name:<{width}}  {_IN_WORDS[field.kind]}"
-        + (f"; must {field.words}" if field.words else "")
-        for name, field in FIELDS.items()
-    )
-    return "fields (configs/baseline.py explains each):\n" + "\n".join(lines)
+def as_flags(config: ConfigDict, base: ConfigDict) -> list[str]:
+    """The flags by which `override` makes one config of another, in order.
+
+    Args:
+      config: wanted.
+      base: has the same fields.
+
+    >>> as_flags(ConfigDict({"seed": 1, "model": {"features": (4,)}}),
+    ...          ConfigDict({"seed": 0, "model": {"features": (8,)}}))
+    ['--config.seed=1', '--config.model.features=(4,)']
+    """
+    before = flatten(base)
+    return [f"--config.{n}={v}" for n, v in flatten(config).items() if v != before[n]]
+
+
+def comments(source: str) -> dict[str, str]:
+    r"""What a config file says of each field, in the comment lines above its assignment.
+
+    Args:
+      source: of the file.
+
+    >>> comments("# Of everything\\n# random.\\nconfig.seed = 0")
+    {'seed': 'Of everything random.'}
+    """
+    found, above = {}, []
+    for line in map(str.strip, source.splitlines()):
+        if line.startswith("# "):
+            above.append(line[2:])
+            continue
+        if assignment := re.match(r"config\.([\w.]+) = (?!ConfigDict)", line):
+            found[assignment[1]] = " ".join(above)
+        above = []
+    return found
 
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -255,8 +324,12 @@ def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, 
     return flat
 
 
-def check_config(config: ConfigDict) -> None:
+def check_config(config: ConfigDict) -> ConfigDict:
     """Refuses a config with an unknown, missing, mistyped or impossible field.
+
+    Returns:
+      The same fields in one spelling: a config that was JSON in between, with lists for tuples, is
+      then equal to what it was.
 
     Raises:
       InputError: names the field, its value and what it should be.
@@ -273,6 +346,13 @@ def check_config(config: ConfigDict) -> None:
             f"schedule.warmup_epochs={flat['schedule.warmup_epochs']} is longer than "
             f"num_epochs={flat['num_epochs']}"
         )
+    if flat["batch_size"] == 1 and flat["model.batch_norm"]:
+        raise InputError(
+            "batch_size=1 with model.batch_norm=True: the statistics of one image say nothing of "
+            "others, and nothing would be learned; choose batch_size=2 or more, or "
+            "model.batch_norm=False"
+        )
+    return _unflatten({name: FIELDS[name].canonical(value) for name, value in flat.items()})
 
 
 def _check_known(name: str) -> None:

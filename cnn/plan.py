@@ -22,6 +22,7 @@ from cnn.devices import replicated
 from cnn.errors import InputError
 from cnn.models import create_model
 from cnn.optimizers import create_optimizer, create_schedule
+from cnn.screen import waiting
 from cnn.steps import CrossEntropy, TrainState, create_train_state, train_step
 
 # Streams of random keys, folded into the run's seed.
@@ -43,6 +44,7 @@ class Plan:
       model: the network.
       schedule: learning rate by number of updates.
       steps_per_epoch: whole batches in the train split.
+      warmup_updates: during which the learning rate rises.
     """
 
     config: Any
@@ -51,6 +53,12 @@ class Plan:
     model: nn.Module
     schedule: optax.Schedule
     steps_per_epoch: int
+    warmup_updates: int
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of the whole run: an optimizer that accumulates makes fewer than steps."""
+        return self.num_steps // self.config.optimizer.accumulate_steps
 
     @property
     def num_steps(self) -> int:
@@ -156,7 +164,8 @@ def make_plan(config: Any, mesh: Mesh) -> Plan:
     Raises:
       InputError: if the dataset cannot be had, or is too small for the batch or the schedule.
     """
-    dataset = load_dataset(config.dataset.name, config.dataset.data_dir or None)
+    with waiting(f"loading {config.dataset.name}"):
+        dataset = load_dataset(config.dataset.name, config.dataset.data_dir or None)
     num_images = len(dataset.train.labels)
     steps_per_epoch = num_images // config.batch_size
     if not steps_per_epoch:
@@ -181,11 +190,12 @@ def make_plan(config: Any, mesh: Mesh) -> Plan:
         raise InputError(
             f"num_epochs={config.num_epochs} makes {num_steps:,} steps; a run has less than 2**31"
         )
+    warmup_updates = round(steps_per_epoch * config.schedule.warmup_epochs / accumulate)
     schedule = create_schedule(
         config.schedule.name,
         config.optimizer.learning_rate,
         num_updates=num_steps // accumulate,
-        warmup_updates=round(steps_per_epoch * config.schedule.warmup_epochs / accumulate),
+        warmup_updates=warmup_updates,
         end_fraction=config.schedule.end_fraction,
     )
     return Plan(
@@ -195,4 +205,5 @@ def make_plan(config: Any, mesh: Mesh) -> Plan:
         model=create_model(num_classes=dataset.num_classes, **config.model.to_dict()),
         schedule=schedule,
         steps_per_epoch=steps_per_epoch,
+        warmup_updates=warmup_updates,
     )

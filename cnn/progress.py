@@ -1,72 +1,62 @@
-"""What a person sees while a run goes on."""
+"""What a person sees while a run trains: the table of its epochs, the live line, the time left."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
+import re
 import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
+from cnn import screen
 from cnn.metrics import Metrics
-from cnn.plan import Plan
-from cnn.summary import model_summary
+from cnn.table import epoch_table, loss, percent
 
-_PLAIN_SECONDS = 10.0
+_PLAIN_SECONDS = 30.0
 _LIVE_SECONDS = 0.2
-
-
-def say(line: str) -> None:
-    """Prints a line to standard output, above a live bar if there is one; never fails."""
-    _print(line, sys.stdout)
-
-
-def warn(line: str) -> None:
-    """Prints a line to standard error, above a live bar if there is one; never fails."""
-    _print(f"warning: {line}", sys.stderr)
-
-
-def _print(line: str, stream: Any) -> None:
-    with contextlib.suppress(OSError, ValueError):  # full, or closed
-        if stream is not None:
-            tqdm.write(line, file=stream)
-            stream.flush()
+_ESTIMATE_SECONDS = 2.0  # of training, before the time of the whole run is estimated
+_WORTH_ESTIMATING = 10.0  # seconds
+# A training step computes a forward pass and two products of its size for the gradients.
+_COST_OF_EVALUATION = 1 / 3
 
 
 class Progress:
-    """Epoch, step, loss, accuracy, images/s and time left, while training.
+    """Prints a row per epoch, and where the run is in between.
 
-    On a terminal one line that is redrawn; elsewhere a plain line every ten seconds.
+    On a terminal one line is redrawn in place; elsewhere a plain line appears every half minute.
 
     Args:
       num_epochs: of the whole run.
       steps_per_epoch: optimizer steps.
       batch_size: images per step.
-      start_step: where this process takes up the run.
+      test_count: images that are evaluated after each epoch.
+      start_step: the step from which this process trains.
+      best_accuracy: of the epochs before, a fraction; 0 without any.
     """
 
     def __init__(
-        self, *, num_epochs: int, steps_per_epoch: int, batch_size: int, start_step: int
+        self,
+        *,
+        num_epochs: int,
+        steps_per_epoch: int,
+        batch_size: int,
+        test_count: int,
+        start_step: int,
+        best_accuracy: float = 0.0,
     ) -> None:
         self._num_epochs = num_epochs
         self._steps_per_epoch = steps_per_epoch
         self._batch_size = batch_size
-        self._live = sys.stderr is not None and sys.stderr.isatty()
-        self._period = _LIVE_SECONDS if self._live else _PLAIN_SECONDS
-        self._start_step = self._step = start_step
-        self._start_time = self._shown = time.monotonic()
-        self._bar = tqdm(
-            total=num_epochs * steps_per_epoch,
-            initial=start_step,
-            bar_format="{bar:12} {desc}",
-            disable=not self._live,
-            dynamic_ncols=True,
-            leave=False,
-        )
+        self._evaluation_steps = _COST_OF_EVALUATION * test_count / batch_size
+        self._start_step = start_step
+        self._best_accuracy = best_accuracy
+        self._period = _LIVE_SECONDS if screen.is_live() else _PLAIN_SECONDS
+        self._is_estimated = False
+        self._header = ""
+        self._rate = 0.0  # steps per second
+        self.lap(start_step)
+        self._shown = self._lap_time
 
     def __enter__(self) -> Progress:
         return self
@@ -77,11 +67,26 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.close()
+        screen.live("")
+
+    def lap(self, step: int) -> None:
+        """Starts the clock that gives images/s, when nothing but training follows this step."""
+        self._lap_step, self._lap_time = step, time.monotonic()
+
+    def images_per_second(self, step: int) -> float:
+        """Images trained per second since `lap`, when this step is done; 0 without any."""
+        if not (steps := step - self._lap_step):
+            return 0.0
+        self._rate = steps / max(time.monotonic() - self._lap_time, 1e-9)
+        return self._rate * self._batch_size
 
     def due(self) -> bool:
         """Whether it is time to show something: asking is cheap, fetching metrics is not."""
-        return time.monotonic() - self._shown >= self._period
+        return time.monotonic() - self._shown >= self._period or self._may_estimate()
+
+    def _may_estimate(self) -> bool:
+        trained = time.monotonic() - self._lap_time
+        return not self._is_estimated and trained >= _ESTIMATE_SECONDS
 
     def show(self, step: int, metrics: Metrics) -> None:
         """Shows where the run is.
@@ -90,28 +95,95 @@ class Progress:
           step: steps done of the whole run.
           metrics: of the epoch so far, on the host.
         """
-        self._shown = now = time.monotonic()
-        if not metrics.count:
-            return  # every step so far was skipped
-        rate = (step - self._start_step) / max(now - self._start_time, 1e-9)
-        total = self._num_epochs * self._steps_per_epoch
-        left = (total - step) / rate if rate else math.inf
+        speed = self.images_per_second(step)
+        if self._may_estimate():
+            self._estimate(step)
+        if time.monotonic() - self._shown < self._period:
+            return
+        self._shown = time.monotonic()
+        if not metrics.count or not speed:
+            return  # every step so far was skipped, or none is timed
         epoch = (step - 1) // self._steps_per_epoch
-        where = (
-            f"epoch {epoch + 1}/{self._num_epochs}  "
-            f"step {step - epoch * self._steps_per_epoch:,}/{self._steps_per_epoch:,}"
+        part = (step - epoch * self._steps_per_epoch) / self._steps_per_epoch
+        # In the order of the line, with their ranks: the least important go first.
+        parts = (
+            (0, f"epoch {epoch + 1}/{self._num_epochs}"),
+            (2, f"{100 * part:.0f} %"),
+            (4, f"loss {loss(float(metrics.loss))}"),
+            (3, f"accuracy {percent(float(metrics.accuracy))}"),
+            (5, f"{speed:,.0f} images/s"),
+            (1, f"{duration(self._seconds_left(step))} left"),
         )
-        what = (
-            f"loss {metrics.loss:.4f}  accuracy {_percent(float(metrics.accuracy))}  "
-            f"{rate * self._batch_size:,.0f} images/s  ETA {duration(left)}"
-        )
-        if self._live:
-            self._bar.set_description_str(f"{where}  {what}", refresh=False)
-            self._bar.update(step - self._step)
-            self._bar.refresh()
+        if screen.is_live():
+            screen.live(fitted(parts, screen.width()))
         else:
-            say(f"{where}  {what}")
-        self._step = step
+            screen.say(fitted(parts, screen.width()))
+
+    def evaluating(self, epoch: int) -> None:
+        """Shows on a terminal that the test images are being evaluated."""
+        screen.live(f"epoch {epoch + 1}/{self._num_epochs}  evaluating the test images")
+
+    def _seconds_left(self, step: int) -> float:
+        """Training and evaluation after this step, at the present rate."""
+        if not self._rate:
+            return math.inf
+        epochs = self._num_epochs - step // self._steps_per_epoch
+        steps = self._num_epochs * self._steps_per_epoch - step
+        return (steps + epochs * self._evaluation_steps) / self._rate
+
+    def _estimate(self, step: int) -> None:
+        """Prints how long this process trains, from its first step to the last."""
+        if not self._rate:
+            return
+        self._is_estimated = True
+        if self._seconds_left(step) >= _WORTH_ESTIMATING:
+            epochs = self._num_epochs - self._start_step // self._steps_per_epoch
+            seconds = self._seconds_left(self._start_step)
+            number = "1 epoch takes" if epochs == 1 else f"{epochs:,} epochs take"
+            screen.say(f"estimate: {number} about {duration(seconds)}")
+
+    def epoch(self, record: Mapping[str, Any], seconds: float) -> None:
+        """Prints the row of a finished epoch; above the first one, and if it changed, the header.
+
+        Args:
+          record: a line of `metrics.jsonl`.
+          seconds: the whole epoch took.
+        """
+        if not self._is_estimated:
+            self._estimate(record["step"])
+        is_best = record["test_accuracy"] >= self._best_accuracy
+        self._best_accuracy = max(record["test_accuracy"], self._best_accuracy)
+        header, row = epoch_table(
+            {**record, "seconds": seconds, "is_best": is_best},
+            num_epochs=self._num_epochs,
+            width=screen.width(),
+        )
+        screen.live("")
+        if header != self._header:
+            screen.say(screen.styled(header, "bold"))
+            self._header = header
+        screen.say(re.sub(r"\S+ %\*", lambda mark: screen.styled(mark[0], "green"), row))
+        if skipped := record["skipped_steps"]:
+            screen.say(
+                f"note: {skipped:,} of the {self._steps_per_epoch:,} steps of epoch "
+                f"{record['epoch']} were not finite and were skipped"
+            )
+
+
+def fitted(parts: tuple[tuple[int, str], ...], width: int) -> str:
+    """The parts of a line that fit a width, joined; those of the highest rank are left out first.
+
+    Args:
+      parts: (rank, text), in the order of the line.
+      width: characters that there are.
+
+    >>> fitted(((0, "epoch 1/2"), (2, "loss 1.2000"), (1, "0:05 left")), 20)
+    'epoch 1/2  0:05 left'
+    """
+    kept = list(parts)
+    while len(line := "  ".join(text for _, text in kept)) > width and len(kept) > 1:
+        kept.remove(max(kept))
+    return line
 
 
 def duration(seconds: float) -> str:
@@ -125,54 +197,3 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def epoch_line(record: Mapping[str, Any], *, num_epochs: int) -> str:
-    """One finished epoch in words."""
-    parts = (
-        f"{part}: loss {record[f'{part}_loss']:.4f}, {_percent(record[f'{part}_accuracy'])} right"
-        for part in ("train", "test")
-    )
-    skipped = record["skipped_steps"]
-    return (
-        f"epoch {record['epoch']}/{num_epochs}  {'  '.join(parts)} "
-        f"of {record['test_count']:,}  ({record['images_per_second']:,.0f} images/s"
-        f"{f'; {skipped:,} steps were not finite, and skipped' if skipped else ''})"
-    )
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
-
-
-def result_line(result: Mapping[str, Any]) -> str:
-    """A finished run in words."""
-    return (
-        f"test accuracy {_percent(result['test_accuracy'])} of {result['test_count']:,} images "
-        f"(best {_percent(result['best_test_accuracy'])}, epoch {result['best_epoch']}) "
-        f"in {duration(result['wall_seconds'])}"
-    )
-
-
-def describe(plan: Plan, variables: Any, num_devices: int) -> str:
-    """What is about to be trained: data, devices, layers.
-
-    Args:
-      plan: of the run.
-      variables: the model's, parameters and all.
-      num_devices: how many devices there are; the plan's mesh may use fewer.
-    """
-    data, used, batch_size = plan.dataset, plan.mesh.size, plan.config.batch_size
-    height, width, channels = data.image_shape
-    kind = plan.mesh.devices.flat[0].device_kind
-    lines = [
-        f"data: {data.name}, {len(data.train):,} train and {len(data.test):,} test images of "
-        f"{height}x{width}x{channels}, {data.num_classes} classes",
-        f"devices: {used} x {kind}, {batch_size // used} images each per step",
-    ]
-    if used < num_devices:
-        lines.append(
-            f"note: batch_size={batch_size} does not divide evenly over {num_devices} devices; "
-            f"{num_devices - used} stay idle"
-        )
-    return "\n".join([*lines, model_summary(plan.model, variables, data.image_shape)])

@@ -1,4 +1,4 @@
-"""A model's layers as a table: shapes, parameters, FLOPs."""
+"""What is about to be trained: data, devices, and the layers with shapes, parameters, FLOPs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,43 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cnn.notes import notes
+from cnn.plan import Plan
 
-def model_summary(model: nn.Module, variables: Any, image_shape: tuple[int, int, int]) -> str:
+
+def describe(plan: Plan, variables: Any, num_devices: int, *, width: int) -> str:
+    """What is about to be trained: data, batches, devices, notes on settings, layers.
+
+    Args:
+      plan: of the run.
+      variables: the model's, parameters and all.
+      num_devices: that there are; the plan's mesh may use fewer.
+      width: columns that the table of layers may have.
+    """
+    data, used, batch_size = plan.dataset, plan.mesh.size, plan.config.batch_size
+    train_count, test_count = len(data.train.labels), len(data.test.labels)
+    kind = plan.mesh.devices.flat[0].device_kind
+    left_out = train_count - plan.steps_per_epoch * batch_size
+    lines = [
+        f"data: {data.name}, {_by(data.image_shape)}, {data.num_classes:,} classes",
+        f"images: {train_count:,} for training, {test_count:,} for testing",
+        f"batches: {plan.steps_per_epoch:,} of {batch_size:,} images in each epoch"
+        + (f"; {left_out:,} images left out" if left_out else ""),
+        f"devices: {used} x {kind}, {batch_size // used:,} images each per step",
+    ]
+    if used < num_devices:
+        lines.append(
+            f"note: batch_size={batch_size} does not divide evenly over {num_devices} devices; "
+            f"{num_devices - used} stay idle"
+        )
+    lines += [f"note: {line}" for line in notes(plan)]
+    table = model_summary(plan.model, variables, data.image_shape, width=width)
+    return "\n".join([*lines, table])
+
+
+def model_summary(
+    model: nn.Module, variables: Any, image_shape: tuple[int, int, int], *, width: int = 79
+) -> str:
     """A table of the layers that hold parameters.
 
     FLOPs are of the forward pass for one image, two per multiply-add, convolutions and dense
@@ -21,6 +56,7 @@ def model_summary(model: nn.Module, variables: Any, image_shape: tuple[int, int,
       model: takes `[B, H, W, C]`.
       variables: its parameters and other collections; shapes are enough.
       image_shape: (H, W, C).
+      width: columns that the table may have; long names of layers are cut at their beginnings.
     """
     outputs = _output_shapes(model, variables, image_shape)
     rows = [("layer", "output", "parameters", "MFLOP"), ("input", _by(image_shape), "", "")]
@@ -36,10 +72,17 @@ def model_summary(model: nn.Module, variables: Any, image_shape: tuple[int, int,
         total_flops += flops
     rows.append(("total", "", f"{total_size:,}", f"{total_flops / 1e6:.2f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    # The names of nested modules are long, and differ at their ends.
+    widths[0] = min(widths[0], max(width - sum(widths[1:]) - 8, 8))
+    rows = [(_end_of(name, widths[0]), *cells) for name, *cells in rows]
     return "\n".join(
         f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip()
         for a, b, c, d in rows
     )
+
+
+def _end_of(name: str, length: int) -> str:
+    return name if len(name) <= length else f"...{name[3 - length :]}"
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from cnn.augment import augment
 from cnn.checkpoints import Checkpoints, digest
 from cnn.compilation import compilation_cache
-from cnn.conclusion import conclude
+from cnn.conclusion import conclude, draw_pictures, result_text, see
 from cnn.config import check_config, differences, resolved
 from cnn.data.batches import DeviceSplit, epoch_order
 from cnn.devices import batch_mesh, find_devices, replicated, sharded, stay_close
@@ -37,10 +37,12 @@ from cnn.interruption import StopSignals
 from cnn.jax_settings import pinned_settings
 from cnn.metrics import Metrics, Tally
 from cnn.plan import Plan, make_plan
-from cnn.progress import Progress, describe, epoch_line, result_line, say, warn
+from cnn.progress import Progress
 from cnn.report import RunDirectory
-from cnn.steps import TrainState, train_step, train_steps
+from cnn.screen import say, waiting, warn, width
+from cnn.steps import CrossEntropy, TrainState, train_step, train_steps
 from cnn.storage import is_trouble, trouble
+from cnn.summary import describe
 
 
 def train_and_evaluate(
@@ -63,7 +65,7 @@ def train_and_evaluate(
       Interrupted: after Ctrl-C or SIGTERM.
     """
     started = time.monotonic()
-    check_config(config)
+    config = check_config(config)
     with RunDirectory(workdir) as run, pinned_settings():
         try:
             return _run(config, run, started)
@@ -86,7 +88,10 @@ def _run(config: Any, run: RunDirectory, started: float) -> tuple[TrainState, di
     run.records()  # raises if they are damaged
     if config.tensorboard:
         require_tensorboard()
-    devices = find_devices(config.platform, config.num_devices, deterministic=config.deterministic)
+    with waiting("starting the devices"):
+        devices = find_devices(
+            config.platform, config.num_devices, deterministic=config.deterministic
+        )
     plan = make_plan(config, batch_mesh(devices, config.batch_size))
     with compilation_cache(config.compilation_cache):
         return _train(plan, run, finished, len(devices), started)
@@ -96,8 +101,9 @@ def _train(
     plan: Plan, run: RunDirectory, finished: dict[str, Any] | None, num_devices: int, started: float
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains what is left; `finished` is the result if there is one, as the run may be over."""
-    state = plan.initial_state()
-    say(describe(plan, state.variables, num_devices))
+    with waiting("initializing the model"):
+        state = plan.initial_state()
+    say(describe(plan, state.variables, num_devices, width=width()))
 
     if finished is None:
         run.lock()
@@ -109,7 +115,9 @@ def _train(
                     f"the latest checkpoint of {run.path} is not the state of its result.json; "
                     f"choose another --workdir"
                 )
-            say(f"finished before: {result_line(finished)}; {run.path} is left as it is")
+            say(f"finished before: {result_text(finished)}")
+            draw_pictures(state, plan, run, only_missing=True)
+            say(see(run))
             return state, finished
         parts = _begin_part(plan, int(state.step), before)
         run.lock()
@@ -117,8 +125,9 @@ def _train(
         loop = _Loop(plan, run, checkpoints, parts, started - before.get("wall_seconds", 0.0))
         state = loop.train(state, before)
     result = conclude(state, plan, run, loop.started)
-    say(f"finished: {result_line(result)}\ndigest: {result['digest']}")
-    say(f"see {run.path}: curves.png, samples.png, result.json")
+    say(f"finished: {result_text(result)}\ndigest: {result['digest']}")
+    draw_pictures(state, plan, run)
+    say(see(run))
     return state, result
 
 
@@ -131,7 +140,8 @@ def _restore(
         run.lock()  # of a finished run, which is about to change
         warn(line)
 
-    restored = checkpoints.restore_latest(state, tell)
+    with waiting("restoring the latest checkpoint"):
+        restored = checkpoints.restore_latest(state, tell)
     if restored is None:
         if run.was_started:
             raise InputError(
@@ -208,6 +218,7 @@ class _Loop:
         self._run, self._checkpoints = run, checkpoints
         self._steps_per_call = 1
         self._stop: int | None = None  # the signal that wants it
+        self._done: set[str] = set()
 
     def train(self, state: TrainState, before: dict[str, Any]) -> TrainState:
         """Trains from the state's step to the last, epoch by epoch.
@@ -219,19 +230,23 @@ class _Loop:
         plan, config, run = self._plan, self._config, self._run
         if not before:
             # What has a config has a checkpoint: none left is then known from none made yet.
-            self._save(state)
-            self._checkpoints.wait()
+            with waiting("saving the initial state"):
+                self._save(state)
+                self._checkpoints.wait()
         run.start(resolved(config), before.get("records", []))
         with _at_most_a_warning("environment.json is not written"):
             *earlier, now = self._parts
             run.write("environment.json", {**now, "earlier": earlier})
-        train, test = plan.place(plan.dataset.train), plan.place(plan.dataset.test)
+        with waiting("copying the images to the devices"):
+            train, test = plan.place(plan.dataset.train), plan.place(plan.dataset.test)
         first_step = int(state.step)
         progress = Progress(
             num_epochs=config.num_epochs,
             steps_per_epoch=plan.steps_per_epoch,
             batch_size=config.batch_size,
+            test_count=len(plan.dataset.test.labels),
             start_step=first_step,
+            best_accuracy=max((record["test_accuracy"] for record in run.records()), default=0.0),
         )
         self._steps_per_call = plan.steps_per_call(state)
         metrics = Metrics(**before["epoch_metrics"]) if "epoch_metrics" in before else None
@@ -241,19 +256,32 @@ class _Loop:
         with progress, StopSignals() as signals:
             for epoch in range(first_step // plan.steps_per_epoch, config.num_epochs):
                 begun, before_step = time.monotonic(), int(state.step)
+                progress.lap(before_step)
                 state, metrics = self._train_epoch(state, epoch, metrics, train, progress, signals)
-                steps = int(state.step) - before_step
-                rate = steps * config.batch_size / (time.monotonic() - begun)
-                tested = evaluate(state, test, batch_size=config.eval_batch_size)
+                step = int(state.step)
+                # Without compilation, unless that came with all steps of the epoch.
+                rate = progress.images_per_second(step) or (
+                    (step - before_step) * config.batch_size / (time.monotonic() - begun)
+                )
+                progress.evaluating(epoch)
+                with self._first("compiling the evaluation"):
+                    # Without label smoothing, which belongs to the training objective only.
+                    tested = evaluate(
+                        state.replace(loss_fn=CrossEntropy()),
+                        test,
+                        batch_size=config.eval_batch_size,
+                    )
                 record = self._record(epoch, metrics, tested, rate)
                 run.append(record)
                 if events:
                     events.write(record)
                 self._save(state, test_accuracy=record["test_accuracy"])
-                say(epoch_line(record, num_epochs=config.num_epochs))
+                progress.epoch(record, time.monotonic() - begun)
                 self._stop = self._stop or signals.received()
-                self._leave_if_asked(int(state.step))
+                self._leave_if_asked(step)
                 metrics = None
+        with waiting("saving the last checkpoint"):
+            self._checkpoints.wait()
         return state
 
     def _train_epoch(
@@ -279,14 +307,17 @@ class _Loop:
         while step < end:
             stop = min(end, (step // every + 1) * every) if every else end
             steps = min(self._steps_per_call, stop - step)
-            batches = _batches(
-                train, order, plan.augment_key, step,
-                steps=self._steps_per_call, batch_size=config.batch_size,
-                flip=config.augment.flip, translate=config.augment.translate,
-                sharding=sharded(plan.mesh, axis=1),
-            )  # fmt: skip
-            state, scores = self._call(state, batches, steps)
+            with self._first(self._compiling(steps)) as is_first:
+                batches = _batches(
+                    train, order, plan.augment_key, step,
+                    steps=self._steps_per_call, batch_size=config.batch_size,
+                    flip=config.augment.flip, translate=config.augment.translate,
+                    sharding=sharded(plan.mesh, axis=1),
+                )  # fmt: skip
+                state, scores = self._call(state, batches, steps)
             step += steps
+            if is_first:
+                progress.lap(step)
             tally.add(scores, steps)
             stay_close(tally.pending, ahead=8 if self._steps_per_call == 1 else 2)
             self._checkpoints.check()
@@ -301,6 +332,21 @@ class _Loop:
                 self._save(state, epoch_metrics=dataclasses.asdict(metrics))
                 self._leave_if_asked(step)
         return state, self._collect(tally)
+
+    @contextlib.contextmanager
+    def _first(self, what: str) -> Iterator[bool]:
+        """Announces what takes longer when this process does it for the first time."""
+        if what in self._done:
+            yield False
+            return
+        with waiting(what):
+            yield True
+        self._done.add(what)
+
+    def _compiling(self, steps: int) -> str:
+        """What is compiled when this number of steps is made in one call for the first time."""
+        known = self._steps_per_call > 1 and not self._plan.on_cpu
+        return "compiling the training step" + (f" ({steps:,} in one call)" if known else "")
 
     def _call(
         self, state: TrainState, batches: dict[str, jax.Array], steps: int
@@ -362,8 +408,8 @@ class _Loop:
     ) -> dict[str, Any]:
         """One line of `metrics.jsonl`.
 
-        Training figures are running ones, from during the epoch. Losses, of the test images too,
-        are those of the training objective: with label smoothing, if there is any.
+        Training figures are means over the steps of the epoch, each before its update. The train
+        loss is the training objective, with label smoothing; the test loss is plain cross-entropy.
         """
         plan = self._plan
         step = (epoch + 1) * plan.steps_per_epoch

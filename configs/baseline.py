@@ -31,12 +31,13 @@ def get_config() -> ConfigDict:
     config.augment.translate = 0
 
     config.model = ConfigDict()
+    # The network: "cnn" (cnn/models.py).
     config.model.name = "cnn"
     # Channels of each block (convolution, relu, 2x2 max-pooling).
     config.model.features = (32, 64)
     # Pixels, both ways.
     config.model.kernel_size = 3
-    # "VALID" shrinks the image at each convolution, "SAME" does not.
+    # "VALID" shrinks the image at each convolution, "SAME" does not; in capitals or not.
     config.model.padding = "VALID"
     # Width of the dense layer before the logits; 0 leaves it out.
     config.model.hidden = 64
@@ -56,6 +57,7 @@ def get_config() -> ConfigDict:
     # Images per step, over all devices. The last, incomplete batch of an epoch is left out
     # (another few images each time, as the order is new).
     config.batch_size = 32
+    # Passes over the training images.
     config.num_epochs = 10
     # 0 is plain cross-entropy.
     config.label_smoothing = 0.0

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import queue
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnn.data.bars import progress_bar
 from cnn.errors import InputError
 from cnn.files import replacing
+from cnn.screen import waiting
 
 if TYPE_CHECKING:
     import requests
@@ -68,13 +69,13 @@ def _download(url: str, size: int, sha256: str, place: Path) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             with (
                 replacing(place) as stream,
-                progress_bar(desc=place.name, total=size, unit="B", unit_scale=True) as bar,
+                waiting(f"downloading {place.name}", sys.stderr) as task,
             ):
                 for block in response.iter_content(1 << 18):
                     stream.write(block)
                     digest.update(block)
                     received += len(block)
-                    bar.update(len(block))
+                    task.detail = f"{received / 1e6:,.0f} of {size / 1e6:,.0f} MB"
                 if digest.hexdigest() != sha256:
                     raise InputError(
                         f"{url} gave a wrong file: {received:,} bytes with sha256 "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cnn.data import download
 from cnn.errors import InputError
 from cnn.manifest import write_manifest
+from cnn.screen import waiting
 from cnn.storage import is_file, is_writable
 
 if TYPE_CHECKING:
@@ -99,9 +100,13 @@ def prepare(root: Path, request: Request) -> Path:
         )
     _check_features(builder.info.features, request.name)
     _ensure_archives(builder, root / "downloads", only_check=not ours)
-    print(f"cnn: preparing {request.name} in {place}", file=sys.stderr)
+    quiet = io.StringIO()  # TFDS writes the same at length
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells the same at length
+        with (
+            waiting(f"preparing {request.name} in {place}", sys.stderr),
+            contextlib.redirect_stdout(quiet),
+            contextlib.redirect_stderr(quiet),
+        ):
             builder.download_and_prepare(file_format=_file_format())
     except Exception as error:
         if (found := find(root, request)) is not None:

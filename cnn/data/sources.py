@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from cnn.data import cache
-from cnn.data.bars import progress_bar
 from cnn.data.dataset import Dataset, Split
 from cnn.data.prepare import Request, check_label_names, find, first_line, prepare
 from cnn.errors import InputError
 from cnn.manifest import MANIFEST, read_through, verify_manifest
+from cnn.screen import counted, waiting
 from cnn.storage import absolute, is_file, is_writable, unreadable
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
@@ -214,18 +214,18 @@ def _decode_split(builder: Any, split: str, image_key: str, label_key: str) -> S
     examples = _examples(builder, split, image_key, label_key)
     labels = np.empty(number, np.int32)
     images = np.empty(0, np.uint8)
-    title = f"decoding {builder.name} {split}"
-    bar = progress_bar(examples, desc=title, total=number, unit=" images")
     index = -1
-    for index, (image, label) in enumerate(bar):
-        if index == 0:
-            images = np.empty((number, *image.shape), np.uint8)
-        if image.shape != images.shape[1:]:
-            raise InputError(
-                f"{builder.name} has images of several sizes ({images.shape[1:]} and {image.shape}"
-                f" in {split}): resize them first, or choose a dataset with one size"
-            )
-        images[index], labels[index] = image, label
+    with waiting(f"decoding {builder.name} {split}", sys.stderr) as task:
+        for index, (image, label) in enumerate(counted(examples, task, number, "images")):
+            if index == 0:
+                images = np.empty((number, *image.shape), np.uint8)
+            if image.shape != images.shape[1:]:
+                raise InputError(
+                    f"{builder.name} has images of several sizes ({images.shape[1:]} and "
+                    f"{image.shape} in {split}): resize them first, or choose a dataset with one "
+                    f"size"
+                )
+            images[index], labels[index] = image, label
     if index + 1 != number:
         raise ValueError(f"{index + 1} examples in {split}, {number} expected")
     for array in (images, labels):

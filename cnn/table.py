@@ -1,0 +1,108 @@
+"""The table of epochs that a run prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_GAP = "  "
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """A column of the table.
+
+    Attributes:
+      name: in the header.
+      short: in the header of a narrow table.
+      rank: columns of a higher rank are dropped first.
+      cell: from a record, with `seconds` and `is_best`, to a text.
+    """
+
+    name: str
+    short: str
+    rank: int
+    cell: Callable[[Mapping[str, Any]], str]
+
+
+def percent(fraction: float) -> str:
+    """A fraction for people.
+
+    >>> percent(0.69567)
+    '69.57 %'
+    """
+    return f"{100 * fraction:.2f} %"
+
+
+def loss(value: float) -> str:
+    """A loss in at most nine characters.
+
+    >>> loss(1.23456), loss(123456.7)
+    ('1.2346', '1.235e+05')
+    """
+    return f"{value:.4f}" if value < 1e4 else f"{value:.3e}"
+
+
+def _whole(value: float) -> str:
+    """In at most eight characters up to a hundred millions."""
+    return f"{value:,.0f}" if value < 1e6 else f"{value:.0f}"
+
+
+_COLUMNS = (
+    _Column("epoch", "epoch", 0, lambda r: f"{r['epoch']}"),
+    _Column("train loss", "train loss", 3, lambda r: loss(r["train_loss"])),
+    _Column("train accuracy", "accuracy", 4, lambda r: percent(r["train_accuracy"])),
+    _Column("test loss", "test loss", 2, lambda r: loss(r["test_loss"])),
+    # The blank is the place of the mark.
+    _Column(
+        "test accuracy ",
+        "accuracy ",
+        1,
+        lambda r: percent(r["test_accuracy"]) + ("*" if r["is_best"] else " "),
+    ),
+    _Column("images/s", "images/s", 5, lambda r: _whole(r["images_per_second"])),
+    _Column(
+        "seconds",
+        "seconds",
+        6,
+        lambda r: f"{r['seconds']:.1f}" if r["seconds"] < 1e4 else _whole(r["seconds"]),
+    ),
+)
+
+
+def epoch_table(record: Mapping[str, Any], *, num_epochs: int, width: int) -> tuple[str, str]:
+    """The header and the row of an epoch, aligned with those of all other epochs.
+
+    Where the width does not suffice for all columns, their names are shortened, and then the least
+    important columns are left out: seconds first, images/s, train accuracy, train loss.
+
+    Args:
+      record: a line of `metrics.jsonl` with two more entries: `seconds`, of the whole epoch, and
+        `is_best`, whether no epoch so far was more accurate on the test images.
+      num_epochs: of the run.
+      width: columns that there are.
+
+    Returns:
+      Two lines of at most `width` characters, if it is 39 or more.
+    """
+    names = {column: column.name for column in _COLUMNS}
+    digits = len(f"{num_epochs}")
+
+    def widths() -> dict[_Column, int]:
+        return {c: max(len(name), digits if c.rank == 0 else 0) for c, name in names.items()}
+
+    def is_too_wide() -> bool:
+        return sum(widths().values()) + len(_GAP) * (len(names) - 1) > width
+
+    if is_too_wide():
+        names = {column: column.short for column in _COLUMNS}
+    while is_too_wide() and len(names) > 2:
+        del names[max(names, key=lambda column: column.rank)]
+    sizes = widths()
+    cells = {column: column.cell(record) for column in names}
+    header, row = (
+        _GAP.join(f"{texts[column]:>{size}}" for column, size in sizes.items()).rstrip()
+        for texts in (names, cells)
+    )
+    return header, row
