@@ -313,10 +313,10 @@ def _check_batch(batch: Batch, stacked: bool = False) -> None:
         raise InputError(f"the batch has no {missing.pop()!r}; it must have 'image' and 'label'")
     image, label = batch["image"], batch["label"]
     lead, letters = (2, "[S, B]") if stacked else (1, "[B]")
-    if stacked and jnp.ndim(label) != 2:
+    if stacked and getattr(label, "ndim", None) != 2:
         raise InputError(f"labels of stacked batches must be integers [S, B], not {shown(label)}")
     check_labels(label[0] if stacked else label)
-    if jnp.shape(image)[:lead] != jnp.shape(label):
+    if getattr(image, "shape", ())[:lead] != label.shape:
         raise InputError(
             f"images and labels must have the same leading axes {letters}, but are {shown(image)} "
             f"and {shown(label)}"
