@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -298,26 +299,23 @@ class Checkpoints:
         folder = self._folder(step)
         for _ in range(_TRIES):
             try:
-                # As long as it is open, no other folder can have its number.
-                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+                status = os.stat(folder)
             except FileNotFoundError as error:
                 raise _GoneError(
                     f"checkpoint {folder} is gone: it was deleted, or never saved; "
                     f"Checkpoints.steps() lists those that exist"
                 ) from error
-            except NotADirectoryError as error:
-                raise _DamagedError(f"checkpoint {folder} is damaged: not a folder") from error
             except OSError as error:
                 raise InputError(f"a checkpoint cannot be read: {unreadable(error)}") from error
+            if not stat.S_ISDIR(status.st_mode):
+                raise _DamagedError(f"checkpoint {folder} is damaged: it is not a folder")
             try:
                 return look(folder)
             except (InputError, MemoryError):
                 raise
             except Exception as error:  # of many kinds, from Orbax
-                if _is_still(handle, folder):
+                if _identity(folder) == _identity_of(status):
                     raise _explained(error, folder) from error
-            finally:
-                os.close(handle)
         raise InputError(f"checkpoint {folder} is replaced all the time: read it again later")
 
     def restore(self, state: TrainState, step: int) -> TrainState:
@@ -421,20 +419,14 @@ def _best(ranked: list[tuple[float | None, int]]) -> int | None:
 def _identity(folder: Path) -> _Identity | None:
     """What tells a folder from another that takes its place; None if there is none."""
     try:
-        status = os.stat(folder)
+        return _identity_of(os.stat(folder))
     except OSError:
         return None
+
+
+def _identity_of(status: os.stat_result) -> _Identity:
+    # Its number may be that of a folder deleted before; the time of its renaming is another.
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _is_still(handle: int, folder: Path) -> bool:
-    """Whether an open folder is the one of this path."""
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(folder))
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
 
 
 def _checked_record(folder: Path) -> dict[str, Any]:

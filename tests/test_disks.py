@@ -1,8 +1,10 @@
 """Disks that are full, read-only or gone while a run goes on; the same command goes on after."""
 
+import errno
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -189,6 +191,27 @@ def test_a_directory_that_is_removed_and_put_back(tmp_path, config, between_call
     aside.rename(gone)
     again, _ = cnn.train_and_evaluate(config, tmp_path / "run")
     assert cnn.digest(again) == cnn.digest(state)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_folders_that_cannot_be_synced(tmp_path, config, digits, monkeypatch, number):
+    """As on CIFS and some FUSE mounts: no reason not to train. A disk that fails is one."""
+    fsync = os.fsync
+
+    def refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EIO:
+        with pytest.raises(cnn.InputError, match=r"checkpoint of step 0 .*: Input/output error in"):
+            cnn.train_and_evaluate(config, tmp_path / "run")
+    else:
+        state, _ = cnn.train_and_evaluate(config, tmp_path / "run")
+        monkeypatch.undo()
+        assert cnn.digest(state) == outcome(tmp_path / "run")[0]
+        assert_whole_checkpoints(tmp_path / "run")
 
 
 def test_a_record_that_was_cut_short_by_a_full_disk(tmp_path, config, between_calls, digits):
