@@ -59,7 +59,9 @@ def pinned_settings() -> Iterator[None]:
     """
     with contextlib.ExitStack() as settings:
         for name, value in PINNED.items():
-            settings.enter_context(getattr(jax, name.removeprefix("jax_"))(value))
+            # A version of JAX that has no such setting has no other behaviour either.
+            if setting := getattr(jax, name.removeprefix("jax_"), None):
+                settings.enter_context(setting(value))
         settings.enter_context(jax.disable_jit(False))
         for name, value in _UPDATED.items():
             if hasattr(jax.config, name):

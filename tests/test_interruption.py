@@ -1,7 +1,6 @@
 """SIGTERM, Ctrl-C and preemption notices: the step ends, it is saved, and the run goes on."""
 
 import contextlib
-import fcntl
 import json
 import os
 import pty
@@ -9,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import termios
 import threading
 import time
 
@@ -83,11 +81,14 @@ def test_sigterm_before_the_training(tmp_path, digits):
 def test_a_closed_terminal_saves_the_running_step(tmp_path, digits):
     """Nothing can be written to it any more, and nothing is."""
     run, (screen, terminal) = tmp_path / "run", pty.openpty()
+    take = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", take, *train_command(*ENDLESS, "--workdir", run)]
     with subprocess.Popen(
-        train_command(*ENDLESS, "--workdir", run),
-        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    ) as process:  # fmt: skip
+        command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+    ) as process:
         os.close(terminal)
         os.set_blocking(screen, False)
 

@@ -420,16 +420,15 @@ def test_other_images_under_the_same_name_are_refused(unfinished, config, digits
 def test_a_run_takes_up_the_records_of_its_checkpoint(tmp_path):
     """What a killed process wrote after it, whole or not, makes way."""
     run = RunDirectory(tmp_path)
-    mesh = cnn.batch_mesh(jax.devices()[:1], 1)
     one, two, three = (dict.fromkeys(RECORD_FIELDS, step) for step in (1, 2, 3))
-    run.start({}, mesh, [])
+    run.start({}, [])
     assert run.records() == []
     run.append(one)
     run.append(two)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "los')
     assert run.records() == [one, two]
-    run.start({}, mesh, [one])
+    run.start({}, [one])
     assert run.records() == [one]
     run.append(three)
     assert run.records() == [one, three]
