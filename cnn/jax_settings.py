@@ -60,7 +60,7 @@ def pinned_settings() -> Iterator[None]:
     with contextlib.ExitStack() as settings:
         for name, value in PINNED.items():
             # A version of JAX that has no such setting has no other behaviour either.
-            if setting := getattr(jax, name.removeprefix("jax_"), None):
+            if (setting := getattr(jax, name.removeprefix("jax_"), None)) is not None:
                 settings.enter_context(setting(value))
         settings.enter_context(jax.disable_jit(False))
         for name, value in _UPDATED.items():
