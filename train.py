@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
         ) from error
     if config.tensorboard:
         say("curves of all runs beside this one:")
-        say(_command(["tensorboard", "--logdir", shown(absolute(workdir).parent)]))
+        say(_command(["tensorboard"], ("--logdir", shown(absolute(workdir).parent))))
     say("next, another seed shows how much the result varies:")
     program = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
     if [*program, *argv] != sys.orig_argv:  # it is called from Python
@@ -116,7 +116,8 @@ def main(argv: list[str]) -> None:
     name = path.stem if path.parent == _CONFIGS else str(path)
     seed, place = _next_seed(flatten(config)["seed"], absolute(workdir))
     changed = as_flags(override(config, [f"--config.seed={seed}"]), base)
-    say(_command([*program, "--config", name, *changed, "--workdir", shown(place)]))
+    flags = ("--config", name), ("--workdir", shown(place))
+    say(_command([*program, *changed], *flags))
 
 
 def _next_seed(seed: int, workdir: Path) -> tuple[int, Path]:
@@ -129,14 +130,14 @@ def _next_seed(seed: int, workdir: Path) -> tuple[int, Path]:
             return seed, place
 
 
-def _command(words: list[str]) -> str:
-    """A command for the shell, in lines that fit the screen if its words do."""
+def _command(words: list[str], *flags: tuple[str, str]) -> str:
+    """A command for the shell, in lines that fit the screen if its parts do."""
     lines = [""]
-    for word in map(shlex.quote, words):
-        if lines[-1] and len(lines[-1]) + len(word) + 5 > width():
-            lines.append(word)
+    for part in (*map(shlex.quote, words), *map(shlex.join, flags)):
+        if lines[-1] and len(lines[-1]) + len(part) + 7 > width():
+            lines.append(part)
         else:
-            lines[-1] = f"{lines[-1]} {word}".strip()
+            lines[-1] = f"{lines[-1]} {part}".strip()
     return "  " + " \\\n    ".join(lines)
 
 

@@ -41,14 +41,13 @@ def build_model() -> keras.Model:
 
 
 class _EpochLine(keras.callbacks.Callback):
-    """Prints a line per epoch, as `train.py` words it."""
+    """Prints a row per epoch, in the columns of `train.py`."""
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = logs or {}
         print(
-            f"epoch {epoch + 1}/{self.params['epochs']}  "
-            f"train: loss {logs['loss']:.4f}, {100 * logs['accuracy']:.2f} % right  "
-            f"test: loss {logs['val_loss']:.4f}, {100 * logs['val_accuracy']:.2f} % right",
+            f"{epoch + 1:5}  {logs['loss']:.4f}  {100 * logs['accuracy']:.2f} %  "
+            f"{logs['val_loss']:.4f}  {100 * logs['val_accuracy']:.2f} %",
             flush=True,
         )
 

@@ -21,7 +21,8 @@ from cnn import InputError
 
 TARGET = 0.6344
 KERAS = "keras"
-_EPOCH_LINE = re.compile(r"epoch (\d+)/\d+  .*test: loss \S+, ([\d.]+) % right")
+# Epoch, train loss, train accuracy, test loss, test accuracy.
+_EPOCH_LINE = re.compile(r" *(\d+) +\S+ +[\d.]+ % +\S+ +([\d.]+) %")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -281,9 +281,9 @@ def as_flags(config: ConfigDict, base: ConfigDict) -> list[str]:
       config: wanted.
       base: has the same fields.
 
-    >>> as_flags(ConfigDict({"seed": 1, "model": {"features": (4,)}}),
-    ...          ConfigDict({"seed": 0, "model": {"features": (8,)}}))
-    ['--config.seed=1', '--config.model.features=(4,)']
+    >>> base = ConfigDict({"model": {"features": (8,)}, "num_epochs": 3, "seed": 0})
+    >>> as_flags(ConfigDict({"model": {"features": (4,)}, "num_epochs": 3, "seed": 1}), base)
+    ['--config.model.features=(4,)', '--config.seed=1']
     """
     before = flatten(base)
     return [f"--config.{n}={v}" for n, v in flatten(config).items() if v != before[n]]
@@ -295,7 +295,7 @@ def comments(source: str) -> dict[str, str]:
     Args:
       source: of the file.
 
-    >>> comments("# Of everything\\n# random.\\nconfig.seed = 0")
+    >>> comments("# Of everything\n# random.\nconfig.seed = 0")
     {'seed': 'Of everything random.'}
     """
     found, above = {}, []

@@ -21,7 +21,7 @@ def wilson_interval(correct: int, count: int, *, level: float = 0.95) -> tuple[f
 
     >>> low, high = wilson_interval(6957, 10_000)
     >>> round(low, 4), round(high, 4)
-    (0.6866, 0.6959)
+    (0.6866, 0.7046)
     """
     z = statistics.NormalDist().inv_cdf((1 + level) / 2)
     fraction = correct / count

@@ -15,7 +15,7 @@ def notes(plan: Plan) -> list[str]:
     accumulate, num_steps = optimizer.accumulate_steps, plan.num_steps
     if rest := num_steps % accumulate:
         lines.append(
-            f"the last {rest:,} of {num_steps:,} steps have no effect: they do not fill "
+            f"steps at the end without effect: {rest:,} of {num_steps:,}, which do not fill "
             f"optimizer.accumulate_steps={accumulate}"
         )
     if schedule.warmup_epochs and not plan.warmup_updates:

@@ -94,7 +94,7 @@ def plot_samples(
     """
     columns = 6
     rows = -(-len(split) // columns)
-    shown = [class_names[label] for label in (*split.labels, *predictions)]
+    shown = [class_names[int(label)] for label in (*split.labels, *predictions)]
     with _figure(1.5 * columns, 1.9 * rows + 0.4, path, [title, *shown]) as figure:
         figure.suptitle(title, fontsize=11, parse_math=False)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -103,10 +103,9 @@ def plot_samples(
         for axes, image, label, prediction in zip(
             grid, split.images, split.labels, predictions, strict=False
         ):
-            pixels = _pixels(image)
-            axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.imshow(_pixels(image), interpolation="nearest")
             if label == prediction:
-                text, style = class_names[prediction], {"color": "black"}
+                text, style = f"{class_names[prediction]}", {"color": "black"}
             else:
                 text = f"{class_names[prediction]}\nnot {class_names[label]}"
                 style = {"color": "#D55E00", "fontweight": "bold"}
@@ -114,11 +113,11 @@ def plot_samples(
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
-    """`uint8[H, W, C]` as matplotlib takes it: `[H, W]`, `[H, W, 3]` or `[H, W, 4]`."""
+    """`uint8[H, W, C]` with any channels as red, green, blue and maybe opacity."""
     channels = image.shape[-1]
-    if channels == 2:
-        return image[..., [0, 0, 0, 1]]
-    return image if channels in (3, 4) else image[..., 0]
+    if channels in (3, 4):
+        return image
+    return image[..., [0, 0, 0, 1] if channels == 2 else [0, 0, 0]]
 
 
 def _folded(text: str) -> str:
@@ -167,8 +166,11 @@ def _import_matplotlib() -> Any:
     except Exception:  # of the environment, or of a matplotlibrc here or at home
         for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
             del sys.modules[name]
-        (package,) = importlib.util.find_spec("matplotlib").submodule_search_locations
-        variables = {"MPLBACKEND": "agg", "MATPLOTLIBRC": f"{package}/mpl-data/matplotlibrc"}
+        found = importlib.util.find_spec("matplotlib")
+        assert found is not None  # it was imported in part
+        assert found.origin is not None
+        own = os.path.join(os.path.dirname(found.origin), "mpl-data", "matplotlibrc")
+        variables = {"MPLBACKEND": "agg", "MATPLOTLIBRC": own}
         kept = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
         try:

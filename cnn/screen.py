@@ -92,8 +92,12 @@ def _draw(text: str, stream: TextIO | None) -> None:
     global _live
     with _lock:
         if is_live(stream) and (text or _live):
+            columns = width(stream)
+            # A terminal that has become narrower has broken the line into rows.
+            rows = (len(_live[0]) - 1) // (columns + 1) if _live else 0
+            text = text[:columns]
             _live = (text, stream) if text else None
-            _write(stream, _CLEAR + text[: width(stream)])
+            _write(stream, (f"\x1b[{rows}A\r\x1b[J" if rows else _CLEAR) + text)
 
 
 def _print(text: str, stream: TextIO | None) -> None:

@@ -151,10 +151,11 @@ def test_bad_flag_at_the_command_line():
 
 _TALKER = """
 import sys, time
-print("epoch 1/2  step 5/9  loss 1.0  accuracy 99.00 %")
-print("epoch 1/2  train: loss 1.2, 70.00 % right  test: loss 1.1, 63.00 % right of 10,000")
+print("epoch 1/2  55 %  loss 1.0000  accuracy 99.00 %  1,000 images/s  0:10 left")
+print("epoch  train loss  train accuracy  test loss  test accuracy   images/s  seconds")
+print("    1      1.2000         70.00 %     1.1000        63.00 %*     1,000     10.0")
 time.sleep(0.3)
-print("epoch 2/2  train: loss 1.0, 72.00 % right  test: loss 0.9, 63.44 % right of 10,000")
+print("    2      1.0000         72.00 %     0.9000        63.44 %*     1,000     10.0")
 time.sleep(0.3)
 sys.exit(len(sys.argv) - 1)
 """

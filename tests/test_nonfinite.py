@@ -163,7 +163,9 @@ def test_a_stopped_run_goes_on_by_skipping(config, tmp_path, poisoned, capsys):
         train_and_evaluate(config, tmp_path / "stopped")
     config.on_nonfinite = "skip"
     state, result = train_and_evaluate(config, tmp_path / "stopped")
-    assert "1 steps were not finite, and skipped" in capsys.readouterr().out
+    assert (
+        "1 of the 14 steps of epoch 2 were not finite and were skipped" in capsys.readouterr().out
+    )
     assert [record["skipped_steps"] for record in records(tmp_path / "stopped")] == [0, 1]
     assert result["skipped_steps"] == 1
     assert int(state.step) == 28

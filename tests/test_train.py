@@ -3,13 +3,16 @@
 import json
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import ENDLESS, REPOSITORY, train_command
+from cnn.config import FIELDS
+from tests.conftest import ENDLESS, REPOSITORY, train_command, without_waits
 
 DIGITS = REPOSITORY / "configs" / "digits.py"
 
@@ -27,7 +30,8 @@ def train(monkeypatch, capsys, digits):
             code = 0
         except SystemExit as stop:
             code = stop.code
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return code, without_waits(out), err
 
     return run
 
@@ -73,11 +77,42 @@ def test_a_work_directory_below_a_file(train, tmp_path):
     assert err.count("\n") == 1
 
 
-def test_help_lists_every_field_and_an_example(train):
-    code, out, _ = train("--help")
+def test_help_has_sections_and_the_defaults_of_the_config(train, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = train("--help", "--config", "digits")
     assert code == 0
-    assert "--config.optimizer.learning_rate" in out
-    assert "python train.py --config configs/digits.py" in out
+    assert all(len(line) < 80 for line in out.splitlines())
+    words = " ".join(out.split())
+    assert "optimizer: --config.optimizer.name" in words
+    assert "--config.num_epochs N Passes over the training images. (default: 20)" in words
+    assert words.count("(default: ") == len(FIELDS) + 2
+
+
+def test_a_config_is_found_by_its_name_and_the_next_command_works(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = train("--config", "digits.py", "--config.num_epochs=1", "--workdir", "run")
+    assert code == 0
+    command = out.partition("how much the result varies:\n")[2]
+    words = shlex.split(command)
+    assert words[:2] == ["python", "train.py"]
+    assert words[-2:] == ["--workdir", "run-seed1"]
+    code, _, err = train(*words[2:])
+    assert code == 0, err
+    first, second = (
+        json.loads(Path(f"{run}/result.json").read_text()) for run in ("run", "run-seed1")
+    )
+    assert (first["seed"], second["seed"]) == (0, 1)
+    assert first["num_epochs"] == second["num_epochs"] == 1
+
+
+def test_a_flag_without_effect_is_noted(train, tmp_path):
+    """Before anything is loaded."""
+    code, out, _ = train(
+        "--config=digits", "--config.optimizer.momentum=0.5", "--config.batch_size=2000",
+        "--workdir", tmp_path,
+    )  # fmt: skip
+    assert code == 2
+    assert out.startswith("note: optimizer.momentum has no effect: it belongs to")
 
 
 def test_digits_reach_97_percent_and_the_same_command_says_finished(run_train, tmp_path):
