@@ -6,7 +6,6 @@ processing".)
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cnn.linear import bilinear
 from cnn.pooling import largest, max_pool
-from cnn.rows import from_rows, pad, product
+from cnn.rows import from_rows, lines, pad, product
 
 # With so many channels the pieces of memory that a view is made of are long enough.
 _MANY_CHANNELS = 16
@@ -65,7 +65,7 @@ def convolve(
     corners = [(i * strides[0], j * strides[1]) for i in range(pool) for j in range(pool)]
     seen = [planes[i : i + kh, j : j + kw] for i, j in corners]
     windows = jnp.stack([one.reshape(-1, *one.shape[3:]) for one in seen], axis=1)
-    return from_rows(largest(_product_of_planes(windows, matrix, precision)))
+    return from_rows(largest(lines(_product_of_planes(windows, matrix, precision), 0)))
 
 
 def _views(
@@ -89,25 +89,20 @@ def _views(
     return view
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product_of_planes(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
+def _product(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
     """`[K, ...]` and `[K, O]` -> `[..., O]`."""
     # As in cnn.rows; the gradient of the kernel wants it as it is.
     x = lax.optimization_barrier(jnp.moveaxis(x, 0, -1))
     return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), precision)
 
 
-def _product_fwd(x: jax.Array, w: jax.Array, precision: Any) -> tuple[jax.Array, Any]:
-    return _product_of_planes(x, w, precision), (x, w)
+def _gradient_x(g: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
+    return lax.dot_general(w, g, (((1,), (g.ndim - 1,)), ((), ())), precision)
 
 
-def _product_bwd(precision: Any, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    (x, w), last = saved, g.ndim - 1
-    places = tuple(range(1, x.ndim)), tuple(range(last))
-    return (
-        lax.dot_general(w, g, (((1,), (last,)), ((), ())), precision),
-        lax.dot_general(x, g, (places, ((), ())), precision),
-    )
+def _gradient_w(g: jax.Array, x: jax.Array, precision: Any) -> jax.Array:
+    places = tuple(range(1, x.ndim)), tuple(range(g.ndim - 1))
+    return lax.dot_general(x, g, (places, ((), ())), precision)
 
 
-_product_of_planes.defvjp(_product_fwd, _product_bwd)
+_product_of_planes = bilinear(_product, _gradient_x, _gradient_w)

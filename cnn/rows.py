@@ -6,13 +6,14 @@ of memory even where there are few channels, and shifting the images moves whole
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from cnn.linear import bilinear
 
 
 def to_rows(images: jax.Array) -> jax.Array:
@@ -39,26 +40,6 @@ def lines(x: jax.Array, axis: int) -> list[jax.Array]:
     return [line.squeeze(axis) for line in lax.split(x, [1] * x.shape[axis], axis)]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
-    """`[N, ..., K]` times `[N, K, O]`, N times: `[N, ..., O]`."""
-    return _contract(x, w, [x.ndim - 1], [1], precision)
-
-
-def _product_fwd(x: jax.Array, w: jax.Array, precision: Any) -> tuple[jax.Array, Any]:
-    return product(x, w, precision), (x, w)
-
-
-def _product_bwd(precision: Any, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    (x, w), last = saved, g.ndim - 1
-    # Transposed in memory, or the product would go to a slower library (benchmarks/NOTES.md).
-    transposed = lax.optimization_barrier(jnp.moveaxis(x, last, 1))
-    return (
-        _contract(g, w, [last], [2], precision),
-        _contract(transposed, g, range(2, g.ndim), range(1, last), precision),
-    )
-
-
 def _contract(
     x: jax.Array, w: jax.Array, of_x: Sequence[int], of_w: Sequence[int], precision: Any
 ) -> jax.Array:
@@ -66,4 +47,20 @@ def _contract(
     return lax.dot_general(x, w, ((tuple(of_x), tuple(of_w)), ((0,), (0,))), precision)
 
 
-product.defvjp(_product_fwd, _product_bwd)
+def _product(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
+    """`[N, ..., K]` times `[N, K, O]`, N times: `[N, ..., O]`."""
+    return _contract(x, w, [x.ndim - 1], [1], precision)
+
+
+def _gradient_x(g: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
+    return _contract(g, w, [g.ndim - 1], [2], precision)
+
+
+def _gradient_w(g: jax.Array, x: jax.Array, precision: Any) -> jax.Array:
+    # Transposed in memory, or the product would go to a slower library (benchmarks/NOTES.md).
+    last = x.ndim - 1
+    transposed = lax.optimization_barrier(jnp.moveaxis(x, last, 1))
+    return _contract(transposed, g, range(2, x.ndim), range(1, last), precision)
+
+
+product = bilinear(_product, _gradient_x, _gradient_w)

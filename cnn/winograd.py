@@ -8,7 +8,6 @@ and differences of the transforms need the digits of float32, of which they lose
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cnn.pooling import to_winner, winners
+from cnn.linear import linear_map
+from cnn.pooling import largest
 from cnn.rows import from_rows, lines, pad, product, to_rows
 
 # A^T by m; for m = 2 with the points 0, 1, -1 and infinity, for m = 4 with 2 and -2 too.
@@ -88,23 +88,17 @@ def _products(
     return product(x, kernel.reshape(x.shape[0], channels, -1), precision)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _kernel_transform(kernel: jax.Array, m: int) -> jax.Array:
     """G g G^T: `[9, ...]` -> `[(m + 2)**2 (column, row), ...]`."""
-    return _kernel_transform_fwd(kernel, m)[0]
+    scale = _KERNEL_SCALE[m] ** 2
 
+    def forward(matrix: jax.Array, kernel: jax.Array) -> jax.Array:
+        return matrix @ kernel / scale  # divided last, so that whole numbers stay whole
 
-def _kernel_transform_fwd(kernel: jax.Array, m: int) -> tuple[jax.Array, None]:
-    # Divided last, so that whole numbers stay whole.
-    return jnp.asarray(_kernel_matrix(m)) @ kernel / _KERNEL_SCALE[m] ** 2, None
+    def transpose(matrix: jax.Array, g: jax.Array) -> jax.Array:
+        return matrix.T @ g / scale
 
-
-def _kernel_transform_bwd(m: int, _: None, g: jax.Array) -> tuple[jax.Array]:
-    # By hand, as autodiff would give it transposed.
-    return (jnp.asarray(_kernel_matrix(m).T) @ g / _KERNEL_SCALE[m] ** 2,)
-
-
-_kernel_transform.defvjp(_kernel_transform_fwd, _kernel_transform_bwd)
+    return linear_map(forward, transpose, jnp.asarray(_kernel_matrix(m)), kernel)
 
 
 def _kernel_matrix(m: int) -> np.ndarray:
@@ -130,23 +124,19 @@ def _input_transform(every: Sequence[jax.Array], axis: int) -> jax.Array:
     return jnp.stack((first, even + odd, even - odd, even_2 + odd_2, even_2 - odd_2, last))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _largest_outputs(products: jax.Array, m: int, pool: int) -> jax.Array:
     """`[(m + 2)**2, ...]` -> `[(m // pool)**2, ...]`: of each window of a tile's outputs."""
-    return _largest_outputs_fwd(products, m, pool)[0]
 
+    def forward(matrix: jax.Array, products: jax.Array) -> jax.Array:
+        return jnp.tensordot(matrix, products, 1)
 
-def _largest_outputs_fwd(products: jax.Array, m: int, pool: int) -> tuple[jax.Array, Any]:
-    outputs = jnp.tensordot(jnp.asarray(_output_matrix(m, pool)), products, 1)
-    return winners(list(outputs.reshape(pool * pool, -1, *products.shape[1:])))
+    def transpose(matrix: jax.Array, g: jax.Array) -> jax.Array:
+        return jnp.tensordot(matrix.T, g, 1)
 
-
-def _largest_outputs_bwd(m: int, pool: int, tree: Any, g: jax.Array) -> tuple[jax.Array]:
-    outputs = jnp.concatenate(to_winner(tree, g))
-    return (jnp.tensordot(jnp.asarray(_output_matrix(m, pool).T), outputs, 1),)
-
-
-_largest_outputs.defvjp(_largest_outputs_fwd, _largest_outputs_bwd)
+    matrix = jnp.asarray(_output_matrix(m, pool))
+    outputs = linear_map(forward, transpose, matrix, products)
+    windows = (m // pool) ** 2
+    return largest(lax.split(outputs, [windows] * pool**2, axis=0))
 
 
 def _output_matrix(m: int, pool: int) -> np.ndarray:
