@@ -9,8 +9,8 @@ max-pooling most of all, so there the same sums are written as matrix products:
 - "winograd": 3x3 kernels by minimal filtering, with a quarter of the multiplications. See
   `cnn.winograd`.
 
-All are the same function of the same parameters, to rounding. Only "native" has forward-mode
-derivatives. Choose with `lowering=`; "auto" decides by backend and shape, in `_choose`.
+All are the same function of the same parameters, to rounding, and have derivatives of any order in
+any mode. Choose with `lowering=`; "auto" decides by backend and shape.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from cnn import patches, pooling, winograd
+from cnn.linear import bilinear
 from cnn.rows import lines
 
 LOWERINGS = ("auto", "native", "patches", "winograd")
+# What the lowerings compute other than natively.
+DTYPES = tuple(map(jnp.dtype, ("bfloat16", "float16", "float32", "float64")))
 Padding = str | Sequence[tuple[int, int]]
 
 _natively = contextvars.ContextVar("natively", default=False)
@@ -73,47 +76,78 @@ def conv_general_dilated(
     feature_group_count: int = 1,
     batch_group_count: int = 1,
     precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
     *,
     lowering: str = "auto",
+    pool: int = 1,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, for `nn.Conv(conv_general_dilated=...)` to call.
 
+    The arguments up to `out_sharding` are those of `lax.conv_general_dilated`, and so are the
+    errors for wrong ones. A convolution is native, whatever the lowering, unless it is
+    two-dimensional with the layouts NHWC and HWIO, without dilation and groups, and its operands
+    and its result have the same of the dtypes `DTYPES`.
+
     Args:
-      lhs: images, `float[B, H, W, C]` where a lowering is to apply.
+      lhs: images, `float[B, H, W, C]`.
       rhs: kernel, `float[kh, kw, C, O]`.
-      window_strides: as those that follow, of `lax.conv_general_dilated`.
-      padding: "SAME", "VALID", or (low, high) for each spatial dimension.
-      lhs_dilation: other than 1 is native, as are groups and other layouts.
-      rhs_dilation: likewise.
-      dimension_numbers: likewise; `nn.Conv` gives those of NHWC and HWIO.
-      feature_group_count: likewise.
-      batch_group_count: likewise.
+      window_strides: vertical and horizontal.
+      padding: "SAME", "SAME_LOWER", "VALID", or (low, high) for each spatial dimension.
+      lhs_dilation: of `lax.conv_general_dilated`.
+      rhs_dilation: of `lax.conv_general_dilated`.
+      dimension_numbers: of `lax.conv_general_dilated`.
+      feature_group_count: of `lax.conv_general_dilated`.
+      batch_group_count: of `lax.conv_general_dilated`.
       precision: of the products.
-      lowering: one of `LOWERINGS`. Where it does not apply the convolution is native.
+      preferred_element_type: of `lax.conv_general_dilated`.
+      out_sharding: of `lax.conv_general_dilated`.
+      lowering: one of `LOWERINGS`.
+      pool: 2 max-pools the result, as `conv_max_pool` explains.
 
     Returns:
       `float[B, H', W', O]`.
+
+    Raises:
+      ValueError: for an unknown lowering, or another `pool` than 1 and 2.
     """
-    options = (
-        lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count,
-    )  # fmt: skip
-    return _convolve(lhs, rhs, window_strides, padding, options, precision, lowering, pool=1)
+    if pool not in (1, 2):
+        raise ValueError(f"pool is 1 or 2, not {pool!r}")
+    native = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=window_strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        batch_group_count=batch_group_count,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+    lowering = _resolve(lowering)
+    if lowering != "native":
+        result = jax.eval_shape(native, lhs, rhs)  # raises what `lax` has to say of the arguments
+        plain = feature_group_count == batch_group_count == 1 and out_sharding is None
+        plain &= all(set(one or (1,)) == {1} for one in (lhs_dilation, rhs_dilation))
+        if plain and _is_covered(lhs, rhs, result, dimension_numbers, pool):
+            strides = window_strides[0], window_strides[1]
+            pads = _pads(lhs, rhs, strides, padding)
+            # The sums and differences of Winograd's transforms need the digits of float32.
+            able = strides == (1, 1) and rhs.shape[:2] == (3, 3) and lhs.dtype == jnp.float32
+            if lowering == "auto":
+                many = lhs.shape[-1] > _FEW_CHANNELS
+                lowering = "winograd" if able and many else "patches"
+            if lowering == "patches":
+                return patches.convolve(lhs, rhs, strides, pads, precision, pool)
+            if able:
+                return winograd.convolve(lhs, rhs, pads, precision, pool)
+    y = native(lhs, rhs)
+    return y if pool == 1 else nn.max_pool(y, (2, 2), (2, 2))
 
 
-def conv_max_pool(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    window_strides: Sequence[int],
-    padding: Padding,
-    lhs_dilation: Sequence[int] | None = None,
-    rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = None,
-    feature_group_count: int = 1,
-    batch_group_count: int = 1,
-    precision: Any = None,
-    *,
-    lowering: str = "auto",
-) -> jax.Array:
+def conv_max_pool(*args: Any, **options: Any) -> jax.Array:
     """`conv_general_dilated`, then 2x2 max-pooling with stride 2 and no padding, as one.
 
     A bias and a relu may follow instead of coming in between: pool(relu(x + b)) equals
@@ -124,67 +158,14 @@ def conv_max_pool(
     flat part of an image.
 
     Args:
-      lhs: as those that follow, of `conv_general_dilated`.
-      rhs: likewise.
-      window_strides: likewise.
-      padding: likewise.
-      lhs_dilation: likewise.
-      rhs_dilation: likewise.
-      dimension_numbers: likewise; the last dimension but one and the one before are pooled.
-      feature_group_count: likewise.
-      batch_group_count: likewise.
-      precision: likewise.
-      lowering: likewise.
+      *args: of `conv_general_dilated`. In layouts other than NHWC, too, the last dimension but one
+        and the one before it are pooled.
+      **options: of `conv_general_dilated`.
 
     Returns:
       `float[B, H' // 2, W' // 2, O]`.
     """
-    options = (
-        lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count,
-    )  # fmt: skip
-    return _convolve(lhs, rhs, window_strides, padding, options, precision, lowering, pool=2)
-
-
-def _convolve(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    strides: Sequence[int],
-    padding: Padding,
-    options: tuple[Any, Any, Any, int, int],
-    precision: Any,
-    lowering: str,
-    pool: int,
-) -> jax.Array:
-    """The convolution, and with `pool=2` the pooling; options: dilations, layout, groups."""
-    lowering = _choose(lowering, lhs, rhs, strides, _is_plain(lhs, rhs, *options))
-    y = _as_products(lhs, rhs, strides, padding, precision, lowering, pool)
-    if y is not None:
-        return y
-    y = lax.conv_general_dilated(lhs, rhs, strides, padding, *options, precision)
-    return y if pool == 1 else nn.max_pool(y, (2, 2), (2, 2))
-
-
-def _as_products(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    strides: Sequence[int],
-    padding: Padding,
-    precision: Any,
-    lowering: str,
-    pool: int,
-) -> jax.Array | None:
-    """The convolution as matrix products, and with `pool=2` the pooling; None if it is native."""
-    if lowering == "native":
-        return None
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], tuple(strides), padding)
-    pads = tuple((low, high) for low, high in padding)
-    sizes = [lhs.shape[d] + sum(pads[d - 1]) - rhs.shape[d - 1] for d in (1, 2)]
-    if not lhs.size or any(n // s + 1 < pool for n, s in zip(sizes, strides, strict=True)):
-        return None  # nothing to compute
-    if lowering == "patches":
-        return patches.convolve(lhs, rhs, (strides[0], strides[1]), pads, precision, pool)
-    return winograd.convolve(lhs, rhs, pads, precision, pool)
+    return conv_general_dilated(*args, pool=2, **options)
 
 
 def max_pool(
@@ -197,21 +178,29 @@ def max_pool(
 ) -> jax.Array:
     """`nn.max_pool`, with a cheap gradient on a CPU where windows do not overlap.
 
+    The arguments up to `padding` are those of `nn.max_pool`, and so are the errors for wrong ones.
     Of equal elements the first in row-major order gets the gradient, as with `nn.max_pool`.
 
     Args:
-      inputs: `float[B, H, W, C]`.
+      inputs: `float[B, H, W, C]`. Of another rank or dtype than `DTYPES` the pooling is native.
       window_shape: height and width.
-      strides: equal to the window, with "VALID" padding, or the pooling is native.
-      padding: "VALID", "SAME", or (low, high) for each spatial dimension.
+      strides: native unless equal to the window.
+      padding: "VALID", "SAME", or (low, high) for each spatial dimension; native unless "VALID".
       lowering: "native", or any other of `LOWERINGS`, which all pool in the same way.
+
+    Raises:
+      ValueError: for an unknown lowering.
     """
-    apart = strides is not None and tuple(strides) == tuple(window_shape)
-    own = lowering != "native" and (lowering != "auto" or _is_for_cpu())
-    if own and apart and padding == "VALID" and inputs.ndim == 4 and len(window_shape) == 2:
-        return pooling.max_pool(inputs, (window_shape[0], window_shape[1]))
     # Flax's annotation of the padding is narrower than what it takes.
-    return nn.max_pool(inputs, tuple(window_shape), strides, cast(Any, padding))
+    arguments = window_shape, strides, cast(Any, padding)
+    if _resolve(lowering) != "native":
+        result = jax.eval_shape(lambda x: nn.max_pool(x, *arguments), inputs)
+        valid = isinstance(padding, str) and padding.upper() == "VALID"
+        apart = strides is not None and tuple(strides) == tuple(window_shape)
+        covered = inputs.ndim == 4 and len(window_shape) == 2 and inputs.dtype in DTYPES
+        if valid and apart and covered and 0 not in result.shape:
+            return pooling.max_pool(inputs, (window_shape[0], window_shape[1]))
+    return nn.max_pool(inputs, *arguments)
 
 
 def dot_general(
@@ -220,41 +209,49 @@ def dot_general(
     dimension_numbers: Any,
     precision: Any = None,
     preferred_element_type: Any = None,
+    *,
+    out_sharding: Any = None,
 ) -> jax.Array:
     """`jax.lax.dot_general`, for `nn.Dense(dot_general=...)` to call.
 
-    The gradient of the weights comes as it is stored, which XLA's on a CPU does not.
+    On a CPU the gradient of a matrix of weights is computed as it is stored, which XLA does not do.
 
     Args:
-      lhs: as those that follow, of `lax.dot_general`.
-      rhs: likewise.
-      dimension_numbers: likewise.
-      precision: likewise.
-      preferred_element_type: likewise.
+      lhs: array.
+      rhs: array.
+      dimension_numbers: of `lax.dot_general`.
+      precision: of `lax.dot_general`.
+      preferred_element_type: of `lax.dot_general`.
+      out_sharding: of `lax.dot_general`.
     """
-    matrices = lhs.ndim == rhs.ndim == 2 and dimension_numbers == (((1,), (0,)), ((), ()))
-    if matrices and preferred_element_type is None and _is_for_cpu():
-        return _matmul(lhs, rhs, precision)
-    return lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type)
+    native = functools.partial(
+        lax.dot_general,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+    if _is_for_cpu() and dimension_numbers == (((1,), (0,)), ((), ())) and out_sharding is None:
+        result = jax.eval_shape(native, lhs, rhs)
+        if jnp.ndim(lhs) == jnp.ndim(rhs) == 2 and _have_one_dtype(lhs, rhs, result):
+            return _matmul(lhs, rhs, precision)
+    return native(lhs, rhs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
+def _product(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
     """`[B, K]` times `[K, O]`."""
     return jnp.matmul(x, w, precision=precision)
 
 
-def _matmul_fwd(x: jax.Array, w: jax.Array, precision: Any) -> tuple[jax.Array, Any]:
-    return _matmul(x, w, precision), (x, w)
+def _gradient_x(g: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
+    return jnp.matmul(g, w.T, precision=precision)
 
 
-def _matmul_bwd(precision: Any, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = saved
-    dw = lax.dot_general(x, g, (((0,), (0,)), ((), ())), precision)  # autodiff gives [O, K]
-    return jnp.matmul(g, w.T, precision=precision), dw
+def _gradient_w(g: jax.Array, x: jax.Array, precision: Any) -> jax.Array:
+    return lax.dot_general(x, g, (((0,), (0,)), ((), ())), precision)
 
 
-_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+_matmul = bilinear(_product, _gradient_x, _gradient_w)
 
 
 def flatten(images: jax.Array) -> jax.Array:
@@ -262,40 +259,35 @@ def flatten(images: jax.Array) -> jax.Array:
 
     On a CPU pixel by pixel: fused with a reshape, what comes before would be slow there.
     """
-    if not _is_for_cpu() or images.shape[1] * images.shape[2] > _FEW_PIXELS:
-        return images.reshape(images.shape[0], -1)
+    batch, height, width, channels = images.shape
+    if not _is_for_cpu() or not 0 < height * width <= _FEW_PIXELS:
+        return images.reshape(batch, height * width * channels)
     pixels = [pixel for row in lines(images, 1) for pixel in lines(row, 1)]
     return jnp.concatenate(pixels, axis=-1)
 
 
-def _choose(
-    lowering: str, lhs: jax.Array, rhs: jax.Array, strides: Sequence[int], plain: bool
-) -> str:
-    """The one place where backend and shape decide."""
+def _resolve(lowering: str) -> str:
+    """The lowering, with "native" for "auto" where it is not for a CPU."""
     if lowering not in LOWERINGS:
         raise ValueError(f"unknown lowering {lowering!r}; known: {', '.join(LOWERINGS)}")
-    if not plain or (lowering == "auto" and not _is_for_cpu()):
-        return "native"
-    # The sums and differences of Winograd's transforms need the digits of float32.
-    able = tuple(strides) == (1, 1) and rhs.shape[:2] == (3, 3) and lhs.dtype == jnp.float32
-    if lowering == "auto":
-        return "winograd" if able and lhs.shape[-1] > _FEW_CHANNELS else "patches"
-    return "native" if lowering == "winograd" and not able else lowering
+    return "native" if lowering == "auto" and not _is_for_cpu() else lowering
 
 
-def _is_plain(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    lhs_dilation: Sequence[int] | None,
-    rhs_dilation: Sequence[int] | None,
-    dimension_numbers: Any,
-    feature_group_count: int,
-    batch_group_count: int,
-) -> bool:
-    """Whether it is a two-dimensional NHWC convolution without dilation and groups."""
-    if lhs.ndim != 4 or feature_group_count != 1 or batch_group_count != 1:
+def _is_covered(lhs: jax.Array, rhs: jax.Array, result: Any, numbers: Any, pool: int) -> bool:
+    """Whether layout, dtypes and sizes are those of a convolution that we lower ourselves."""
+    if lhs.ndim != 4 or not _have_one_dtype(lhs, rhs, result) or 0 in (*lhs.shape, *result.shape):
         return False
-    if any(set(dilation or (1,)) != {1} for dilation in (lhs_dilation, rhs_dilation)):
-        return False
-    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    return numbers == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
+    layout, nhwc = (lax.conv_dimension_numbers(lhs.shape, rhs.shape, n) for n in (numbers, _LAYOUT))
+    return layout == nhwc and min(result.shape[1:3]) >= pool
+
+
+def _have_one_dtype(*arrays: Any) -> bool:
+    return arrays[0].dtype in DTYPES and len({array.dtype for array in arrays}) == 1
+
+
+def _pads(
+    lhs: jax.Array, rhs: jax.Array, strides: tuple[int, int], padding: Padding
+) -> tuple[tuple[int, int], ...]:
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
+    return tuple((low, high) for low, high in padding)
