@@ -42,12 +42,15 @@ def prepare_cpu() -> None:
     chosen = getattr(jax.config, _NUM_CPUS) > 0
     if chosen or _FAKE_CPUS_FLAG in os.environ.get("XLA_FLAGS", ""):
         return
-    if hasattr(os, "sched_getaffinity"):  # respects cpusets and taskset; Linux only
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # too late: the backend has started
-        jax.config.update(_NUM_CPUS, cores)
+        jax.config.update(_NUM_CPUS, usable_cores())
+
+
+def usable_cores() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # respects cpusets and taskset; Linux only
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:

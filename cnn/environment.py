@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.extend import backend
 
+from cnn.devices import usable_cores
 from cnn.jax_settings import PINNED
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -32,6 +33,9 @@ _ROUNDING = (
 # Variables of the libraries below: `_XLA_FLAGS` apart, since `cnn.devices` adds to it.
 _XLA_FLAGS = "XLA_FLAGS"
 _VARIABLES = (
+    # The threads of a CPU device, on whose number its rounding depends; else one for each core.
+    "PJRT_NPROC",
+    "NPROC",
     "LIBTPU_INIT_ARGS",
     "NVIDIA_TF32_OVERRIDE",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -42,7 +46,7 @@ _OWN_FLAGS = ("--xla_gpu_deterministic_ops=true",)  # as the config asks for
 # What the processor offers to a compiler of numeric code, by the names of Linux.
 _INSTRUCTIONS = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "sve", "sme", "bf16", "i8mm")
 # Fields of which a difference may change the bits of what follows.
-_MATTERS = ("devices", "runtime", "processor", "packages", "settings", "commit")
+_MATTERS = ("devices", "runtime", "processor", "cores", "packages", "settings", "commit")
 
 
 def environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "os": platform.platform(),
         "machine": platform.machine(),
         "processor": _processor(),
-        "cpu_count": os.cpu_count(),
+        "cores": usable_cores(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "platform": devices[0].platform,
         "runtime": backend.get_backend(devices[0].platform).platform_version,
@@ -100,6 +104,8 @@ def begun_at(
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two environments and may change bits, as "name: old -> new".
 
+    Fields that only one of them has are left out.
+
     >>> before = {"devices": ["cpu", "cpu"], "packages": {"jax": "0.10.1", "numpy": "2.4"}}
     >>> now = {"devices": ["cpu"], "packages": {"jax": "0.10.2", "numpy": "2.4"}}
     >>> changes(before, now)
@@ -107,9 +113,9 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """
     old, new = _flat(before), _flat(now)
     return [
-        f"{name}: {old.get(name)} -> {new.get(name)}"
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
+        f"{name}: {old[name]} -> {new[name]}"
+        for name in old
+        if name in new and old[name] != new[name]
     ]
 
 
@@ -119,8 +125,10 @@ def _flat(environment: dict[str, Any]) -> dict[str, Any]:
         value = environment.get(name)
         if name == "devices" and value:
             values[name] = f"{len(value)} x {value[0]}"
-        else:
-            values.update(value if isinstance(value, dict) else {name: value})
+        elif isinstance(value, dict):
+            values.update(value)
+        elif name in environment:
+            values[name] = value
     return values
 
 

@@ -1,11 +1,13 @@
 import importlib.metadata
 import json
+import os
 
 import jax
 import pytest
 
 import cnn
 from cnn import batch_mesh
+from cnn.devices import usable_cores
 from cnn.environment import begun_at, changes, environment
 
 
@@ -24,7 +26,7 @@ def test_it_names_what_bits_depend_on(now):
     assert changes(now, now) == []
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "sched_getaffinity"), reason="no /proc")
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="no /proc")
 def test_it_names_the_instructions_of_the_processor(now):
     with open("/proc/cpuinfo") as file:
         has = "avx512f" in file.read()
@@ -35,8 +37,10 @@ def test_settings_that_change_rounding_are_changes(monkeypatch, now):
     monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_gpu_deterministic_ops=true --xla_a=1")
     with jax.default_matmul_precision("bfloat16"):
         other = environment(batch_mesh(jax.devices()[:1], 8))
-    assert changes({**now, "settings": {**now["settings"], "XLA_FLAGS": ""}}, other) == [
+    before = {**now, "cores": 0, "settings": {**now["settings"], "XLA_FLAGS": ""}}
+    assert changes(before, other) == [
         "devices: 2 x cpu -> 1 x cpu",
+        f"cores: 0 -> {usable_cores()}",
         "jax_default_matmul_precision: None -> bfloat16",
         "XLA_FLAGS:  -> --xla_a=1 --xla_b=1",
     ]

@@ -1,5 +1,7 @@
 """TensorBoard shows each step once, from the first, however a run went."""
 
+import sys
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -53,7 +55,7 @@ def test_a_failure_is_one_warning(tmp_path, warnings, monkeypatch, when):
     if when == "at the start":
         (tmp_path / "tensorboard").touch()
     elif when != "later":
-        monkeypatch.setitem(__import__("sys").modules, "tensorboard.compat.proto.event_pb2", None)
+        monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     events = EventFile(tmp_path / "tensorboard", [FIRST], warnings.append)
     if when == "later":
         (tmp_path / "tensorboard").rename(tmp_path / "elsewhere")
