@@ -1,13 +1,24 @@
+import json
 import sys
 
 import pytest
 from ml_collections import ConfigDict
 
 from cnn import InputError, load_config
-from cnn.config import FIELDS, check_config, differences, flatten, override, resolved
+from cnn.config import (
+    FIELDS,
+    as_flags,
+    check_config,
+    comments,
+    differences,
+    find_config,
+    flatten,
+    override,
+    resolved,
+)
 from tests.conftest import REPOSITORY
 
-BASELINE = REPOSITORY / "configs" / "baseline.py"
+BASELINE, DIGITS = (REPOSITORY / "configs" / f"{name}.py" for name in ("baseline", "digits"))
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.py")))
@@ -18,12 +29,10 @@ def test_every_config_is_whole_and_valid(path):
 
 
 def test_every_field_of_the_baseline_has_a_comment():
-    lines = BASELINE.read_text().splitlines()
-    for number, line in enumerate(lines):
-        if line.strip().startswith("config.") and "ConfigDict()" not in line:
-            above = lines[number - 1].strip()
-            plain = {"config.model.name", "config.num_epochs"}  # they say it themselves
-            assert above.startswith("#") or line.split()[0] in plain, line
+    """The help shows it."""
+    said = comments(BASELINE.read_text())
+    assert said.keys() == FIELDS.keys()
+    assert all(said.values())
 
 
 @pytest.mark.parametrize(
@@ -181,3 +190,64 @@ def test_an_override_of_a_field_that_the_file_lacks():
     config.model = None
     with pytest.raises(InputError, match=r"config field model\.hidden is missing"):
         override(config, ["--config.model.hidden=8"])
+
+
+def test_a_config_that_was_json_in_between_is_the_same(tmp_path):
+    """Lists for tuples; as a file, and in a config of one's own."""
+    config = check_config(override(load_config(BASELINE), ["--config.model.features=(4, 8)"]))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(resolved(config)))
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import json, pathlib\nfrom ml_collections import ConfigDict\n"
+        f"def get_config(): return ConfigDict(json.loads(pathlib.Path({str(path)!r}).read_text()))"
+    )
+    for again in (load_config(path), load_config(own), ConfigDict(resolved(config))):
+        assert check_config(again) == config
+        assert isinstance(check_config(again).model.features, tuple)
+    path.write_text("[1]")
+    with pytest.raises(InputError, match="ConfigDict, not list"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("padding", ["same", "Same", "SAME"])
+def test_padding_in_any_case(padding):
+    config = override(load_config(BASELINE), [f"--config.model.padding={padding}"])
+    assert check_config(config).model.padding == "SAME"
+
+
+def test_one_image_has_no_batch_statistics():
+    flags = ["--config.batch_size=1", "--config.model.batch_norm"]
+    with pytest.raises(InputError, match=r"batch_size=1 with model\.batch_norm=True"):
+        check_config(override(load_config(BASELINE), flags))
+
+
+def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = REPOSITORY / "configs"
+    (tmp_path / "digits").mkdir()  # a directory hides no config
+    for name in ("digits", "digits.py", str(DIGITS)):
+        assert find_config(name, folder) == DIGITS
+    (tmp_path / "digits.py").touch()
+    assert find_config("digits.py", folder).resolve() == tmp_path / "digits.py"
+    assert find_config("digits", folder) == DIGITS
+    for name, complaint in (
+        ("digit", r"config file digit does not exist; did you mean --config digits\?"),
+        ("configs/baselin.py", r"did you mean --config baseline\?"),
+        ("xyz", "there are baseline, digits, fast_cpu"),
+        ("", "config file '' is a directory"),
+        ("x" * 5000, "does not exist"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            find_config(name, folder)
+
+
+def test_flags_of_a_config_make_it_again():
+    base = load_config(BASELINE)
+    flags = [
+        "--config.model.features=(4,)", "--config.tensorboard=True", "--config.seed=7",
+        "--config.optimizer.learning_rate=1e-07", "--config.dataset.data_dir=a b",
+    ]  # fmt: skip
+    config = override(base, flags)
+    assert sorted(as_flags(config, base)) == sorted(flags)
+    assert override(base, as_flags(config, base)) == config

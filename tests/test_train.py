@@ -93,7 +93,7 @@ def test_a_config_is_found_by_its_name_and_the_next_command_works(train, tmp_pat
     code, out, _ = train("--config", "digits.py", "--config.num_epochs=1", "--workdir", "run")
     assert code == 0
     command = out.partition("how much the result varies:\n")[2]
-    words = shlex.split(command)
+    words = shlex.split(command.replace("\\\n", ""))  # as a shell continues lines
     assert words[:2] == ["python", "train.py"]
     assert words[-2:] == ["--workdir", "run-seed1"]
     code, _, err = train(*words[2:])

@@ -1,0 +1,48 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cnn.config import check_config, override
+from cnn.devices import batch_mesh, find_devices
+from cnn.notes import notes
+from cnn.plan import make_plan
+from cnn.summary import describe
+
+
+def plan_of(config, *flags):
+    config = check_config(override(config, [f"--config.{flag}" for flag in flags]))
+    return make_plan(config, batch_mesh(find_devices("cpu", 1), config.batch_size))
+
+
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        (["optimizer.accumulate_steps=8"], "without effect: 4 of 28, which do not fill"),
+        (["schedule.warmup_epochs=0.01"], "schedule.warmup_epochs=0.01 has no effect: it is less"),
+        (
+            ["schedule.warmup_epochs=2", "schedule.name=cosine"],
+            "schedule.name=cosine has no effect: schedule.warmup_epochs=2.0 takes the whole run",
+        ),
+        (["checkpoint_every_steps=28"], "checkpoint_every_steps=28 has no effect"),
+    ],
+)
+def test_settings_without_effect_are_noted(config, digits, flags, note):
+    (line,) = notes(plan_of(config, *flags))
+    assert note in line
+
+
+def test_settings_with_an_effect_are_not(config, digits):
+    flags = [
+        "optimizer.accumulate_steps=7", "schedule.warmup_epochs=1", "schedule.name=linear",
+        "checkpoint_every_steps=27",
+    ]  # fmt: skip
+    assert notes(plan_of(config, *flags)) == []
+
+
+def test_the_start_says_how_many_images_are_left_out_and_fits(config, digits):
+    plan = plan_of(config, "batch_size=800")
+    image = jnp.zeros((1, *digits.image_shape))
+    variables = jax.eval_shape(plan.model.init, jax.random.key(0), image)
+    text = describe(plan, variables, 1, width=79)
+    assert "batches: 1 of 800 images in each epoch; 637 images left out" in text
+    assert max(map(len, text.splitlines())) <= 79
