@@ -21,7 +21,8 @@ _MOST_COLUMNS = 79
 _PATIENCE = 0.5  # seconds that need no explanation
 _LIVE_PERIOD, _PLAIN_PERIOD = 0.2, 30.0  # seconds between two lines that say where something is
 _STYLES = {"bold": "1", "green": "32", "yellow": "33"}
-_CLEAR = "\r\x1b[K"
+# To the end of the screen: a terminal that has become narrower has broken the line into rows.
+_CLEAR = "\r\x1b[J"
 
 # Reentrant: a signal handler may write while the main thread writes.
 _lock = threading.RLock()
@@ -92,12 +93,9 @@ def _draw(text: str, stream: TextIO | None) -> None:
     global _live
     with _lock:
         if is_live(stream) and (text or _live):
-            columns = width(stream)
-            # A terminal that has become narrower has broken the line into rows.
-            rows = (len(_live[0]) - 1) // (columns + 1) if _live else 0
-            text = text[:columns]
             _live = (text, stream) if text else None
-            _write(stream, (f"\x1b[{rows}A\r\x1b[J" if rows else _CLEAR) + text)
+            # The cursor waits at the beginning, where other programs' messages then begin.
+            _write(stream, f"{_CLEAR}{text[: width(stream)]}\r")
 
 
 def _print(text: str, stream: TextIO | None) -> None:

@@ -106,5 +106,5 @@ def test_one_live_line_on_a_terminal(terminal, clock):  # noqa: F811
         clock[0] += 1
         run.show(16, HALFWAY)
     assert terminal.read() == (
-        "\r\x1b[Kepoch 2/2  50 %  0:00 left\r\x1b[Kepoch 2/2  60 %  0:01 left\r\x1b[K"
+        "\r\x1b[Jepoch 2/2  50 %  0:00 left\r\r\x1b[Jepoch 2/2  60 %  0:01 left\r\r\x1b[J\r"
     )

@@ -53,18 +53,18 @@ def terminal(monkeypatch):
 
 def test_the_live_line_follows_the_width_and_stays_below(terminal):
     screen.live("a" * 99)
-    assert terminal.read() == "\r\x1b[K" + "a" * 49
+    assert terminal.read() == "\r\x1b[J" + "a" * 49 + "\r"
     screen.say("above")
-    assert terminal.read() == "\r\x1b[Kabove\n\r\x1b[K" + "a" * 49
-    terminal.resize(40)  # the terminal breaks the line into two rows
+    assert terminal.read() == "\r\x1b[J\rabove\n\r\x1b[J" + "a" * 49 + "\r"
+    terminal.resize(40)
     screen.live("b" * 99)
-    assert terminal.read() == "\x1b[1A\r\x1b[J" + "b" * 39
+    assert terminal.read() == "\r\x1b[J" + "b" * 39 + "\r"
     terminal.resize(200)
     screen.live("c" * 99)
-    assert terminal.read() == "\r\x1b[K" + "c" * 79
+    assert terminal.read() == "\r\x1b[J" + "c" * 79 + "\r"
     screen.live("")
     screen.live("")
-    assert terminal.read() == "\r\x1b[K"
+    assert terminal.read() == "\r\x1b[J\r"
 
 
 def test_long_lines_are_folded_at_blanks(terminal):
@@ -124,8 +124,8 @@ def test_what_takes_a_while_is_counted_on_a_terminal(terminal, monkeypatch):
     monkeypatch.setattr(screen, "_PATIENCE", 0.02)
     with screen.waiting("compiling"):
         time.sleep(0.1)
-        assert terminal.read() == "\r\x1b[Kcompiling ...  0 s"
-    assert re.fullmatch(r"\r\x1b\[Kcompiling: 0\.\d s\n", terminal.read())
+        assert terminal.read() == "\r\x1b[Jcompiling ...  0 s\r"
+    assert re.fullmatch(r"\r\x1b\[J\rcompiling: 0\.\d s\n", terminal.read())
 
 
 def test_what_fails_is_not_said_to_be_done(capsys, monkeypatch):
