@@ -44,7 +44,6 @@ def data():
 
 MESHES = {
     "explicit": ((2,), ("batch",), (AxisType.Explicit,)),
-    "two explicit axes": ((2, 2), ("batch", "model"), (AxisType.Explicit,) * 2),
     "both kinds": ((2, 2), ("batch", "model"), (AxisType.Explicit, AxisType.Auto)),
 }
 
