@@ -444,7 +444,7 @@ def _train_steps(
 
     shapes = jax.eval_shape(_train_step, state, batch(0))[1]
     steps = batches["label"].shape[0]
-    # Zero, made of the arguments: within `shard_map` it varies over the devices as the metrics will.
+    # Made of the arguments: within `shard_map` it varies over the devices, as the metrics will.
     zero = 0 * (state.step + batches["label"][0, 0].astype(jnp.int32))
     metrics = jax.tree.map(
         lambda one: jnp.zeros((steps, *one.shape), one.dtype) + zero.astype(one.dtype), shapes
