@@ -47,20 +47,24 @@ def lenient_streams() -> Iterator[None]:
 
 
 def _lenient(stream: Any, number: int, tell: Callable[[OSError], None]) -> Any:
-    """A text stream to the same place."""
-    plain = isinstance(stream, io.TextIOWrapper)
-    if not plain and stream is not None:
+    """A text stream to the same place; the stream itself if it is none of the process's."""
+    if stream is None:
+        raw = io.BufferedWriter(_Lenient(number, tell))
+        return io.TextIOWrapper(raw, encoding="utf-8", line_buffering=True)
+    if not isinstance(stream, io.TextIOWrapper):
         return stream
-    with contextlib.suppress(OSError, ValueError):  # full; or without a file descriptor
-        if plain:
-            number = stream.fileno()
-            stream.flush()
+    try:
+        number = stream.fileno()
+    except ValueError:  # it writes to memory
+        return stream
+    with contextlib.suppress(OSError):
+        stream.flush()
     return io.TextIOWrapper(
         io.BufferedWriter(_Lenient(number, tell)),
-        encoding=stream.encoding if plain else "utf-8",
+        encoding=stream.encoding,
         errors="backslashreplace",
-        line_buffering=not plain or stream.line_buffering,
-        write_through=plain and stream.write_through,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
     )
 
 
