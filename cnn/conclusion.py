@@ -61,22 +61,25 @@ def conclude(state: TrainState, plan: Plan, run: RunDirectory, started: float) -
     return result
 
 
-def result_text(result: Mapping[str, Any]) -> str:
+def result_text(result: Mapping[str, Any], width: int) -> str:
     """The figures of a finished run, for people.
 
     Args:
       result: what `result.json` holds.
+      width: columns that the screen has; on a narrow one the digest is cut.
     """
     accuracy, count = result["test_accuracy"], result["test_count"]
     low, high = wilson_interval(round(accuracy * count), count)
     best, epoch = percent(result["best_test_accuracy"]), result["best_epoch"]
     lines = (
         f"test accuracy {percent(accuracy)} of {count:,} images",
-        f"95 % interval: {100 * low:.2f} to {percent(high)} (Wilson score; one run, not seeds)",
+        f"95 % interval: {100 * low:.2f} to {percent(high)} (Wilson; one run, not seeds)",
         f"best: {best} after epoch {epoch:,}",
         f"time: {duration(result['wall_seconds'])}",
     )
-    return "\n  ".join(lines)
+    whole = f"digest: {result['digest']}"
+    short = f"digest: {result['digest'][:12]}... (result.json)"
+    return "\n  ".join(lines) + "\n" + (whole if len(whole) <= width else short)
 
 
 def draw_pictures(

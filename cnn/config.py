@@ -150,7 +150,7 @@ def find_config(name: str, folder: Path) -> Path:
     known = sorted(place.stem for place in folder.glob("*.py"))
     near = difflib.get_close_matches(path.stem, known, n=1)
     hint = f"did you mean --config {near[0]}?" if near else f"there are {', '.join(known)}"
-    raise InputError(f"config file {name or repr(name)} {fault}; {hint}")
+    raise InputError(f"config file {path} {fault}; {hint}")
 
 
 def load_config(path: str | os.PathLike[str]) -> ConfigDict:

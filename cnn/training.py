@@ -115,7 +115,7 @@ def _train(
                     f"the latest checkpoint of {run.path} is not the state of its result.json; "
                     f"choose another --workdir"
                 )
-            say(f"finished before: {result_text(finished)}")
+            say(f"finished before: {result_text(finished, width())}")
             draw_pictures(state, plan, run, only_missing=True)
             say(see(run))
             return state, finished
@@ -125,7 +125,7 @@ def _train(
         loop = _Loop(plan, run, checkpoints, parts, started - before.get("wall_seconds", 0.0))
         state = loop.train(state, before)
     result = conclude(state, plan, run, loop.started)
-    say(f"finished: {result_text(result)}\ndigest: {result['digest']}")
+    say(f"finished: {result_text(result, width())}")
     draw_pictures(state, plan, run)
     say(see(run))
     return state, result
