@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+if __name__ == "__main__" and sys.stdout is not None and sys.stdout.isatty():
+    print("importing JAX ...", end="\r", flush=True)  # the first line of the run covers it
 try:
     from jax.errors import JaxRuntimeError
 
