@@ -4,6 +4,7 @@ The same command again continues the run, or says that it is finished.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
@@ -11,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-if __name__ == "__main__" and sys.stdout is not None and sys.stdout.isatty():
-    print("importing JAX ...", end="\r", flush=True)  # the first line of the run covers it
+if __name__ == "__main__":
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # none, gone, or closed
+        if sys.stdout.isatty():
+            print("importing JAX ...", end="\r", flush=True)  # the first line of the run covers it
 try:
     from jax.errors import JaxRuntimeError
 
