@@ -86,8 +86,8 @@ def conv_general_dilated(
 
     The arguments up to `out_sharding` are those of `lax.conv_general_dilated`, and so are the
     errors for wrong ones. A convolution is native, whatever the lowering, unless it is
-    two-dimensional with the layouts NHWC and HWIO, without dilation and groups, and its operands
-    and its result have the same of the dtypes `DTYPES`.
+    two-dimensional with the layouts NHWC and HWIO, without dilation and groups, its operands and
+    its result have one dtype, of `DTYPES`, and they are not sharded over explicit mesh axes.
 
     Args:
       lhs: images, `float[B, H, W, C]`.
@@ -130,6 +130,7 @@ def conv_general_dilated(
     if lowering != "native":
         result = jax.eval_shape(native, lhs, rhs)  # raises what `lax` has to say of the arguments
         plain = feature_group_count == batch_group_count == 1 and out_sharding is None
+        plain &= not _are_explicitly_sharded(lhs, rhs)
         plain &= all(set(one or (1,)) == {1} for one in (lhs_dilation, rhs_dilation))
         if plain and _is_covered(lhs, rhs, result, dimension_numbers, pool):
             strides = window_strides[0], window_strides[1]
@@ -198,6 +199,7 @@ def max_pool(
         valid = isinstance(padding, str) and padding.upper() == "VALID"
         apart = strides is not None and tuple(strides) == tuple(window_shape)
         covered = inputs.ndim == 4 and len(window_shape) == 2 and inputs.dtype in DTYPES
+        covered &= not _are_explicitly_sharded(inputs)
         if valid and apart and covered and 0 not in result.shape:
             return pooling.max_pool(inputs, (window_shape[0], window_shape[1]))
     return nn.max_pool(inputs, *arguments)
@@ -233,7 +235,8 @@ def dot_general(
     )
     if _is_for_cpu() and dimension_numbers == (((1,), (0,)), ((), ())) and out_sharding is None:
         result = jax.eval_shape(native, lhs, rhs)
-        if jnp.ndim(lhs) == jnp.ndim(rhs) == 2 and _have_one_dtype(lhs, rhs, result):
+        plain = jnp.ndim(lhs) == jnp.ndim(rhs) == 2 and not _are_explicitly_sharded(lhs, rhs)
+        if plain and _have_one_dtype(lhs, rhs, result):
             return _matmul(lhs, rhs, precision)
     return native(lhs, rhs)
 
@@ -283,6 +286,12 @@ def _is_covered(lhs: jax.Array, rhs: jax.Array, result: Any, numbers: Any, pool:
 
 def _have_one_dtype(*arrays: Any) -> bool:
     return arrays[0].dtype in DTYPES and len({array.dtype for array in arrays}) == 1
+
+
+def _are_explicitly_sharded(*arrays: Any) -> bool:
+    """Whether the types of arrays tell how they are sharded, as on a mesh with explicit axes."""
+    specs = [jax.typeof(array).sharding.spec for array in arrays]
+    return any(axes is not None for spec in specs for axes in spec)
 
 
 def _pads(

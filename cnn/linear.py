@@ -105,7 +105,7 @@ def _zero(x: jax.Array) -> jax.Array:
     JAX transposes a linear solve only if every part of its right side depends on what is
     differentiated.
     """
-    return x[:0].sum()
+    return lax.slice_in_dim(x, 0, 0).sum()  # indexing would be constant for a symbolic batch size
 
 
 def _vary_alike(*arrays: jax.Array) -> list[jax.Array]:
