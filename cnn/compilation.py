@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import warnings
@@ -14,6 +15,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from cnn.data import cache
+from cnn.errors import one_line
 
 _LIMIT = 256 << 20  # bytes; a run leaves a few hundred thousand on a CPU
 _TROUBLE = r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)"
@@ -46,10 +48,15 @@ def compilation_cache(wanted: bool) -> Iterator[None]:
     directory = None
     try:
         directory = cache.directory() / "jax"
+        os.fspath(directory).encode()  # XLA takes no other path
         directory.mkdir(parents=True, exist_ok=True)
         prune(directory, _LIMIT)
     except OSError as error:
         _tell(directory or error.filename, error.strerror)
+        yield
+        return
+    except UnicodeEncodeError:
+        _tell(directory, "its path is not UTF-8")
         yield
         return
     # All of them: what takes a hundredth of a second to compile is loaded faster still.
@@ -95,11 +102,11 @@ def _troubles_settled(directory: Path, *, own: bool) -> Iterator[None]:
 
 
 def _tell(directory: Any, reason: str | None, variable: str = "XDG_CACHE_HOME") -> None:
-    print(
+    line = (
         f"cnn: cannot keep compiled functions in {directory} ({reason}); every start will "
-        f"compile them anew ({variable} moves the cache)",
-        file=sys.stderr,
+        f"compile them anew ({variable} moves the cache)"
     )
+    print(one_line(line), file=sys.stderr)
 
 
 def prune(directory: Path, limit: int) -> None:

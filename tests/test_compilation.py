@@ -89,6 +89,13 @@ def test_a_jax_that_prints_an_error_per_entry_keeps_none(folder, monkeypatch):
     assert not folder.exists()
 
 
+def test_a_path_that_xla_does_not_take(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / os.fsdecode(b"\xff")))
+    compile_in_cache()
+    assert "its path is not UTF-8" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_may_go_on_with_or_without_it():
     assert differences({"compilation_cache": True}, {"compilation_cache": False}) == []
 

@@ -24,6 +24,7 @@ import numpy as np
 import platformdirs
 
 from cnn.data.dataset import Dataset, Split
+from cnn.errors import one_line
 from cnn.files import replacing
 from cnn.storage import absolute, local_path
 
@@ -80,10 +81,8 @@ def load(prepared: Path, name: str) -> Dataset | None:
     except OSError as error:
         raise UnreadableError(str(file), error.strerror) from error
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        print(
-            f"cnn: the decoded images in {file} are damaged ({error}); decoding them anew",
-            file=sys.stderr,
-        )
+        line = f"cnn: the decoded images in {file} are damaged ({error}); decoding them anew"
+        print(one_line(line), file=sys.stderr)
         return None
 
 
@@ -148,11 +147,11 @@ def store(prepared: Path, dataset: Dataset) -> bool:
                 stream.write(bytes(-stream.tell() % _ALIGN))
                 stream.write(array.data)
     except OSError as error:
-        print(
+        line = (
             f"cnn: cannot keep the decoded images in {target.parent} ({error.strerror}); "
-            "every start will decode them anew (XDG_CACHE_HOME moves the cache)",
-            file=sys.stderr,
+            "every start will decode them anew (XDG_CACHE_HOME moves the cache)"
         )
+        print(one_line(line), file=sys.stderr)
         return False
     return True
 

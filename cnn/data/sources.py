@@ -18,7 +18,7 @@ import numpy as np
 from cnn.data import cache
 from cnn.data.dataset import Dataset, Split
 from cnn.data.prepare import Request, check_label_names, find, first_line, prepare
-from cnn.errors import InputError
+from cnn.errors import InputError, one_line
 from cnn.manifest import MANIFEST, read_through, verify_manifest
 from cnn.screen import counted, waiting
 from cnn.storage import absolute, is_file, is_writable, unreadable
@@ -53,8 +53,8 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
         archive, directory not writable, TensorFlow needed, images of several sizes, bad labels.
     """
     request = Request.parse(name)
-    cache.directory()  # raises before anything is written
     try:
+        cache.directory()  # raises before anything is written
         return _loaded(_prepared(_data_dir(data_dir), request), request.title)
     except OSError as error:
         raise InputError(f"{name}: {error}") from error
@@ -70,11 +70,11 @@ def _loaded(prepared: Path, name: str) -> Dataset:
             return cache.load(prepared, name) or dataset
     except cache.UnreadableError as error:
         file, reason = error.args
-        print(
+        line = (
             f"cnn: the decoded images in {file} cannot be read ({reason}); they are decoded again "
-            "and the file is left as it is (XDG_CACHE_HOME moves the cache)",
-            file=sys.stderr,
+            "and the file is left as it is (XDG_CACHE_HOME moves the cache)"
         )
+        print(one_line(line), file=sys.stderr)
         dataset = _decode(prepared, name)
     return dataset
 
