@@ -6,8 +6,9 @@ max-pooling most of all, so there the same sums are written as matrix products:
 - "patches": the shifted views of the image that a kernel meets side by side, times the kernel as a
   matrix (im2col; Chellapilla et al. 2006, "High performance convolutional neural networks for
   document processing"). See `cnn.patches`.
-- "winograd": 3x3 kernels by minimal filtering, with a quarter of the multiplications. See
-  `cnn.winograd`.
+- "winograd": 3x3 kernels by minimal filtering, with a quarter of the multiplications. It loses one
+  decimal digit, rounds gradients that are exactly zero, which sign-based optimizers notice, and
+  spreads NaN and infinities to neighbouring pixels. See `cnn.winograd`.
 
 All are the same function of the same parameters, to rounding, and have derivatives of any order in
 any mode. Choose with `lowering=`; "auto" decides by backend and shape.
@@ -131,7 +132,7 @@ def conv_general_dilated(
         result = jax.eval_shape(native, lhs, rhs)  # raises what `lax` has to say of the arguments
         plain = feature_group_count == batch_group_count == 1 and out_sharding is None
         plain &= not _are_explicitly_sharded(lhs, rhs)
-        plain &= all(set(one or (1,)) == {1} for one in (lhs_dilation, rhs_dilation))
+        plain &= all(one is None or tuple(one) == (1, 1) for one in (lhs_dilation, rhs_dilation))
         if plain and _is_covered(lhs, rhs, result, dimension_numbers, pool):
             strides = window_strides[0], window_strides[1]
             pads = _pads(lhs, rhs, strides, padding)

@@ -73,7 +73,7 @@ def _views(
 ) -> Callable[[int, int], jax.Array]:
     """Function of (i, j): pixel (i, j) of each window of `[B, H, W, C]`, `[B, *size, C]`.
 
-    Windows of so many pixels, `sides`, are `steps` apart.
+    The windows have `sides` pixels and are `steps` apart.
     """
     batch, *now, channels = x.shape
     height, width = size

@@ -3,7 +3,18 @@
 Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4. F(m x m, 3x3):
 the image is cut into windows of m + 2 pixels both ways, m apart. With window d and kernel g, the
 m x m outputs are A^T [(G g G^T) * (B^T d B)] A: for m = 4, 36 products in place of 144. The sums
-and differences of the transforms need the digits of float32, of which they lose about one.
+and differences of the transforms need the digits of float32, of which they lose about one:
+
+- The largest error against float64, as a part of the largest value, is up to 1.0e-5 for the result
+  and 7.6e-6 for the gradients; 9.5e-7 for native and direct products. (Measured on x86 with normal
+  numbers, 8 to 32 pixels, 4 to 256 channels.)
+- A gradient that is exactly zero comes out as rounding noise, some 1e-7 of the largest gradient. An
+  optimizer that takes the sign of a gradient, or divides by its size, moves such a weight by whole
+  steps.
+- What is not finite spreads to all outputs of the tiles that see it, up to three pixels farther
+  than the kernel reaches, and an infinity may become NaN.
+
+Where this matters use "patches" or "native": they have exact zeros, and spread nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +78,7 @@ def convolve(
 
 
 def _count(m: int, height: int, width: int) -> int:
-    """Products for so many outputs."""
+    """Number of products that the tiles of an output need."""
     return (m + 2) ** 2 * -(-height // m) * -(-width // m)
 
 
