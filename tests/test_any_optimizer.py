@@ -150,8 +150,8 @@ OTHERS = {
     "a schedule": lambda: optax.adam(optax.warmup_cosine_decay_schedule(0.0, RATE, 2, 10)),
 }
 OPTIMIZERS = {
-    **{name: functools.partial(getattr(optax, name), RATE) for name in BY_RATE.split()},
-    **{name: functools.partial(getattr(contrib, name), RATE) for name in CONTRIB_BY_RATE.split()},
+    **{name: functools.partial(getattr(optax, name), RATE) for name in BY_RATE},
+    **{name: functools.partial(getattr(contrib, name), RATE) for name in CONTRIB_BY_RATE},
     **OTHERS,
 }
 

@@ -235,7 +235,7 @@ def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
         ("digit", r"config file digit does not exist; did you mean --config digits\?"),
         ("configs/baselin.py", r"did you mean --config baseline\?"),
         ("xyz", "there are baseline, digits, fast_cpu"),
-        ("", "config file . is a directory"),
+        ("", "'' is not a path: it is empty"),
         ("x" * 5000, "does not exist"),
     ):
         with pytest.raises(InputError, match=complaint):

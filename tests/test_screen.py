@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import select
 import struct
 import sys
 import termios
@@ -27,10 +28,11 @@ class Terminal:
         fcntl.ioctl(self.stream, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
     def read(self):
-        try:
-            return os.read(self._reader, 1 << 16).decode().replace("\r\n", "\n")
-        except BlockingIOError:
-            return ""
+        """What was written: the kernel passes it on in pieces, and a moment later."""
+        pieces = []
+        while select.select([self._reader], [], [], 0.05)[0]:
+            pieces.append(os.read(self._reader, 1 << 16))
+        return b"".join(pieces).decode().replace("\r\n", "\n")
 
     def close(self):
         self.stream.close()

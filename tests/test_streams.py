@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cnn.progress import say, warn
+from cnn.screen import say, warn
 from tests.conftest import REPOSITORY, train_command
 
 FULL = "warning: standard output cannot be written (No space left on device)\n"
