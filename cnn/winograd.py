@@ -7,10 +7,10 @@ and differences of the transforms need the digits of float32, of which they lose
 
 - The largest error against float64, as a part of the largest value, is up to 1.0e-5 for the result
   and 7.6e-6 for the gradients; 9.5e-7 for native and direct products. (Measured on x86 with normal
-  numbers, 8 to 32 pixels, 4 to 256 channels.)
-- A gradient that is exactly zero comes out as rounding noise, some 1e-7 of the largest gradient. An
-  optimizer that takes the sign of a gradient, or divides by its size, moves such a weight by whole
-  steps.
+  numbers, 8 and 14 pixels with 4 to 256 channels, 32 pixels with 4 and 16.)
+- A gradient that is exactly zero comes out as rounding noise, up to some 1e-6 of the largest
+  gradient. An optimizer that takes the sign of a gradient, or divides by its size, moves such a
+  weight by whole steps.
 - What is not finite spreads to all outputs of the tiles that see it, up to three pixels farther
   than the kernel reaches, and an infinity may become NaN.
 

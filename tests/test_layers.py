@@ -430,7 +430,6 @@ def test_native_operators_are_those_of_a_gpu_on_any_backend():
     assert native.count("conv_general_dilated") == 2
     assert native.count("reduce_window_max") == 3
     assert "concatenate" not in native
-    assert "custom_vjp" not in native
     assert "reduce_window" not in named
     assert program(network) == here
 

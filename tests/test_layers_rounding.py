@@ -9,8 +9,7 @@ import pytest
 from cnn import layers
 
 # Largest error, as a part of the largest value of the exact result. Measured on x86 for results
-# and both gradients, with 4 to 256 channels and 8 to 32 pixels: up to 1e-5 for "winograd", 9.5e-7
-# for the others (the docstring of cnn/winograd.py).
+# and both gradients: up to 1e-5 for "winograd", 9.5e-7 for the others (cnn/winograd.py says where).
 BOUNDS = {"native": 2e-6, "patches": 2e-6, "winograd": 2e-5}
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
