@@ -42,6 +42,10 @@ class CNN(nn.Module):
         relu (Ioffe & Szegedy 2015); a trained bias, no trained scale.
       dtype: of the computation; parameters and logits stay float32.
       conv_lowering: how convolution and pooling are computed, one of `layers.LOWERINGS`.
+        "winograd", which "auto" takes on a CPU for 3x3 kernels with more than 3 input channels,
+        rounds to 1e-5 of the largest value, makes gradients that are exactly zero a rounding
+        noise, and spreads NaN and infinity to neighbouring pixels. With an optimizer that uses the
+        sign of the gradient (lion, signum, rprop) choose "patches".
 
     >>> model = CNN(num_classes=10)
     >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))

@@ -51,7 +51,8 @@ def get_config() -> ConfigDict:
     # Of the computation: "float32" or "bfloat16". Parameters stay float32.
     config.model.dtype = "float32"
     # How convolutions are computed: "native", "patches" or "winograd" (cnn/layers.py explains).
-    # "auto" chooses by backend and shape. Changes speed, and results by rounding.
+    # "auto" chooses by backend and shape. Changes speed, and results by rounding. With an optimizer
+    # that uses the sign of the gradient choose "patches": "winograd" rounds gradients of exactly 0.
     config.model.conv_lowering = "auto"
 
     # Images per step, over all devices. The last, incomplete batch of an epoch is left out
