@@ -113,7 +113,7 @@ def map_blocks(fn: Callable[[Any], jax.Array], batch: Any, cut: Cut) -> jax.Arra
       batch: pytree of arrays `[B, ...]`.
       cut: whose lanes and blocks divide B.
     """
-    if (blocks := _in_blocks(fn, batch, cut)) is None:
+    if (blocks := _in_blocks(batch, cut)) is None:
         return fn(batch)
     results = jax.lax.map(jax.vmap(lambda block: fn(_images_first(block))), blocks)
     return results.swapaxes(0, 1).reshape(-1, *results.shape[3:])
@@ -129,7 +129,7 @@ def sum_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any:
       batch: pytree of arrays `[B, ...]`.
       cut: whose lanes and blocks divide B.
     """
-    if (blocks := _in_blocks(fn, batch, cut)) is None:
+    if (blocks := _in_blocks(batch, cut)) is None:
         return fn(batch)
     in_lanes = jax.vmap(lambda block: fn(_images_first(block)))
 
@@ -154,8 +154,8 @@ def _sum_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32) if is_float else dtype
 
 
-def _in_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any | None:
-    """The batch as `[blocks, lanes, ..., n]`; None where `fn` takes it whole.
+def _in_blocks(batch: Any, cut: Cut) -> Any | None:
+    """The batch as `[blocks, lanes, ..., n]`; None where it is not cut.
 
     The images of a block lie side by side in memory, as the first convolution wants them (see
     `cnn.patches`): they are moved once for all blocks.
@@ -169,8 +169,7 @@ def _in_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any | None:
         cut_up = x.reshape(*cut, images, -1).transpose(1, 0, 3, 2)
         return cut_up.reshape(cut.blocks, cut.lanes, *x.shape[1:], images)
 
-    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct((images, *x.shape[1:]), x.dtype), batch)
-    return None if has_convolution(fn, first) else jax.tree.map(in_blocks, batch)
+    return jax.tree.map(in_blocks, batch)
 
 
 def _images_first(block: Any) -> Any:

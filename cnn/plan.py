@@ -15,7 +15,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from cnn.blocks import has_convolution
 from cnn.data import Dataset, Split, load_dataset
 from cnn.data.batches import DeviceSplit
 from cnn.devices import replicated
@@ -23,7 +22,7 @@ from cnn.errors import InputError
 from cnn.models import create_model
 from cnn.optimizers import create_optimizer, create_schedule
 from cnn.screen import waiting
-from cnn.steps import CrossEntropy, TrainState, create_train_state, train_step
+from cnn.steps import CrossEntropy, TrainState, create_train_state, has_native_convolution
 
 # Streams of random keys, folded into the run's seed.
 _INIT, _ORDER, _AUGMENT = 0, 1, 2
@@ -118,11 +117,7 @@ class Plan:
         if not most:
             shape = (self.config.batch_size, *self.dataset.image_shape)
             most = max(1, min(_MOST_STEPS_PER_CALL, _VALUES_PER_CALL // math.prod(shape)))
-            batch = {
-                "image": jax.ShapeDtypeStruct(shape, np.float32),
-                "label": jax.ShapeDtypeStruct(shape[:1], np.int32),
-            }
-            if self.on_cpu and has_convolution(train_step, state, batch):
+            if self.on_cpu and has_native_convolution(state, shape):
                 most = 1
         return min(most, self.steps_per_epoch, self.config.checkpoint_every_steps or most)
 

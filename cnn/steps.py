@@ -31,7 +31,7 @@ from cnn.apply import (
     random_streams,
     selected,
 )
-from cnn.blocks import Cut, is_per_example, map_blocks, sum_blocks
+from cnn.blocks import Cut, has_convolution, is_per_example, map_blocks, sum_blocks
 from cnn.errors import InputError
 from cnn.metrics import Metrics, check_labels, check_logits, shown
 
@@ -270,11 +270,10 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
 
 
 def _train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    cut = Cut(1, 1)
     # Batch statistics are those of the whole batch, so a model that has any is not cut.
-    if not state.model_state and is_per_example_state(state):
-        num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        cut = Cut.of(batch["image"], state.lanes, num_params)
+    is_cut = not state.model_state and is_per_example_state(state)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    cut = _cut(state, batch["image"], num_params) if is_cut else Cut(1, 1)
     image, label = batch["image"], batch["label"]
     batch_size = label.shape[0]
     places = jnp.arange(batch_size, dtype=jnp.int32)
@@ -327,6 +326,36 @@ def is_per_example_state(state: TrainState) -> bool:
     """Whether model and loss declare that they treat each image for itself."""
     loss_fn = getattr(state.loss_fn, "wrapped", state.loss_fn)
     return _is_per_example_model(state) and is_per_example(loss_fn)
+
+
+def _cut(state: TrainState, image: jax.Array, num_params: int = 0) -> Cut:
+    """How to cut a batch for a model that treats each image for itself."""
+    cut = Cut.of(image, state.lanes, num_params)
+    if cut != (1, 1) and has_native_convolution(state, image.shape):
+        return Cut(1, 1)
+    return cut
+
+
+def has_native_convolution(state: TrainState, shape: tuple[int, ...]) -> bool:
+    """Whether the model computes a convolution other than as matrix products: see `cnn.blocks`.
+
+    Args:
+      state: whose model.
+      shape: of a batch of images.
+    """
+    leaves, structure = jax.tree.flatten(state.variables)
+    types = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    return _has_native_convolution(state.apply_fn, structure, types, (1, *shape[1:]))
+
+
+# Asked for each time that a step is traced, of the same model.
+@functools.lru_cache(maxsize=64)
+def _has_native_convolution(
+    apply_fn: Callable[..., Any], structure: Any, types: Any, shape: tuple[int, ...]
+) -> bool:
+    variables = structure.unflatten([jax.ShapeDtypeStruct(*one) for one in types])
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return has_convolution(functools.partial(apply_fn, train=False), variables, image)
 
 
 def _is_per_example_model(state: TrainState) -> bool:
@@ -442,13 +471,11 @@ def _train_steps(
     def batch(i: jax.Array | int) -> Batch:
         return jax.tree.map(lambda x: x[i], batches)
 
-    shapes = jax.eval_shape(_train_step, state, batch(0))[1]
     steps = batches["label"].shape[0]
     # Made of the arguments: within `shard_map` it varies over the devices, as the metrics will.
     zero = 0 * (state.step + batches["label"][0, 0].astype(jnp.int32))
-    metrics = jax.tree.map(
-        lambda one: jnp.zeros((steps, *one.shape), one.dtype) + zero.astype(one.dtype), shapes
-    )
+    none = jnp.zeros(steps, jnp.int32) + zero
+    metrics = Metrics(loss_sum=none.astype(jnp.float32), correct=none, count=none)
 
     def step(i: jax.Array, before: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, metrics = before
@@ -513,8 +540,8 @@ def _predict_step(state: TrainState, image: jax.Array) -> jax.Array:
         return logits.astype(jnp.float32)
 
     def on_cpu(image: jax.Array) -> jax.Array:
-        is_cut = _is_per_example_model(state)
-        return map_blocks(logits, image, Cut.of(image, state.lanes) if is_cut else Cut(1, 1))
+        cut = _cut(state, image) if _is_per_example_model(state) else Cut(1, 1)
+        return map_blocks(logits, image, cut)
 
     def elsewhere(image: jax.Array) -> jax.Array:
         with layers.native_operators():
