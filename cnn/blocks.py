@@ -10,6 +10,7 @@ where there are native convolutions: see `has_convolution`.
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ def is_per_example(fn: Any) -> bool:
     """Whether a model or a loss declares that its result for an image depends on no other image.
 
     It does so by an attribute `per_example` that is True, of its own or of its very class. What a
-    subclass inherits does not count, since it may compute something else.
+    subclass inherits, or `functools.wraps` copies to a wrapper, does not count, since it may
+    compute something else.
 
     Args:
       fn: a linen module, or a loss of (logits, labels).
@@ -83,6 +85,8 @@ def is_per_example(fn: Any) -> bool:
     True
     """
     own = getattr(fn, "__dict__", {})
+    if isinstance(fn, types.FunctionType) and "__wrapped__" in own:
+        return False  # `functools.wraps` copies attributes to what may compute something else
     return own.get("per_example", vars(type(fn)).get("per_example")) is True
 
 

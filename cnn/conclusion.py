@@ -73,7 +73,7 @@ def result_text(result: Mapping[str, Any], width: int) -> str:
     best, epoch = percent(result["best_test_accuracy"]), result["best_epoch"]
     lines = (
         f"test accuracy {percent(accuracy)} of {count:,} images",
-        f"95 % interval: {100 * low:.2f} to {percent(high)} (Wilson; one run, not seeds)",
+        f"95 % interval: {100 * low:.2f} to {percent(high)} (Wilson score; one run)",
         f"best: {best} after epoch {epoch:,}",
         f"time: {duration(result['wall_seconds'])}",
     )

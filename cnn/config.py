@@ -220,7 +220,8 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
         prefix, _, setting = flag.partition("--config.")
         name, equals, text = setting.partition("=")
         if prefix or not name:
-            raise InputError(f"unknown flag {flag!r}; python train.py --help lists the flags")
+            hint = "" if flag.startswith("-") or not flag else f"did you mean --config {flag}? "
+            raise InputError(f"unknown flag {flag!r}; {hint}python train.py --help lists the flags")
         _check_known(name)
         if name not in flat:
             raise InputError(f"config field {name} is missing; configs/baseline.py shows it")

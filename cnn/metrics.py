@@ -82,13 +82,15 @@ def _check_shapes(losses: Any, logits: Any, labels: Any, mask: Any) -> None:
             f"the loss must return a float for each image, [B] with B={size}, not {shown(losses)}; "
             f"leave out its mean or sum over the batch"
         )
-    if mask is not None and (jnp.shape(mask) != (size,) or mask.dtype != bool):
+    is_bool = getattr(mask, "dtype", None) == np.dtype(bool)
+    if mask is not None and not (is_bool and mask.shape == (size,)):
         raise InputError(f"mask must be bool [B] with B={size}, not {shown(mask)}")
 
 
 def check_logits(logits: Any, batch_size: Any) -> None:
     """Raises InputError unless logits are floats `[B, K]`."""
-    if not _is_float(logits) or logits.ndim != 2 or logits.shape[0] != batch_size:
+    fits = _is_float(logits) and logits.ndim == 2 and logits.shape[0] == batch_size
+    if not fits or not logits.shape[1]:
         raise InputError(
             f"the model must return logits, float [B, K] with B={batch_size}, not {shown(logits)}"
         )

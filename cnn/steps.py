@@ -61,8 +61,10 @@ class CrossEntropy:
         if self.label_smoothing:
             uniform = -jax.nn.log_softmax(logits).mean(axis=-1)
             losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * uniform
-        # Indexing would take a negative label for a class counted from the end.
-        return jnp.where((labels >= 0) & (labels < logits.shape[-1]), losses, jnp.nan)
+        # Indexing would take a negative label for a class counted from the end. K may be more than
+        # a short type of labels holds.
+        wide = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+        return jnp.where((wide >= 0) & (wide < logits.shape[-1]), losses, jnp.nan)
 
 
 class TrainState(struct.PyTreeNode):
@@ -306,8 +308,12 @@ def _train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     return state, counted
 
 
-def _check_batch(batch: Batch, stacked: bool = False) -> None:
+def _check_batch(batch: Batch, *, stacked: bool = False, is_trained: bool = True) -> None:
     """Raises InputError unless a batch, or several stacked ones, have images and labels [B]."""
+    if not isinstance(batch, Mapping):
+        raise InputError(
+            f"a batch must be a dictionary with 'image' and 'label', not {type(batch).__name__}"
+        )
     if missing := {"image", "label"} - batch.keys():
         raise InputError(f"the batch has no {missing.pop()!r}; it must have 'image' and 'label'")
     image, label = batch["image"], batch["label"]
@@ -319,6 +325,12 @@ def _check_batch(batch: Batch, stacked: bool = False) -> None:
         raise InputError(
             f"images and labels must have the same leading axes {letters}, but are {shown(image)} "
             f"and {shown(label)}"
+        )
+    if 0 in label.shape:
+        raise InputError(f"the batch is empty: images are {shown(image)}")
+    if is_trained and "mask" in batch:
+        raise InputError(
+            "train_step trains on every image of a batch: it takes no 'mask', which eval_step does"
         )
 
 
@@ -503,7 +515,7 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
     >>> int(jax.jit(eval_step)(state, batch).count)
     3
     """
-    _check_batch(batch)
+    _check_batch(batch, is_trained=False)
 
     def score(state: TrainState, batch: Batch) -> Metrics:
         logits = _predict_step(state, batch["image"])

@@ -30,7 +30,8 @@ _TO_READ = {
     errno.ENOENT: "put it back",
 }
 # "s3://bucket", and what pathlib makes of it: "s3:/bucket".
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+# An address, also one that `pathlib` made of it, with one slash.
+_SCHEME = re.compile(r"[^/]+://|[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:

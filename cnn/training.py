@@ -117,6 +117,8 @@ def _train(
                 )
             say(f"finished before: {result_text(finished, width())}")
             draw_pictures(state, plan, run, only_missing=True)
+            if plan.config.tensorboard:  # it may be wanted only now
+                EventFile(run.path / "tensorboard", run.records(), warn)
             say(see(run))
             return state, finished
         parts = _begin_part(plan, int(state.step), before)

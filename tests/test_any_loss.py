@@ -1,5 +1,7 @@
 """Losses and labels that are not ours: the textbook's update, or one clear error."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -111,6 +113,16 @@ def test_a_declaration_is_an_objects_own():
     for other in (contrastive, cross_entropy, CentredLoss(), CentredNet(4), nn.Dense(4), None):
         assert not is_per_example(other)
 
+    def declared(logits, labels): ...
+
+    declared.per_example = True
+
+    @functools.wraps(declared)
+    def wrapper(logits, labels): ...
+
+    assert is_per_example(declared)
+    assert not is_per_example(wrapper)
+
 
 def test_a_strangers_declaration_is_believed():
     def declared(logits, labels):
@@ -193,6 +205,12 @@ def test_one_label_for_many_images_is_not_broadcast_in_the_metrics():
         eval_step(small_state(), {**BATCH, "mask": jnp.ones((8, 1), bool)})
     with pytest.raises(InputError, match="no 'label'"):
         train_step(small_state(), {"image": BATCH["image"]})
+    with pytest.raises(InputError, match=r"must be a dictionary .* not tuple"):
+        train_step(small_state(), (BATCH["image"], BATCH["label"]))
+    with pytest.raises(InputError, match="the batch is empty"):
+        train_step(small_state(), jax.tree.map(lambda x: x[:0], BATCH))
+    with pytest.raises(InputError, match="takes no 'mask'"):
+        train_step(small_state(), {**BATCH, "mask": jnp.ones(8, bool)})
 
 
 def test_more_steps_than_batches_are_an_error_or_end_with_the_last_batch():
@@ -221,3 +239,6 @@ def test_a_label_outside_the_classes_marks_the_step(label, smoothing):
 def test_labels_of_any_integer_type_are_classes(dtype):
     losses = CrossEntropy()(jnp.eye(4), jnp.arange(4).astype(dtype))
     np.testing.assert_allclose(losses, CrossEntropy()(jnp.eye(4), jnp.arange(4)))
+    # More classes than the type can count.
+    losses = jax.jit(CrossEntropy())(jnp.ones((2, 70_000)), jnp.array([0, 100]).astype(dtype))
+    np.testing.assert_allclose(losses, np.log(70_000), rtol=1e-6)

@@ -105,7 +105,7 @@ COMMAND_LINES = [
     (["--conf=a.py"], "unknown flag '--conf=a.py'"),
     (["--work=run"], "unknown flag '--work=run'"),
     (["--batch_size=3"], "unknown flag '--batch_size=3'"),
-    (["extra"], "unknown flag 'extra'"),
+    (["extra"], "unknown flag 'extra'; did you mean --config extra?"),
     (["run", "run"], "unknown flag 'run'"),
     ([""], "unknown flag ''"),
     (["--", "--config.seed=1"], "unknown flag '--'"),

@@ -35,6 +35,12 @@ def test_an_address_is_no_folder(address, kind, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("address", ["x://b", "git_x://b", "1s3://b", " s3://b", "é://b"])
+def test_whatever_stands_before_two_slashes_is_a_scheme(address):
+    with pytest.raises(cnn.InputError, match="is an address"):
+        absolute(address)
+
+
 def test_local_paths_with_colons(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("lr:0.1/x", "a/s3:/b", "./s3:/b", ":/x", "c:/x", "12:/x"):

@@ -214,9 +214,11 @@ def test_tensorboard_shows_each_step_once_and_from_the_first(config, tmp_path, m
             patch.setattr(cnn.training._Loop, "_save", save)
             with pytest.raises(Killed):
                 train_and_evaluate(config, tmp_path)
-    train_and_evaluate(config, tmp_path)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
+    for _ in range(2):  # and turned on when the run is finished
+        train_and_evaluate(config, tmp_path)
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        shutil.rmtree(tmp_path / "tensorboard")
     assert [(scalar.step, scalar.value) for scalar in events.Scalars("test_loss")] == [
         (record["step"], pytest.approx(record["test_loss"], rel=1e-6))
         for record in records(tmp_path)
