@@ -265,10 +265,12 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """
     _check_batch(batch)
 
-    def shardings(mesh: AbstractMesh) -> Any:
-        return explicit.like(state, mesh), explicit.replicated_over(mesh)
+    return explicit.with_automatic_axes(_train_step, _shardings(state), state, dict(batch))
 
-    return explicit.with_automatic_axes(_train_step, shardings, state, dict(batch))
+
+def _shardings(state: TrainState) -> Callable[[AbstractMesh], Any]:
+    """Of the next state, sharded as this one, and of the metrics, on a mesh."""
+    return lambda mesh: (explicit.like(state, mesh), explicit.replicated_over(mesh))
 
 
 def _train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -470,11 +472,8 @@ def train_steps(
     else:
         count = jnp.minimum(count, steps)
 
-    def shardings(mesh: AbstractMesh) -> Any:
-        return explicit.like(state, mesh), explicit.replicated_over(mesh)
-
     run = functools.partial(_train_steps, count=count)
-    return explicit.with_automatic_axes(run, shardings, state, dict(batches))
+    return explicit.with_automatic_axes(run, _shardings(state), state, dict(batches))
 
 
 def _train_steps(
