@@ -338,6 +338,7 @@ def test_each_epoch_has_an_order_of_its_own(config, tmp_path, monkeypatch):
         return original(split, index, *change)
 
     config.steps_per_call = 7
+    jax.clear_caches()  # another test's trace of the same shapes would not see the note
     monkeypatch.setattr(cnn.DeviceSplit, "take", note)
     train_and_evaluate(config, tmp_path)
     first, second = np.concatenate(seen[:14]), np.concatenate(seen[14:])
