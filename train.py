@@ -29,12 +29,12 @@ try:
         load_config,
         override,
     )
-    from cnn.errors import InputError, Interrupted, one_line
-    from cnn.interruption import raise_on_signals
+    from cnn.errors import Interrupted, UserError, one_line
     from cnn.notes import without_effect
-    from cnn.screen import say, shown, width
-    from cnn.storage import absolute
-    from cnn.streams import lenient_streams
+    from cnn.runtime.disk import resolve_path
+    from cnn.runtime.screen import log, shown, width
+    from cnn.runtime.signals import raise_on_signals
+    from cnn.runtime.streams import lenient_streams
     from cnn.training import train_and_evaluate
 except KeyboardInterrupt:
     sys.exit(130)
@@ -59,7 +59,7 @@ _METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT", tuple: "TUPL
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; python train.py --help lists the flags")
+        raise UserError(f"{message}; python train.py --help lists the flags")
 
 
 def main(argv: list[str]) -> None:
@@ -101,28 +101,28 @@ def main(argv: list[str]) -> None:
     config = check_config(override(base, rest))
     given = [flag.partition("=")[0].removeprefix("--config.") for flag in rest]
     for line in without_effect(flatten(config), given):
-        say(f"note: {line}")
+        log(f"note: {line}")
     try:
         train_and_evaluate(config, workdir)
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise InputError(
+        raise UserError(
             f"not enough memory ({str(error).splitlines()[0]}); choose a smaller batch_size, "
             f"eval_batch_size or model"
         ) from error
     if config.tensorboard:
-        say("curves of all runs beside this one:")
-        say(_command(["tensorboard"], ("--logdir", shown(absolute(workdir).parent))))
-    say("next, another seed shows how much the result varies:")
+        log("curves of all runs beside this one:")
+        log(_command(["tensorboard"], ("--logdir", shown(resolve_path(workdir).parent))))
+    log("next, another seed shows how much the result varies:")
     program = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
     if [*program, *argv] != sys.orig_argv:  # it is called from Python
         program = ["python", "train.py"]
     name = path.stem if path.parent == _CONFIGS else str(path)
-    seed, place = _next_seed(flatten(config)["seed"], absolute(workdir))
+    seed, place = _next_seed(flatten(config)["seed"], resolve_path(workdir))
     changed = as_flags(override(config, [f"--config.seed={seed}"]), base)
     flags = ("--config", name), ("--workdir", shown(place))
-    say(_command([*program, *changed], *flags))
+    log(_command([*program, *changed], *flags))
 
 
 def _next_seed(seed: int, workdir: Path) -> tuple[int, Path]:
@@ -177,7 +177,7 @@ if __name__ == "__main__":
     with lenient_streams():
         try:
             main(sys.argv[1:])
-        except (InputError, OSError) as error:
+        except (UserError, OSError) as error:
             print(f"error: {one_line(str(error))}", file=sys.stderr)
             sys.exit(2)
         except Interrupted as stop:

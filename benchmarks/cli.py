@@ -7,13 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from cnn import InputError
+from cnn import UserError
 
 _Item = TypeVar("_Item")
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `InputError` for a mistake, with one line."""
+    """Raises `UserError` for a mistake, with one line."""
 
     def __init__(self, script: str, description: str | None) -> None:
         super().__init__(
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """For argparse, and for what only the script itself can check."""
-        raise InputError(f"{message}; python benchmarks/{self.prog} --help lists the flags")
+        raise UserError(f"{message}; python benchmarks/{self.prog} --help lists the flags")
 
 
 def items(text: str, convert: Callable[[str], _Item]) -> list[_Item]:
@@ -61,7 +61,7 @@ def command(script: str, argv: Sequence[str]) -> str:
     return " ".join([f"python benchmarks/{script}", *kept])
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Progress, apart from the results."""
     print(line, file=sys.stderr, flush=True)
 
@@ -75,9 +75,9 @@ def run(main: Callable[[Sequence[str]], None], *, interrupted: str) -> None:
     """
     try:
         main(sys.argv[1:])
-    except (InputError, OSError) as error:
-        say(f"error: {error}")
+    except (UserError, OSError) as error:
+        log(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        say(f"interrupted; {interrupted}")
+        log(f"interrupted; {interrupted}")
         sys.exit(130)

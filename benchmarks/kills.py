@@ -28,7 +28,7 @@ from typing import Any
 import cli
 import machine
 
-from cnn import Checkpoints, InputError
+from cnn import CheckpointManager, UserError
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _TIMING = ("images_per_second", "wall_seconds")
@@ -103,14 +103,14 @@ def finish(run: Path) -> str:
     """Runs the command to its end; gives what it printed.
 
     Raises:
-      InputError: if it fails.
+      UserError: if it fails.
     """
     done = subprocess.run(
         command(run), env={**os.environ, **_TWO_DEVICES}, capture_output=True, text=True,
         timeout=_LIMIT_SECONDS,
     )  # fmt: skip
     if done.returncode:
-        raise InputError(f"the run failed with exit code {done.returncode}: {done.stderr.strip()}")
+        raise UserError(f"the run failed with exit code {done.returncode}: {done.stderr.strip()}")
     return done.stdout
 
 
@@ -138,12 +138,12 @@ def kill(run: Path, moment: str, delay: float) -> Kill | None:
     if process.returncode == 0:
         return None
     if process.returncode > 0:
-        raise InputError(f"the run failed with exit code {process.returncode}: {said.strip()}")
+        raise UserError(f"the run failed with exit code {process.returncode}: {said.strip()}")
     folder = run / "checkpoints"
     return Kill(
         moment,
         round(time.monotonic() - began, 3),
-        Checkpoints(folder).latest_step(),
+        CheckpointManager(folder).latest_step(),
         any(folder.glob(".saving-*")),
         any(folder.glob(".deleting-*")),
     )
@@ -157,22 +157,22 @@ def outcome(run: Path) -> dict[str, Any]:
     for values in (result, *records):
         for name in _TIMING:
             values.pop(name, None)
-    steps = Checkpoints(run / "checkpoints").steps()
+    steps = CheckpointManager(run / "checkpoints").steps()
     return {"result": result, "records": records, "steps": steps}
 
 
 def torture(
-    folder: Path, moments: Sequence[tuple[str, float]], say: Callable[[str], None]
+    folder: Path, moments: Sequence[tuple[str, float]], log: Callable[[str], None]
 ) -> list[Kill]:
     """Kills runs at these moments, one after the other, and checks each run that ends.
 
     Args:
       folder: for the run directories.
       moments: moment and delay of each kill; a run that finishes first makes way for another.
-      say: told what goes on.
+      log: takes a line of progress.
 
     Raises:
-      InputError: if a run ends in anything else than the one left alone, or fails.
+      UserError: if a run ends in anything else than the one left alone, or fails.
     """
     finish(folder / "whole")
     expected, kills, left, number = outcome(folder / "whole"), [], list(moments), 0
@@ -186,11 +186,11 @@ def torture(
             kills.append(one)
             left.pop(0)
             survived += 1
-            say(f"kill {len(kills)}/{len(moments)}: {one}")
+            log(f"kill {len(kills)}/{len(moments)}: {one}")
         finish(run)
         if (found := outcome(run)) != expected:
-            raise InputError(f"a run killed {survived} times ends in {found}, not in {expected}")
-        say(f"run {number} survived {survived} kills: digest {expected['result']['digest'][:16]}")
+            raise UserError(f"a run killed {survived} times ends in {found}, not in {expected}")
+        log(f"run {number} survived {survived} kills: digest {expected['result']['digest'][:16]}")
     return kills
 
 
@@ -243,7 +243,7 @@ def main(argv: Sequence[str]) -> None:
         finish(Path(folder) / "timed")
         seconds = time.monotonic() - began
         moments = draw(flags.kills, flags.seed, seconds)
-        kills = torture(Path(folder), moments, cli.say)
+        kills = torture(Path(folder), moments, cli.log)
     line = cli.command("kills.py", argv)
     flags.out.mkdir(parents=True, exist_ok=True)
     found = {"command": line, "machine": where, "kills": [dataclasses.asdict(k) for k in kills]}

@@ -23,7 +23,7 @@ from contenders.problem import NETWORKS, PHASES
 from rotation import Series, run_block
 from tables import comparison, everybody, plot
 
-from cnn import InputError
+from cnn import UserError
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 # Network -> phase -> batch sizes.
@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
     settings = _settings(argv)
     names = [one.name for one in settings.contenders if one.group != MATMUL]
     if not names:
-        raise InputError("matmul alone compares nothing; add contenders")
+        raise UserError("matmul alone compares nothing; add contenders")
     settings.out.mkdir(parents=True, exist_ok=True)
     about = machine.describe()
     series: list[Series] = []
@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
             reference=REFERENCE if REFERENCE in names else names[0],
             rounds=settings.rounds,
             seconds=settings.seconds,
-            say=cli.say,
+            say=cli.log,
         )
         text = _write(settings, about, series, cli.command("peers.py", argv))
     print(text)

@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
       test: images of an evaluation.
       piece: steps in a sample of the saves; a save should take less.
       features: of the network's convolutions.
-      hidden: width of its dense layer, and that of the large network.
+      hidden_features: width of its dense layer, and that of the large network.
       times: samples of what has no "off"; of a whole epoch there are three or fewer.
     """
 
@@ -164,7 +164,7 @@ def in_turns(pairs: Mapping[str, tuple[Sampler, Sampler]], rounds: int) -> dict[
             for which in (0, 1) if turn % 2 else (1, 0):
                 found[name][which].append(samplers[which]())
         if (turn + 1) % 20 == 0 or turn + 1 == rounds:
-            cli.say(f"{', '.join(pairs)}: round {turn + 1}/{rounds}")
+            cli.log(f"{', '.join(pairs)}: round {turn + 1}/{rounds}")
     return found
 
 
@@ -177,9 +177,9 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 def _state(mesh: Mesh, sizes: Sizes, *, large: bool = False) -> cnn.TrainState:
     """With Adam, as a run begins."""
-    model = cnn.CNN(_NUM_CLASSES, features=sizes.features, hidden=sizes.hidden[large])
+    model = cnn.CNN(_NUM_CLASSES, features=sizes.features, hidden_features=sizes.hidden[large])
     state = cnn.create_train_state(model, _OPTIMIZER, jax.random.key(0), _IMAGE_SHAPE)
-    return jax.device_put(state.replace(lanes=mesh.size), cnn.replicated(mesh))
+    return jax.device_put(state.replace(lanes=mesh.size), cnn.replicated_sharding(mesh))
 
 
 def _num_params(state: cnn.TrainState) -> int:
@@ -208,13 +208,13 @@ def guard_samplers(
     devices: list[Any], sizes: Sizes, batch_size: int, steps: int
 ) -> tuple[Sampler, Sampler]:
     """Seconds of some steps from the initial state, with the guard and without it."""
-    mesh, rng = cnn.batch_mesh(devices, batch_size), np.random.default_rng(0)
+    mesh, rng = cnn.data_mesh(devices, batch_size), np.random.default_rng(0)
     batches = jax.device_put(
         {
             "image": rng.random((steps, batch_size, *_IMAGE_SHAPE), np.float32),
             "label": rng.integers(_NUM_CLASSES, size=(steps, batch_size), dtype=np.int32),
         },
-        cnn.sharded(mesh, axis=1),
+        cnn.batch_sharding(mesh, axis=1),
     )
     initial = _state(mesh, sizes)
     copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
@@ -251,8 +251,10 @@ class Training:
       checkpoints: where the saves go.
     """
 
-    def __init__(self, devices: list[Any], sizes: Sizes, checkpoints: cnn.Checkpoints) -> None:
-        self.mesh = cnn.batch_mesh(devices, _BATCH_SIZE)
+    def __init__(
+        self, devices: list[Any], sizes: Sizes, checkpoints: cnn.CheckpointManager
+    ) -> None:
+        self.mesh = cnn.data_mesh(devices, _BATCH_SIZE)
         self._sizes, self._checkpoints = sizes, checkpoints
         self.state = _state(self.mesh, sizes)
         self.steps_per_epoch = sizes.train // _BATCH_SIZE
@@ -268,7 +270,7 @@ class Training:
         scale = np.ones(_IMAGE_SHAPE[-1:], np.float32)
         data = cnn.Dataset("random", *splits, names, scale, scale, fingerprint="")
         self._train, self._test = (
-            cnn.DeviceSplit.place(split, data, "scale", cnn.replicated(self.mesh))
+            cnn.DeviceSplit.place(split, data, "scale", cnn.replicated_sharding(self.mesh))
             for split in splits
         )
         self._config = resolved(cnn.load_config(_HERE.parent / "configs" / "baseline.py"))
@@ -279,18 +281,18 @@ class Training:
         while self._step < last:
             epoch, place = divmod(self._step, self.steps_per_epoch)
             if epoch != self._epoch:
-                order = cnn.epoch_order(jax.random.key(1), epoch, self._sizes.train)
-                self._order = jax.device_put(order, cnn.replicated(self.mesh))
+                order = cnn.epoch_permutation(jax.random.key(1), epoch, self._sizes.train)
+                self._order = jax.device_put(order, cnn.replicated_sharding(self.mesh))
                 self._epoch = epoch
             batches = _batches(
                 self._train, self._order, place * _BATCH_SIZE,
-                steps=self._steps_per_call, sharding=cnn.sharded(self.mesh, axis=1),
+                steps=self._steps_per_call, sharding=cnn.batch_sharding(self.mesh, axis=1),
             )  # fmt: skip
             count = min(self._steps_per_call, last - self._step, self.steps_per_epoch - place)
             self.state, metrics = self._train_steps(self.state, batches, count)
             self._step += count
             results.append(metrics)
-            cnn.stay_close(results, ahead=2)
+            cnn.limit_in_flight(results, ahead=2)
         jax.block_until_ready(self.state)
 
     def epoch(self) -> None:
@@ -302,7 +304,7 @@ class Training:
         """Starts a save as `cnn.training` does: a look at the parameters, and ten records."""
         weights = jax.tree.leaves(jax.device_get((self.state.params, self.state.model_state)))
         if not all(np.isfinite(leaf).all() for leaf in weights):
-            raise cnn.InputError("the parameters are not finite")
+            raise cnn.UserError("the parameters are not finite")
         line = {
             "step": self._step, "epoch": _NUM_EPOCHS, "train_loss": 2 / 3, "train_accuracy": 2 / 3,
             "test_loss": 2 / 3, "test_accuracy": 2 / 3, "test_count": self._sizes.test,
@@ -336,8 +338,8 @@ class Training:
     def restore(self) -> cnn.TrainState:
         """The state of the latest checkpoint, verified."""
         directory = self._checkpoints.directory
-        if (found := cnn.Checkpoints(directory).restore_latest(self.state, cli.say)) is None:
-            raise cnn.InputError(f"there is no checkpoint in {directory}")
+        if (found := cnn.CheckpointManager(directory).restore_latest(self.state, cli.log)) is None:
+            raise cnn.UserError(f"there is no checkpoint in {directory}")
         return found[0]
 
 
@@ -458,12 +460,12 @@ def main(argv: Sequence[str]) -> None:
     if rounds < 2:
         parser.error("--rounds is 2 or more")
     about = machine.describe()
-    devices = cnn.find_devices("cpu")
+    devices = cnn.select_devices("cpu")
     flags.out.mkdir(parents=True, exist_ok=True)
     # Beside the results, as a run's checkpoints are: elsewhere there may be no disk behind it.
     with (
         tempfile.TemporaryDirectory(prefix=".reliability-", dir=flags.out) as folder,
-        cnn.Checkpoints(folder) as checkpoints,
+        cnn.CheckpointManager(folder) as checkpoints,
     ):
         training = Training(devices, sizes, checkpoints)
         found = [

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from contenders import MATMUL, Contender, matmul
 
-from cnn import InputError
+from cnn import UserError
 
 # Thread pools spin for some milliseconds after their last work. Waiting them out before the
 # next sample costs no contender anything; a passive wait policy would.
@@ -102,7 +102,7 @@ class WorkerProcess:
         """Sends a command and waits for its answer.
 
         Raises:
-          InputError: if the worker died, with the last line that it wrote.
+          UserError: if the worker died, with the last line that it wrote.
         """
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
@@ -118,7 +118,7 @@ class WorkerProcess:
         self._process.wait()
         self._log.seek(0)
         lines = self._log.read().strip().splitlines() or ["no message"]
-        raise InputError(f"contender {self.contender.name} failed: {lines[-1]}")
+        raise UserError(f"contender {self.contender.name} failed: {lines[-1]}")
 
 
 def check_agreement(answers: dict[str, dict[str, Any]], reference: str) -> float:
@@ -132,7 +132,7 @@ def check_agreement(answers: dict[str, dict[str, Any]], reference: str) -> float
       The largest relative difference of a loss.
 
     Raises:
-      InputError: if one differs by more than `TOLERANCE`, or is not finite.
+      UserError: if one differs by more than `TOLERANCE`, or is not finite.
     """
     largest = 0.0
     for name, answer in answers.items():
@@ -141,7 +141,7 @@ def check_agreement(answers: dict[str, dict[str, Any]], reference: str) -> float
             scale = np.abs(right).max() if what == "logits" else np.abs(right)
             difference = float(np.max(np.abs(mine - right) / scale))
             if not difference <= TOLERANCE:
-                raise InputError(
+                raise UserError(
                     f"{name} computes something else than {reference}: its first {what} differ "
                     f"by {difference:.1e}, more than {TOLERANCE:.0e}; nothing was compared"
                 )
@@ -159,7 +159,7 @@ def run_block(
     reference: str,
     rounds: int,
     seconds: float,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[Series]:
     """Starts fresh workers, checks that they agree, and lets them run in turns.
 
@@ -171,13 +171,13 @@ def run_block(
       reference: the contender that the others must agree with.
       rounds: samples per contender and phase; each round begins with another contender.
       seconds: of a sample.
-      say: told what goes on.
+      log: takes a line of progress.
 
     Raises:
-      InputError: if a contender fails or disagrees.
+      UserError: if a contender fails or disagrees.
     """
     with contextlib.ExitStack() as stack:
-        say(f"{network}, batch {batch_size}: starting {len(contenders)} processes")
+        log(f"{network}, batch {batch_size}: starting {len(contenders)} processes")
         workers = [
             stack.enter_context(WorkerProcess(contender, network, batch_size))
             for contender in contenders
@@ -188,11 +188,11 @@ def run_block(
             if worker.contender.group != MATMUL
         }
         largest = check_agreement(answers, reference)
-        say(f"the losses of {_CHECKED_STEPS} steps agree within {largest:.1e}")
+        log(f"the losses of {_CHECKED_STEPS} steps agree within {largest:.1e}")
         series = []
         for phase in phases:
             taking_part = [worker for worker in workers if phase in worker.contender.phases]
-            series += _run_phase(taking_part, network, batch_size, phase, rounds, seconds, say)
+            series += _run_phase(taking_part, network, batch_size, phase, rounds, seconds, log)
         return series
 
 
@@ -203,7 +203,7 @@ def _run_phase(
     phase: str,
     rounds: int,
     seconds: float,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[Series]:
     series = {}
     for worker in workers:
@@ -218,7 +218,7 @@ def _run_phase(
             per_step = matmul.FLOP / 1e9 if worker.contender.group == MATMUL else batch_size
             series[worker.contender.name].rates.append(answer["steps_per_second"] * per_step)
         rates = ", ".join(f"{name} {one.rates[-1]:,.0f}" for name, one in series.items())
-        say(f"{network}, {phase}, batch {batch_size}, round {turn + 1}/{rounds}: {rates}")
+        log(f"{network}, {phase}, batch {batch_size}, round {turn + 1}/{rounds}: {rates}")
     for worker in workers:
         series[worker.contender.name].peak_mib = worker.ask("memory")["peak_mib"]
     return list(series.values())

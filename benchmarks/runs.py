@@ -17,7 +17,7 @@ from typing import Any
 
 from tables import Spread
 
-from cnn import InputError
+from cnn import UserError
 
 TARGET = 0.6344
 KERAS = "keras"
@@ -57,7 +57,7 @@ def timed(command: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
     """Runs a process to its end: `wall_seconds`, `peak_mib` and `epochs` of `Run`.
 
     Raises:
-      InputError: if the process fails, with the last line that it wrote.
+      UserError: if the process fails, with the last line that it wrote.
     """
     with tempfile.TemporaryFile("w+") as log:
         start = time.monotonic()
@@ -80,9 +80,9 @@ def timed(command: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
         log.seek(0)
         lines = log.read().strip().splitlines() or ["no message"]
     if process.returncode:
-        raise InputError(f"{Path(command[1]).name} failed: {lines[-1]}")
+        raise UserError(f"{Path(command[1]).name} failed: {lines[-1]}")
     if not epochs:
-        raise InputError(f"{Path(command[1]).name} printed no line with a test accuracy")
+        raise UserError(f"{Path(command[1]).name} printed no line with a test accuracy")
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "wall_seconds": wall_seconds,

@@ -88,7 +88,7 @@ def _write(
             ),
             "Each axis changes one thing of the seed's network on 32x32x3 images "
             "(depth also pads). GFLOP/s count direct convolutions; Winograd's need fewer. "
-            "The cut is lanes x blocks x images, by `cnn/blocks.py`. Of the memory "
+            "The cut is lanes x blocks x images, by `cnn/ops/microbatch.py`. Of the memory "
             f"{start_mib(rows):,.0f} MiB are there before the first array. "
             "Batches lie ready on the devices; on the dataset axis each step gathers its own.\n",
             "![time per image and peak memory](scaling.png)\n",
@@ -126,14 +126,14 @@ def main(argv: Sequence[str]) -> None:
         cache = Path(scratch)
         for done, point in enumerate(points if settings.compile_first else (), 1):
             visit(point, 0.0, cache)
-            cli.say(f"compiled {done}/{len(points)}: {names[point]}")
+            cli.log(f"compiled {done}/{len(points)}: {names[point]}")
         for turn in range(settings.rounds):
             # Far from the last one's, so that a slow minute never meets the same points.
             first = turn * len(points) // settings.rounds
             for point in (*points[first:], *points[:first]):
                 one = visit(point, settings.seconds, cache)
                 visits[point].append(one)
-                cli.say(
+                cli.log(
                     f"round {turn + 1}/{settings.rounds}, {names[point]}: "
                     f"{one.images_per_second:,.0f} images/s, {one.peak_mib:,.0f} MiB"
                 )

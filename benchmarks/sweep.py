@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from contenders import JAX_ENV
 
-from cnn import InputError
+from cnn import UserError
 
 CHANNELS = 3
 NUM_CLASSES = 10
@@ -139,7 +139,7 @@ class Visit:
       images_per_second: trained.
       start_mib: peak resident memory before the first array: Python, JAX and its threads.
       peak_mib: peak resident memory after the last step.
-      lanes: parts of the batch that were computed side by side; see `cnn/blocks.py`.
+      lanes: parts of the batch that were computed side by side; see `cnn/ops/microbatch.py`.
       blocks: parts of a lane that were computed one after the other.
       place_ms: to copy the dataset to the devices.
       order_ms: to draw the order of an epoch.
@@ -165,7 +165,7 @@ def visit(point: Point, seconds: float, cache: Path) -> Visit:
       cache: directory where processes leave what they have compiled.
 
     Raises:
-      InputError: if the process fails, with the last line that it wrote.
+      UserError: if the process fails, with the last line that it wrote.
     """
     env = {
         **os.environ,
@@ -174,7 +174,7 @@ def visit(point: Point, seconds: float, cache: Path) -> Visit:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         # Else the last line of an error is advice on tracebacks.
         "JAX_TRACEBACK_FILTERING": "off",
-        # Where it is one per core, `cnn.prepare_cpu` sees to it.
+        # Where it is one per core, `cnn.use_all_cpu_cores` sees to it.
         "JAX_NUM_CPU_DEVICES": None if point.devices == point.cores else str(point.devices),
     }
     done = subprocess.run(
@@ -185,5 +185,5 @@ def visit(point: Point, seconds: float, cache: Path) -> Visit:
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise InputError(f"{point} failed: {lines[-1]}")
+        raise UserError(f"{point} failed: {lines[-1]}")
     return Visit(**json.loads(done.stdout))

@@ -55,7 +55,7 @@ class Row:
         return self.rate.median * self.point.flop / 1e9
 
     def cut(self) -> str:
-        """How `cnn/blocks.py` cuts the batch."""
+        """How `cnn/ops/microbatch.py` cuts the batch."""
         lanes, blocks = self.visits[-1].lanes, self.visits[-1].blocks
         return f"{lanes} x {blocks} x {self.point.batch_size // (lanes * blocks)}"
 

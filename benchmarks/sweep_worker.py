@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from sweep import CHANNELS, NUM_CLASSES, Point, Visit
 
 import cnn
-from cnn.blocks import Cut
+from cnn.ops.microbatch import Cut
 
 _MIN_STEPS = 3
 # Of images that lie ready: so many that no sample learns them by heart (gradients so small that
@@ -37,12 +37,12 @@ def main(point: Point, seconds: float) -> Visit:
     """Measures a point, from the start of JAX on."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: point.cores])
-    cnn.prepare_cpu()
+    cnn.use_all_cpu_cores()
     devices = jax.devices()
     if len(devices) != point.devices:
-        raise cnn.InputError(f"JAX made {len(devices)} devices instead of {point.devices}")
+        raise cnn.UserError(f"JAX made {len(devices)} devices instead of {point.devices}")
     start_mib = peak_mib()
-    mesh = cnn.batch_mesh(devices, point.batch_size)
+    mesh = cnn.data_mesh(devices, point.batch_size)
     rng = np.random.default_rng(0)
     state = _state(point, mesh)
     if point.num_images:
@@ -72,7 +72,7 @@ def _state(point: Point, mesh: Mesh) -> cnn.TrainState:
     model = cnn.CNN(NUM_CLASSES, features=point.features, padding=point.padding)
     key = jax.random.key(0)
     state = cnn.create_train_state(model, optax.adam(1e-3), key, _image_shape(point))
-    return jax.device_put(state, cnn.replicated(mesh))
+    return jax.device_put(state, cnn.replicated_sharding(mesh))
 
 
 def _trainer(state: cnn.TrainState, batches: Iterator[Batch]) -> Callable[[int], None]:
@@ -85,7 +85,7 @@ def _trainer(state: cnn.TrainState, batches: Iterator[Batch]) -> Callable[[int],
         for batch in itertools.islice(batches, steps):
             state, metrics = step(state, batch)
             results.append(metrics)
-            cnn.stay_close(results)
+            cnn.limit_in_flight(results)
         jax.block_until_ready(state)
 
     return run
@@ -101,7 +101,7 @@ def _ready(point: Point, mesh: Mesh, rng: np.random.Generator) -> list[Batch]:
                 "image": rng.random(shape, np.float32),
                 "label": rng.integers(NUM_CLASSES, size=point.batch_size, dtype=np.int32),
             },
-            cnn.sharded(mesh),
+            cnn.batch_sharding(mesh),
         )
         for _ in range(count)
     ]
@@ -115,7 +115,7 @@ def _from_dataset(
     The milliseconds of what is done once per run (placing) and once per epoch (ordering) come
     with them, and are not part of a step.
     """
-    count, everywhere = point.num_images, cnn.replicated(mesh)
+    count, everywhere = point.num_images, cnn.replicated_sharding(mesh)
     split = cnn.Split(
         rng.integers(256, size=(count, *_image_shape(point)), dtype=np.uint8),
         rng.integers(NUM_CLASSES, size=count, dtype=np.int32),
@@ -128,12 +128,12 @@ def _from_dataset(
     )
 
     def draw(epoch: int) -> jax.Array:
-        return jax.device_put(cnn.epoch_order(jax.random.key(1), epoch, count), everywhere)
+        return jax.device_put(cnn.epoch_permutation(jax.random.key(1), epoch, count), everywhere)
 
     jax.block_until_ready(draw(0))  # compiles
     order, order_ms = _timed(lambda: draw(1))
     starts = range(0, count - point.batch_size + 1, point.batch_size)
-    take = functools.partial(_take, size=point.batch_size, sharding=cnn.sharded(mesh))
+    take = functools.partial(_take, size=point.batch_size, sharding=cnn.batch_sharding(mesh))
     batches = (take(placed, order, start) for start in itertools.cycle(starts))
     return batches, {"place_ms": place_ms, "order_ms": order_ms}
 

@@ -27,7 +27,7 @@ import machine
 import numpy as np
 from runs import KERAS, TARGET, Run, finished, load_runs, summary, timed
 
-from cnn import InputError, load_dataset
+from cnn import UserError, load_dataset
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _KERAS_SCRIPT = _REPOSITORY / "benchmarks" / "keras_script.py"
@@ -87,7 +87,7 @@ def _flags(argv: Sequence[str]) -> argparse.Namespace:
 def _config(name: str) -> str:
     path = next((path for path in (Path(name), _REPOSITORY / name) if path.is_file()), None)
     if path is None:
-        raise InputError(f"config file {name} does not exist; --runs lists configs and {KERAS!r}")
+        raise UserError(f"config file {name} does not exist; --runs lists configs and {KERAS!r}")
     return str(path.resolve())
 
 

@@ -3,23 +3,23 @@
 Importing it starts no backend, reads no flag and touches no file.
 """
 
-from cnn.checkpoints import Checkpoints, digest
 from cnn.config import load_config
 from cnn.data import Dataset, Split, load_dataset
-from cnn.data.batches import DeviceSplit, epoch_order, normalize
-from cnn.devices import (
-    batch_mesh,
-    find_devices,
-    prepare_cpu,
-    replicated,
-    sharded,
-    stay_close,
-)
-from cnn.errors import InputError, Interrupted
+from cnn.data.pipeline import DeviceSplit, epoch_permutation, normalize
+from cnn.errors import Interrupted, UserError
 from cnn.evaluation import evaluate
 from cnn.metrics import Metrics, total
 from cnn.models import CNN, create_model
 from cnn.optimizers import create_optimizer, create_schedule
+from cnn.runtime.checkpoints import CheckpointManager, digest
+from cnn.runtime.devices import (
+    batch_sharding,
+    data_mesh,
+    limit_in_flight,
+    replicated_sharding,
+    select_devices,
+    use_all_cpu_cores,
+)
 from cnn.steps import (
     CrossEntropy,
     TrainState,
@@ -33,35 +33,35 @@ from cnn.training import train_and_evaluate
 
 __all__ = [
     "CNN",
-    "Checkpoints",
+    "CheckpointManager",
     "CrossEntropy",
     "Dataset",
     "DeviceSplit",
-    "InputError",
     "Interrupted",
     "Metrics",
     "Split",
     "TrainState",
-    "batch_mesh",
+    "UserError",
+    "batch_sharding",
     "create_model",
     "create_optimizer",
     "create_schedule",
     "create_train_state",
+    "data_mesh",
     "digest",
-    "epoch_order",
+    "epoch_permutation",
     "eval_step",
     "evaluate",
-    "find_devices",
+    "limit_in_flight",
     "load_config",
     "load_dataset",
     "normalize",
     "predict_step",
-    "prepare_cpu",
-    "replicated",
-    "sharded",
-    "stay_close",
+    "replicated_sharding",
+    "select_devices",
     "total",
     "train_and_evaluate",
     "train_step",
     "train_steps",
+    "use_all_cpu_cores",
 ]

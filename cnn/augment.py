@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cnn.errors import InputError
+from cnn.errors import UserError
 
 
 def augment(key: jax.Array, images: jax.Array, *, flip: bool, translate: int) -> jax.Array:
@@ -59,7 +59,7 @@ def random_translate(key: jax.Array, images: jax.Array, pixels: int) -> jax.Arra
     repeated. `[B, H, W, C]`, same dtype.
 
     Raises:
-      InputError: if `pixels` is negative, or no less than height or width.
+      UserError: if `pixels` is negative, or no less than height or width.
 
     >>> images = jnp.tile(jnp.array([1, 2, 3], jnp.uint8).reshape(1, 1, 3, 1), (50, 2, 1, 1))
     >>> jnp.unique(random_translate(jax.random.key(0), images, 1).reshape(100, 3), axis=0).tolist()
@@ -67,7 +67,7 @@ def random_translate(key: jax.Array, images: jax.Array, pixels: int) -> jax.Arra
     """
     batch, height, width, _ = images.shape
     if not 0 <= pixels < min(height, width):
-        raise InputError(
+        raise UserError(
             f"images of {height} x {width} pixels cannot be shifted by {pixels}; "
             f"choose 0 to {min(height, width) - 1} pixels"
         )

@@ -18,13 +18,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cnn.data.batches import NORMALIZATIONS
-from cnn.devices import PLATFORMS
-from cnn.errors import InputError
-from cnn.layers import LOWERINGS
+from cnn.data.pipeline import NORMALIZATIONS
+from cnn.errors import UserError
 from cnn.models import MODEL_NAMES
+from cnn.ops.convolution import IMPLEMENTATIONS
 from cnn.optimizers import OPTIMIZER_NAMES, SCHEDULE_NAMES
-from cnn.storage import local_path
+from cnn.runtime.devices import PLATFORMS
+from cnn.runtime.disk import local_path
 
 # Where the data lies, what is compiled anew and what is recorded beside the run do not change its
 # result; on which devices it goes on does by rounding, and what to do about steps that are not
@@ -98,12 +98,12 @@ FIELDS: dict[str, _Field] = {
         f"be one of {', '.join(_PADDINGS)}",
         str.upper,
     ),
-    "model.hidden": _WIDTH_OR_NONE,
+    "model.hidden_features": _WIDTH_OR_NONE,
     "model.patch_size": _WIDTH_OR_NONE,
     "model.patch_features": _WIDTH,
     "model.batch_norm": _Field(bool),
     "model.dtype": _choice("float32", "bfloat16"),
-    "model.conv_lowering": _choice(*LOWERINGS),
+    "model.conv_implementation": _choice(*IMPLEMENTATIONS),
     "augment.flip": _Field(bool),
     "augment.translate": _WIDTH_OR_NONE,
     "batch_size": _at_least(1),
@@ -113,17 +113,17 @@ FIELDS: dict[str, _Field] = {
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.momentum": _BELOW_ONE,
     "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.clip_norm": _NOT_NEGATIVE,
-    "optimizer.accumulate_steps": _at_least(1),
+    "optimizer.grad_clip_norm": _NOT_NEGATIVE,
+    "optimizer.grad_accumulation_steps": _at_least(1),
     "schedule.name": _choice(*SCHEDULE_NAMES),
     "schedule.warmup_epochs": _NOT_NEGATIVE,
-    "schedule.end_fraction": _FRACTION,
+    "schedule.final_lr_fraction": _FRACTION,
     "on_nonfinite": _choice(*_ON_NONFINITE),
     "eval_batch_size": _at_least(1),
     "checkpoint_every_steps": _at_least(0),
     "platform": _choice(*PLATFORMS),
     "num_devices": _at_least(0),
-    "steps_per_call": _at_least(0),
+    "steps_per_execution": _at_least(0),
     "deterministic": _Field(bool),
     "compilation_cache": _Field(bool),
     "tensorboard": _Field(bool),
@@ -138,7 +138,7 @@ def find_config(name: str, folder: Path) -> Path:
       folder: of the named configs.
 
     Raises:
-      InputError: if there is none; it names configs with a similar name.
+      UserError: if there is none; it names configs with a similar name.
     """
     path = local_path(name)
     # Path's own methods raise where a name is too long.
@@ -150,7 +150,7 @@ def find_config(name: str, folder: Path) -> Path:
     known = sorted(place.stem for place in folder.glob("*.py"))
     near = difflib.get_close_matches(path.stem, known, n=1)
     hint = f"did you mean --config {near[0]}?" if near else f"there are {', '.join(known)}"
-    raise InputError(f"config file {path} {fault}; {hint}")
+    raise UserError(f"config file {path} {fault}; {hint}")
 
 
 def load_config(path: str | os.PathLike[str]) -> ConfigDict:
@@ -160,13 +160,13 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
       path: of the file; or of the `config.json` of a run.
 
     Raises:
-      InputError: if there is no such file, or it does not give a config.
+      UserError: if there is no such file, or it does not give a config.
     """
     path = local_path(path)
     if not os.path.isfile(path):  # Path's own raises where a name is too long
         fault = "is a directory" if os.path.isdir(path) else "is not a file"
         fault = fault if os.path.exists(path) else "does not exist"
-        raise InputError(f"config file {path} {fault}")
+        raise UserError(f"config file {path} {fault}")
     # A config may import its neighbours as `from configs import baseline`.
     search = list(sys.path)
     sys.path.insert(0, str(path.resolve().parent.parent))
@@ -180,15 +180,15 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
             flatten(config)  # raises where a section holds itself, or a field awaits its value
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())
-        raise InputError(
+        raise UserError(
             f"config file {path} is broken: {type(error).__name__}: {reason}"
         ) from error
     finally:
         sys.path[:] = search
     if not callable(get_config):
-        raise InputError(f"config file {path} must define get_config()")
+        raise UserError(f"config file {path} must define get_config()")
     if not isinstance(config, ConfigDict):
-        raise InputError(
+        raise UserError(
             f"get_config() of {path} must return an ml_collections.ConfigDict, "
             f"not {type(config).__name__}"
         )
@@ -209,7 +209,7 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
         boolean alone means true.
 
     Raises:
-      InputError: for anything else, an unknown field, or a value not of the field's type.
+      UserError: for anything else, an unknown field, or a value not of the field's type.
 
     >>> override(ConfigDict({"seed": 0}), ["--config.seed=7"]).seed
     7
@@ -221,10 +221,10 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
         name, equals, text = setting.partition("=")
         if prefix or not name:
             hint = "" if flag.startswith("-") or not flag else f"did you mean --config {flag}? "
-            raise InputError(f"unknown flag {flag!r}; {hint}python train.py --help lists the flags")
+            raise UserError(f"unknown flag {flag!r}; {hint}python train.py --help lists the flags")
         _check_known(name)
         if name not in flat:
-            raise InputError(f"config field {name} is missing; configs/baseline.py shows it")
+            raise UserError(f"config field {name} is missing; configs/baseline.py shows it")
         kind = FIELDS[name].kind
         if not equals:
             # `--config.field value`, as other flags have it; a bare boolean is true.
@@ -233,7 +233,7 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
             elif kind is bool:
                 text = "true"
             else:
-                raise InputError(f"--config.{name} needs a value: --config.{name}=value")
+                raise UserError(f"--config.{name} needs a value: --config.{name}=value")
         flat[name] = _parse(name, text, kind)
     return _unflatten(flat)
 
@@ -263,7 +263,7 @@ def _parse(name: str, text: str, kind: type) -> Any:
             raise ValueError(text)
         return tuple(value)
     except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise InputError(f"--config.{name}: {_shown(text)} is not {_IN_WORDS[kind]}") from error
+        raise UserError(f"--config.{name}: {_shown(text)} is not {_IN_WORDS[kind]}") from error
 
 
 _IN_WORDS = {
@@ -333,22 +333,22 @@ def check_config(config: ConfigDict) -> ConfigDict:
       then equal to what it was.
 
     Raises:
-      InputError: names the field, its value and what it should be.
+      UserError: names the field, its value and what it should be.
     """
     flat = flatten(config)
     for name in flat:
         _check_known(name)
     for name, field in FIELDS.items():
         if name not in flat:
-            raise InputError(f"config field {name} is missing; configs/baseline.py shows it")
+            raise UserError(f"config field {name} is missing; configs/baseline.py shows it")
         _check_field(name, flat[name], field)
     if flat["schedule.warmup_epochs"] > flat["num_epochs"]:
-        raise InputError(
+        raise UserError(
             f"schedule.warmup_epochs={flat['schedule.warmup_epochs']} is longer than "
             f"num_epochs={flat['num_epochs']}"
         )
     if flat["batch_size"] == 1 and flat["model.batch_norm"]:
-        raise InputError(
+        raise UserError(
             "batch_size=1 with model.batch_norm=True: the statistics of one image say nothing of "
             "others, and nothing would be learned; choose batch_size=2 or more, or "
             "model.batch_norm=False"
@@ -360,7 +360,7 @@ def _check_known(name: str) -> None:
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1)
         hint = f"did you mean {near[0]}?" if near else "configs/baseline.py lists all fields"
-        raise InputError(f"unknown config field {name}; {hint}")
+        raise UserError(f"unknown config field {name}; {hint}")
 
 
 def _shown(value: Any) -> str:
@@ -373,12 +373,12 @@ def _shown(value: Any) -> str:
 def _check_field(name: str, value: Any, field: _Field) -> None:
     kinds = {float: (float, int), tuple: (tuple, list)}.get(field.kind, (field.kind,))
     if not isinstance(value, kinds) or (isinstance(value, bool) and field.kind is not bool):
-        raise InputError(
+        raise UserError(
             f"config field {name}={_shown(value)} must be {_IN_WORDS[field.kind]}, "
             f"not {type(value).__name__}"
         )
     if not field.valid(value):
-        raise InputError(f"config field {name}={_shown(value)} must {field.words}")
+        raise UserError(f"config field {name}={_shown(value)} must {field.words}")
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:

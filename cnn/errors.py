@@ -14,7 +14,7 @@ def one_line(text: str, limit: int = 1000) -> str:
     return line if len(line) <= limit else f"{line[:half]} ... {line[-half:]}"
 
 
-class InputError(ValueError):
+class UserError(ValueError):
     """A mistake in a flag, a config, a dataset or a directory.
 
     Its message is one line for a person: what is wrong, where, and what to do.

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnn import explicit
-from cnn.data.batches import DeviceSplit
 from cnn.data.dataset import Split
-from cnn.devices import stay_close
-from cnn.errors import InputError
+from cnn.data.pipeline import DeviceSplit
+from cnn.errors import UserError
 from cnn.metrics import Metrics, total
+from cnn.ops import explicit_mesh
+from cnn.runtime.devices import limit_in_flight
 from cnn.steps import TrainState, eval_step, is_per_example_state
 
 
@@ -33,7 +33,9 @@ def _score_batch(
         return eval_step(state, {**batch, "mask": index < num_examples})
 
     first = jnp.asarray(start, jnp.int32)
-    return explicit.with_automatic_axes(score, explicit.replicated_over, state, split, first)
+    return explicit_mesh.with_automatic_axes(
+        score, explicit_mesh.replicated_over, state, split, first
+    )
 
 
 def _over_all_axes(mesh: Mesh) -> NamedSharding:
@@ -58,18 +60,18 @@ def evaluate(state: TrainState, split: DeviceSplit | Split, *, batch_size: int =
       for itself (see `create_train_state`), no image is put in to fill the last batch.
 
     Raises:
-      InputError: if the split or the batch size is none, or labels, logits and losses have not the
+      UserError: if the split or the batch size is none, or labels, logits and losses have not the
         shapes that `train_step` asks for.
     """
     if isinstance(split, Split):
         split = _place(split, state)
     if not isinstance(split, DeviceSplit):
-        raise InputError(
+        raise UserError(
             f"evaluate takes a Split or a DeviceSplit, such as dataset.test, not "
             f"{type(split).__name__}"
         )
     if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} must be 1 or more")
+        raise UserError(f"batch_size={batch_size} must be 1 or more")
     num_examples = split.labels.shape[0]
     sharding = split.labels.sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
@@ -81,7 +83,7 @@ def evaluate(state: TrainState, split: DeviceSplit | Split, *, batch_size: int =
     for start in range(0, num_examples, batch_size):
         size = batch_size if padded else min(batch_size, num_examples - start)
         parts.append(_score_batch(state, split, start, batch_size=size, mesh=mesh))
-        stay_close(parts)
+        limit_in_flight(parts)
     return total(parts)
 
 

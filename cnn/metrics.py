@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from cnn.errors import InputError
+from cnn.errors import UserError
 
 
 class Metrics(struct.PyTreeNode):
@@ -47,7 +47,7 @@ class Metrics(struct.PyTreeNode):
           mask: `bool[B]`; examples where it is false count nowhere. All count without it.
 
         Raises:
-          InputError: if an argument has another shape or type; nothing is broadcast.
+          UserError: if an argument has another shape or type; nothing is broadcast.
         """
         _check_shapes(losses, logits, labels, mask)
         losses = losses.astype(jnp.float32)
@@ -78,20 +78,20 @@ def _check_shapes(losses: Any, logits: Any, labels: Any, mask: Any) -> None:
     size = labels.shape[0]
     check_logits(logits, size)
     if not _is_float(losses) or losses.shape != (size,):
-        raise InputError(
+        raise UserError(
             f"the loss must return a float for each image, [B] with B={size}, not {shown(losses)}; "
             f"leave out its mean or sum over the batch"
         )
     is_bool = getattr(mask, "dtype", None) == np.dtype(bool)
     if mask is not None and not (is_bool and mask.shape == (size,)):
-        raise InputError(f"mask must be bool [B] with B={size}, not {shown(mask)}")
+        raise UserError(f"mask must be bool [B] with B={size}, not {shown(mask)}")
 
 
 def check_logits(logits: Any, batch_size: Any) -> None:
-    """Raises InputError unless logits are floats `[B, K]`."""
+    """Raises UserError unless logits are floats `[B, K]`."""
     fits = _is_float(logits) and logits.ndim == 2 and logits.shape[0] == batch_size
     if not fits or not logits.shape[1]:
-        raise InputError(
+        raise UserError(
             f"the model must return logits, float [B, K] with B={batch_size}, not {shown(logits)}"
         )
 
@@ -101,10 +101,10 @@ def _is_float(array: Any) -> bool:
 
 
 def check_labels(labels: Any) -> None:
-    """Raises InputError unless labels are integers `[B]`."""
+    """Raises UserError unless labels are integers `[B]`."""
     is_integer = hasattr(labels, "dtype") and jnp.issubdtype(labels.dtype, jnp.integer)
     if not is_integer or labels.ndim != 1:
-        raise InputError(f"labels must be integers [B], one for each image, not {shown(labels)}")
+        raise UserError(f"labels must be integers [B], one for each image, not {shown(labels)}")
 
 
 def shown(value: Any) -> str:
@@ -132,7 +132,7 @@ def total(parts: Iterable[Metrics]) -> Metrics:
     )
 
 
-class Tally:
+class MetricsAccumulator:
     """The metrics of an epoch's steps: on the devices until somebody asks.
 
     Args:

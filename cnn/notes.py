@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cnn.plan import Plan
+from cnn.experiment import Experiment
 
 
-def notes(plan: Plan) -> list[str]:
+def notes(plan: Experiment) -> list[str]:
     """What a person should know about a run before it begins, a line each."""
     config, optimizer, schedule = plan.config, plan.config.optimizer, plan.config.schedule
     lines = []
-    accumulate, num_steps = optimizer.accumulate_steps, plan.num_steps
+    accumulate, num_steps = optimizer.grad_accumulation_steps, plan.num_steps
     if rest := num_steps % accumulate:
         lines.append(
             f"steps at the end without effect: {rest:,} of {num_steps:,}, which do not fill "
-            f"optimizer.accumulate_steps={accumulate}"
+            f"optimizer.grad_accumulation_steps={accumulate}"
         )
     if schedule.warmup_epochs and not plan.warmup_updates:
         lines.append(
@@ -39,7 +39,7 @@ def notes(plan: Plan) -> list[str]:
 # A field -> what it belongs to, and whether a config uses that.
 _BELONGS_TO = {
     "optimizer.momentum": ("optimizer.name=sgd", lambda c: c["optimizer.name"] == "sgd"),
-    "schedule.end_fraction": (
+    "schedule.final_lr_fraction": (
         "schedule.name=cosine and linear",
         lambda c: c["schedule.name"] != "constant",
     ),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cnn.errors import InputError
+from cnn.errors import UserError
 
 OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
 SCHEDULE_NAMES = ("constant", "cosine", "linear")
@@ -45,31 +45,31 @@ def create_schedule(
     *,
     num_updates: int,
     warmup_updates: int = 0,
-    end_fraction: float = 0.0,
+    final_lr_fraction: float = 0.0,
 ) -> optax.Schedule:
     """A learning rate as a function of the number of updates done.
 
     Rises linearly from 0 to `learning_rate` in `warmup_updates`, then: "constant" stays,
     "linear" falls in a straight line and "cosine" by half a cosine (Loshchilov & Hutter 2017,
-    "SGDR", eq. 5) to `end_fraction * learning_rate` at `num_updates`.
+    "SGDR", eq. 5) to `final_lr_fraction * learning_rate` at `num_updates`.
 
     Raises:
-      InputError: for an unknown name.
+      UserError: for an unknown name.
 
     >>> schedule = create_schedule("linear", 1.0, num_updates=10, warmup_updates=2)
     >>> [round(float(schedule(step)), 3) for step in (0, 1, 2, 6, 10)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
     decay_updates = max(num_updates - warmup_updates, 1)
-    end = learning_rate * end_fraction
+    end = learning_rate * final_lr_fraction
     if name == "constant":
         after = optax.constant_schedule(learning_rate)
     elif name == "linear":
         after = optax.linear_schedule(learning_rate, end, decay_updates)
     elif name == "cosine":
-        after = optax.cosine_decay_schedule(learning_rate, decay_updates, alpha=end_fraction)
+        after = optax.cosine_decay_schedule(learning_rate, decay_updates, alpha=final_lr_fraction)
     else:
-        raise InputError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULE_NAMES)}")
+        raise UserError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULE_NAMES)}")
     if not warmup_updates:
         return after
     warmup = optax.linear_schedule(0.0, learning_rate, warmup_updates)
@@ -88,8 +88,8 @@ def create_optimizer(
     *,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
-    clip_norm: float = 0.0,
-    accumulate_steps: int = 1,
+    grad_clip_norm: float = 0.0,
+    grad_accumulation_steps: int = 1,
 ) -> optax.GradientTransformation:
     """Builds an optimizer.
 
@@ -100,15 +100,15 @@ def create_optimizer(
       momentum: of "sgd"; the others ignore it.
       weight_decay: on kernels only, never on biases or norms. Decoupled for "adamw"; for
         "adam" and "sgd" it is the L2 term added to the gradient, as in PyTorch.
-      clip_norm: if positive, gradients of a larger global norm are scaled down to it.
-      accumulate_steps: the update uses the mean gradient of so many calls.
+      grad_clip_norm: if positive, gradients of a larger global norm are scaled down to it.
+      grad_accumulation_steps: the update uses the mean gradient of so many calls.
 
     Raises:
-      InputError: for an unknown name.
+      UserError: for an unknown name.
     """
     parts = []
-    if clip_norm:
-        parts.append(optax.clip_by_global_norm(clip_norm))
+    if grad_clip_norm:
+        parts.append(optax.clip_by_global_norm(grad_clip_norm))
     if name == "adamw":
         parts.append(optax.adamw(learning_rate, weight_decay=weight_decay, mask=_kernels))
     elif name in ("adam", "sgd"):
@@ -119,8 +119,8 @@ def create_optimizer(
             optax.adam(learning_rate) if adam else optax.sgd(learning_rate, momentum, nesterov=True)
         )
     else:
-        raise InputError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZER_NAMES)}")
+        raise UserError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZER_NAMES)}")
     tx = optax.chain(*parts)
-    if accumulate_steps > 1:
-        tx = optax.MultiSteps(tx, accumulate_steps).gradient_transformation()
+    if grad_accumulation_steps > 1:
+        tx = optax.MultiSteps(tx, grad_accumulation_steps).gradient_transformation()
     return tx

@@ -22,8 +22,10 @@ from flax import struct
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh
 
-from cnn import explicit, layers
-from cnn.apply import (
+from cnn.errors import UserError
+from cnn.metrics import Metrics, check_labels, check_logits, shown
+from cnn.ops import convolution, explicit_mesh
+from cnn.ops.linen_apply import (
     ModuleApply,
     as_before,
     carried_collections,
@@ -31,9 +33,7 @@ from cnn.apply import (
     random_streams,
     selected,
 )
-from cnn.blocks import Cut, has_convolution, is_per_example, map_blocks, sum_blocks
-from cnn.errors import InputError
-from cnn.metrics import Metrics, check_labels, check_logits, shown
+from cnn.ops.microbatch import Cut, has_convolution, is_per_example, map_blocks, sum_blocks
 
 Batch = Mapping[str, jax.Array]
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -78,10 +78,10 @@ class TrainState(struct.PyTreeNode):
       key: the run's random key; that of step t, and on a CPU that of each part of the
         batch, are derived from it.
       apply_fn: the module's `apply`, called as `apply_fn(variables, image, train=...)`; see
-        `cnn.apply.ModuleApply`.
+        `cnn.ops.linen_apply.ModuleApply`.
       tx: the optimizer.
       loss_fn: (logits `float32[B, K]`, labels `int[B]`) -> losses `float[B]`.
-      lanes: the number of devices over which batches are sharded, for `cnn.blocks`, which on a CPU
+      lanes: the number of devices over which batches are sharded, for `cnn.ops.microbatch`, which on a CPU
         cuts the batch where model and loss declare that they treat each image for itself. None:
         all devices that divide the batch; 0: never cut.
       skip_nonfinite: whether a step whose loss or gradients are not finite numbers is left out.
@@ -129,7 +129,7 @@ def create_train_state(
         It declares `per_example` like the model.
 
     Raises:
-      InputError: if `train_step` cannot call the model or the optimizer, or the model does not
+      UserError: if `train_step` cannot call the model or the optimizer, or the model does not
         return logits `[B, K]`.
 
     >>> from cnn import CNN
@@ -172,7 +172,7 @@ def _create_train_state(
 
 
 def _initial_opt_state(tx: optax.GradientTransformation, params: Any) -> optax.OptState:
-    """The optimizer's state; raises InputError if `train_step` could not go on with it."""
+    """The optimizer's state; raises UserError if `train_step` could not go on with it."""
 
     def update(params: Any, opt_state: Any) -> Any:
         grads = jax.tree.map(jnp.zeros_like, params)
@@ -184,9 +184,9 @@ def _initial_opt_state(tx: optax.GradientTransformation, params: Any) -> optax.O
         after = jax.eval_shape(update, params, opt_state)
     except Exception as error:  # of any kind, from any optimizer
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"train_step cannot use the optimizer {_title(tx)}: {reason}") from error
+        raise UserError(f"train_step cannot use the optimizer {_title(tx)}: {reason}") from error
     if jax.tree.structure(opt_state) != jax.tree.structure(after):
-        raise InputError(
+        raise UserError(
             f"train_step cannot use the optimizer {_title(tx)}: an update changes the structure of "
             f"its state"
         )
@@ -238,7 +238,7 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One gradient step on the mean loss of a batch.
 
     On a CPU it works through the batch in blocks where model and loss declare that they treat each
-    image for itself, as `CNN` and `CrossEntropy` do: see `cnn.blocks`. The result is the same, to
+    image for itself, as `CNN` and `CrossEntropy` do: see `cnn.ops.microbatch`. The result is the same, to
     rounding.
 
     Args:
@@ -246,7 +246,7 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
       batch: `image` float32[B, H, W, C] (normalized), `label` int32[B].
 
     Raises:
-      InputError: while tracing, if labels are not `int[B]`, logits not `float[B, K]` or losses not
+      UserError: while tracing, if labels are not `int[B]`, logits not `float[B, K]` or losses not
         `float[B]`; nothing is broadcast.
 
     Returns:
@@ -265,12 +265,12 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """
     _check_batch(batch)
 
-    return explicit.with_automatic_axes(_train_step, _shardings(state), state, dict(batch))
+    return explicit_mesh.with_automatic_axes(_train_step, _shardings(state), state, dict(batch))
 
 
 def _shardings(state: TrainState) -> Callable[[AbstractMesh], Any]:
     """Of the next state, sharded as this one, and of the metrics, on a mesh."""
-    return lambda mesh: (explicit.like(state, mesh), explicit.replicated_over(mesh))
+    return lambda mesh: (explicit_mesh.like(state, mesh), explicit_mesh.replicated_over(mesh))
 
 
 def _train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -311,27 +311,27 @@ def _train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
 
 
 def _check_batch(batch: Batch, *, stacked: bool = False, is_trained: bool = True) -> None:
-    """Raises InputError unless a batch, or several stacked ones, have images and labels [B]."""
+    """Raises UserError unless a batch, or several stacked ones, have images and labels [B]."""
     if not isinstance(batch, Mapping):
-        raise InputError(
+        raise UserError(
             f"a batch must be a dictionary with 'image' and 'label', not {type(batch).__name__}"
         )
     if missing := {"image", "label"} - batch.keys():
-        raise InputError(f"the batch has no {missing.pop()!r}; it must have 'image' and 'label'")
+        raise UserError(f"the batch has no {missing.pop()!r}; it must have 'image' and 'label'")
     image, label = batch["image"], batch["label"]
     lead, letters = (2, "[S, B]") if stacked else (1, "[B]")
     if stacked and getattr(label, "ndim", None) != 2:
-        raise InputError(f"labels of stacked batches must be integers [S, B], not {shown(label)}")
+        raise UserError(f"labels of stacked batches must be integers [S, B], not {shown(label)}")
     check_labels(label[0] if stacked else label)
     if getattr(image, "shape", ())[:lead] != label.shape:
-        raise InputError(
+        raise UserError(
             f"images and labels must have the same leading axes {letters}, but are {shown(image)} "
             f"and {shown(label)}"
         )
     if 0 in label.shape:
-        raise InputError(f"the batch is empty: images are {shown(image)}")
+        raise UserError(f"the batch is empty: images are {shown(image)}")
     if is_trained and "mask" in batch:
-        raise InputError(
+        raise UserError(
             "train_step trains on every image of a batch: it takes no 'mask', which eval_step does"
         )
 
@@ -351,7 +351,7 @@ def _cut(state: TrainState, image: jax.Array, num_params: int = 0) -> Cut:
 
 
 def has_native_convolution(state: TrainState, shape: tuple[int, ...]) -> bool:
-    """Whether the model computes a convolution other than as matrix products: see `cnn.blocks`.
+    """Whether the model computes a convolution other than as matrix products: see `cnn.ops.microbatch`.
 
     Args:
       state: whose model.
@@ -448,7 +448,7 @@ def train_steps(
 
     The same results, to rounding at most. On a CPU pass `count` traced; elsewhere rather as a
     static argument, as a loop whose end is not known makes a GPU wait for the host at each turn.
-    There should be no native convolution in it on a CPU: see `cnn.blocks.has_convolution`.
+    There should be no native convolution in it on a CPU: see `cnn.ops.microbatch.has_convolution`.
 
     Args:
       state: from `create_train_state`, or the step before.
@@ -458,7 +458,7 @@ def train_steps(
         before need not be compiled anew.
 
     Raises:
-      InputError: as for `train_step`, and for such a count.
+      UserError: as for `train_step`, and for such a count.
 
     Returns:
       The state after the last step, and metrics with leaves `[S]`: of each step, and zeros for
@@ -468,12 +468,12 @@ def train_steps(
     steps = batches["label"].shape[0]
     if isinstance(count, int | np.integer):  # static: a loop with a known end
         if not 0 <= count <= steps:
-            raise InputError(f"count={count} must lie between 0 and the number of batches, {steps}")
+            raise UserError(f"count={count} must lie between 0 and the number of batches, {steps}")
     else:
         count = jnp.minimum(count, steps)
 
     run = functools.partial(_train_steps, count=count)
-    return explicit.with_automatic_axes(run, _shardings(state), state, dict(batches))
+    return explicit_mesh.with_automatic_axes(run, _shardings(state), state, dict(batches))
 
 
 def _train_steps(
@@ -521,7 +521,9 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
         losses = state.loss_fn(logits, batch["label"])
         return Metrics.of(losses, logits, batch["label"], batch.get("mask"))
 
-    return explicit.with_automatic_axes(score, explicit.replicated_over, state, dict(batch))
+    return explicit_mesh.with_automatic_axes(
+        score, explicit_mesh.replicated_over, state, dict(batch)
+    )
 
 
 def predict_step(state: TrainState, image: jax.Array) -> jax.Array:
@@ -530,7 +532,7 @@ def predict_step(state: TrainState, image: jax.Array) -> jax.Array:
     `jax.export` takes it for any platform, whatever the present one, and with a symbolic B.
 
     Raises:
-      InputError: while tracing, if the model does not return `float[B, K]`.
+      UserError: while tracing, if the model does not return `float[B, K]`.
 
     >>> from cnn import CNN
     >>> state = create_train_state(CNN(10), optax.adam(1e-3), jax.random.key(0), (28, 28, 1))
@@ -539,9 +541,9 @@ def predict_step(state: TrainState, image: jax.Array) -> jax.Array:
     """
 
     def shardings(mesh: AbstractMesh) -> Any:
-        return explicit.rows_like(image, mesh)
+        return explicit_mesh.rows_like(image, mesh)
 
-    return explicit.with_automatic_axes(_predict_step, shardings, state, image)
+    return explicit_mesh.with_automatic_axes(_predict_step, shardings, state, image)
 
 
 def _predict_step(state: TrainState, image: jax.Array) -> jax.Array:
@@ -555,7 +557,7 @@ def _predict_step(state: TrainState, image: jax.Array) -> jax.Array:
         return map_blocks(logits, image, cut)
 
     def elsewhere(image: jax.Array) -> jax.Array:
-        with layers.native_operators():
+        with convolution.native_operators():
             return logits(image)
 
     if jax.default_backend() != "cpu":

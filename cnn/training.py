@@ -23,26 +23,32 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from cnn.augment import augment
-from cnn.checkpoints import Checkpoints, digest
-from cnn.compilation import compilation_cache
-from cnn.conclusion import conclude, draw_pictures, result_text, see
 from cnn.config import check_config, differences, resolved
-from cnn.data.batches import DeviceSplit, epoch_order
-from cnn.devices import batch_mesh, find_devices, replicated, sharded, stay_close
-from cnn.environment import begun_at, changes, environment
-from cnn.errors import InputError, Interrupted, one_line
+from cnn.data.pipeline import DeviceSplit, epoch_permutation
+from cnn.errors import Interrupted, UserError, one_line
 from cnn.evaluation import evaluate
-from cnn.event_files import EventFile, require_tensorboard
-from cnn.interruption import StopSignals
-from cnn.jax_settings import pinned_settings
-from cnn.metrics import Metrics, Tally
-from cnn.plan import Plan, make_plan
-from cnn.progress import Progress
-from cnn.report import RunDirectory
-from cnn.screen import say, waiting, warn, width
+from cnn.experiment import Experiment, create_experiment
+from cnn.metrics import Metrics, MetricsAccumulator
+from cnn.models.summary import describe
+from cnn.results import conclude, draw_pictures, result_text, see
+from cnn.runtime.checkpoints import CheckpointManager, digest
+from cnn.runtime.compile_cache import compilation_cache
+from cnn.runtime.devices import (
+    batch_sharding,
+    data_mesh,
+    limit_in_flight,
+    replicated_sharding,
+    select_devices,
+)
+from cnn.runtime.disk import describe_disk_error, is_disk_error
+from cnn.runtime.environment import begun_at, changes, environment
+from cnn.runtime.jax_settings import pinned_settings
+from cnn.runtime.progress import Progress
+from cnn.runtime.run_directory import RunDirectory
+from cnn.runtime.screen import log, log_warning, waiting, width
+from cnn.runtime.signals import GracefulShutdown
+from cnn.runtime.writers import EventFile, require_tensorboard
 from cnn.steps import CrossEntropy, TrainState, train_step, train_steps
-from cnn.storage import is_trouble, trouble
-from cnn.summary import describe
 
 
 def train_and_evaluate(
@@ -60,7 +66,7 @@ def train_and_evaluate(
       The final state, and what `result.json` holds: accuracies are fractions, losses in nats.
 
     Raises:
-      InputError: if config, data or directory cannot give a run (nothing is written then), if the
+      UserError: if config, data or directory cannot give a run (nothing is written then), if the
         run cannot be saved, or if the loss or the gradients are not finite.
       Interrupted: after Ctrl-C or SIGTERM.
     """
@@ -70,11 +76,11 @@ def train_and_evaluate(
         try:
             return _run(config, run, started)
         except OSError as error:
-            if not is_trouble(error, run.path):
+            if not is_disk_error(error, run.path):
                 raise
-            raise InputError(
-                f"the run cannot go on: {trouble(error, run.path)}"
-                f"{Checkpoints(run.checkpoints).then()}"
+            raise UserError(
+                f"the run cannot go on: {describe_disk_error(error, run.path)}"
+                f"{CheckpointManager(run.checkpoints).then()}"
             ) from error
 
 
@@ -89,37 +95,41 @@ def _run(config: Any, run: RunDirectory, started: float) -> tuple[TrainState, di
     if config.tensorboard:
         require_tensorboard()
     with waiting("starting the devices"):
-        devices = find_devices(
+        devices = select_devices(
             config.platform, config.num_devices, deterministic=config.deterministic
         )
-    plan = make_plan(config, batch_mesh(devices, config.batch_size))
+    plan = create_experiment(config, data_mesh(devices, config.batch_size))
     with compilation_cache(config.compilation_cache):
         return _train(plan, run, finished, len(devices), started)
 
 
 def _train(
-    plan: Plan, run: RunDirectory, finished: dict[str, Any] | None, num_devices: int, started: float
+    plan: Experiment,
+    run: RunDirectory,
+    finished: dict[str, Any] | None,
+    num_devices: int,
+    started: float,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains what is left; `finished` is the result if there is one, as the run may be over."""
     with waiting("initializing the model"):
         state = plan.initial_state()
-    say(describe(plan, state.variables, num_devices, width=width()))
+    log(describe(plan, state.variables, num_devices, width=width()))
 
     if finished is None:
         run.lock()
-    with Checkpoints(run.checkpoints) as checkpoints:
+    with CheckpointManager(run.checkpoints) as checkpoints:
         state, before = _restore(state, plan, run, checkpoints)
         if finished is not None and int(state.step) == plan.num_steps:
             if digest(state) != finished["digest"]:
-                raise InputError(
+                raise UserError(
                     f"the latest checkpoint of {run.path} is not the state of its result.json; "
                     f"choose another --workdir"
                 )
-            say(f"finished before: {result_text(finished, width())}")
+            log(f"finished before: {result_text(finished, width())}")
             draw_pictures(state, plan, run, only_missing=True)
             if plan.config.tensorboard:  # it may be wanted only now
-                EventFile(run.path / "tensorboard", run.records(), warn)
-            say(see(run))
+                EventFile(run.path / "tensorboard", run.records(), log_warning)
+            log(see(run))
             return state, finished
         parts = _begin_part(plan, int(state.step), before)
         run.lock()
@@ -127,45 +137,45 @@ def _train(
         loop = _Loop(plan, run, checkpoints, parts, started - before.get("wall_seconds", 0.0))
         state = loop.train(state, before)
     result = conclude(state, plan, run, loop.started)
-    say(f"finished: {result_text(result, width())}")
+    log(f"finished: {result_text(result, width())}")
     draw_pictures(state, plan, run)
-    say(see(run))
+    log(see(run))
     return state, result
 
 
 def _restore(
-    state: TrainState, plan: Plan, run: RunDirectory, checkpoints: Checkpoints
+    state: TrainState, plan: Experiment, run: RunDirectory, checkpoints: CheckpointManager
 ) -> tuple[TrainState, dict[str, Any]]:
     """The latest whole checkpoint's state and record; the fresh state and {} before the first."""
 
     def tell(line: str) -> None:
         run.lock()  # of a finished run, which is about to change
-        warn(line)
+        log_warning(line)
 
     with waiting("restoring the latest checkpoint"):
         restored = checkpoints.restore_latest(state, tell)
     if restored is None:
         if run.was_started:
-            raise InputError(
+            raise UserError(
                 f"{run.path} holds a run, but {checkpoints.directory} no checkpoint of it; put "
                 f"them back, or choose another --workdir"
             )
         return state, {}
     state, record = restored
     if changed := differences(record["config"], resolved(plan.config)):
-        raise InputError(
+        raise UserError(
             f"the checkpoints in {run.path} are of another config ({'; '.join(changed)}); choose "
             f"another --workdir"
         )
     if record["dataset"] != plan.dataset.fingerprint:
-        raise InputError(
+        raise UserError(
             f"the run was trained on other {plan.dataset.name} images than those found now; "
             f"restore the data or choose another --workdir"
         )
     return state, record
 
 
-def _begin_part(plan: Plan, step: int, before: dict[str, Any]) -> list[dict[str, Any]]:
+def _begin_part(plan: Experiment, step: int, before: dict[str, Any]) -> list[dict[str, Any]]:
     """The environments of the run's parts, that of this process last.
 
     Args:
@@ -177,12 +187,12 @@ def _begin_part(plan: Plan, step: int, before: dict[str, Any]) -> list[dict[str,
     with _at_most_a_warning("the environment is not recorded"):
         now = environment(plan.mesh)
     if now and parts and (changed := changes(parts[-1], now)):
-        say(
+        log(
             f"note: the run continues from the same bits in another environment "
             f"({'; '.join(changed)}); what follows may be rounded in another way"
         )
     if before and step < plan.num_steps:
-        say(f"resuming at step {step:,} of {plan.num_steps:,}")
+        log(f"resuming at step {step:,} of {plan.num_steps:,}")
     return begun_at(step, now, parts)
 
 
@@ -192,7 +202,7 @@ def _at_most_a_warning(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warn(one_line(f"{what} ({error or type(error).__name__})"))
+        log_warning(one_line(f"{what} ({error or type(error).__name__})"))
 
 
 class _Loop:
@@ -208,9 +218,9 @@ class _Loop:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Experiment,
         run: RunDirectory,
-        checkpoints: Checkpoints,
+        checkpoints: CheckpointManager,
         parts: list[dict[str, Any]],
         started: float,
     ) -> None:
@@ -250,12 +260,12 @@ class _Loop:
             start_step=first_step,
             best_accuracy=max((record["test_accuracy"] for record in run.records()), default=0.0),
         )
-        self._steps_per_call = plan.steps_per_call(state)
+        self._steps_per_call = plan.steps_per_execution(state)
         metrics = Metrics(**before["epoch_metrics"]) if "epoch_metrics" in before else None
         events = None
         if config.tensorboard:
-            events = EventFile(run.path / "tensorboard", before.get("records", []), warn)
-        with progress, StopSignals() as signals:
+            events = EventFile(run.path / "tensorboard", before.get("records", []), log_warning)
+        with progress, GracefulShutdown() as signals:
             for epoch in range(first_step // plan.steps_per_epoch, config.num_epochs):
                 begun, before_step = time.monotonic(), int(state.step)
                 progress.lap(before_step)
@@ -279,7 +289,7 @@ class _Loop:
                     events.write(record)
                 self._save(state, test_accuracy=record["test_accuracy"])
                 progress.epoch(record, time.monotonic() - begun)
-                self._stop = self._stop or signals.received()
+                self._stop = self._stop or signals.requested()
                 self._leave_if_asked(step)
                 metrics = None
         with waiting("saving the last checkpoint"):
@@ -293,7 +303,7 @@ class _Loop:
         metrics: Metrics | None,
         train: DeviceSplit,
         progress: Progress,
-        signals: StopSignals,
+        signals: GracefulShutdown,
     ) -> tuple[TrainState, Metrics]:
         """Trains to the end of an epoch, from wherever in it the state is.
 
@@ -303,9 +313,9 @@ class _Loop:
         plan, config = self._plan, self._config
         step, end = int(state.step), (epoch + 1) * plan.steps_per_epoch
         every = config.checkpoint_every_steps
-        order = epoch_order(plan.order_key, epoch, len(plan.dataset.train.labels))
-        order = jax.device_put(order, replicated(plan.mesh))
-        tally = Tally(step, metrics)
+        order = epoch_permutation(plan.shuffle_key, epoch, len(plan.dataset.train.labels))
+        order = jax.device_put(order, replicated_sharding(plan.mesh))
+        tally = MetricsAccumulator(step, metrics)
         while step < end:
             stop = min(end, (step // every + 1) * every) if every else end
             steps = min(self._steps_per_call, stop - step)
@@ -314,19 +324,19 @@ class _Loop:
                     train, order, plan.augment_key, step,
                     steps=self._steps_per_call, batch_size=config.batch_size,
                     flip=config.augment.flip, translate=config.augment.translate,
-                    sharding=sharded(plan.mesh, axis=1),
+                    sharding=batch_sharding(plan.mesh, axis=1),
                 )  # fmt: skip
                 state, scores = self._call(state, batches, steps)
             step += steps
             if is_first:
                 progress.lap(step)
             tally.add(scores, steps)
-            stay_close(tally.pending, ahead=8 if self._steps_per_call == 1 else 2)
+            limit_in_flight(tally.pending, ahead=8 if self._steps_per_call == 1 else 2)
             self._checkpoints.check()
             if progress.due() and len(tally.pending) > 1:
                 # All but the newest call: the device goes on while the host reads.
                 progress.show(step - steps, self._collect(tally, keep=1))
-            self._stop = signals.received()
+            self._stop = signals.requested()
             if step < end and (step == stop or self._stop):
                 metrics = self._collect(tally)
                 if progress.due():
@@ -359,8 +369,8 @@ class _Loop:
             return _train_steps(state, batches, steps)
         return _train_known_steps(state, batches, steps)
 
-    def _collect(self, tally: Tally, keep: int = 0) -> Metrics:
-        """`tally.collect`; raises InputError after a step that was not finite, if it is to stop."""
+    def _collect(self, tally: MetricsAccumulator, keep: int = 0) -> Metrics:
+        """`tally.collect`; raises UserError after a step that was not finite, if it is to stop."""
         metrics = tally.collect(keep)
         if tally.skipped and self._config.on_nonfinite == "stop":
             raise self._diverged(
@@ -370,13 +380,13 @@ class _Loop:
             )
         return metrics
 
-    def _diverged(self, what: str, step: int, remedy: str = "") -> InputError:
+    def _diverged(self, what: str, step: int, remedy: str = "") -> UserError:
         self._checkpoints.wait()
-        return InputError(
+        return UserError(
             f"{what}, at a learning rate of {self._plan.learning_rate(step):g} in epoch "
             f"{-(-step // self._plan.steps_per_epoch)}; the last good checkpoint is step "
             f"{self._checkpoints.latest_step()}; {remedy}lower the rate, or set "
-            f"optimizer.clip_norm or schedule.warmup_epochs, in another --workdir"
+            f"optimizer.grad_clip_norm or schedule.warmup_epochs, in another --workdir"
         )
 
     def _save(self, state: TrainState, **record: Any) -> None:

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.augment.translate = 0
 
     config.model = ConfigDict()
-    # The network: "cnn" (cnn/models.py).
+    # The network: "cnn" (cnn/models/cnn.py).
     config.model.name = "cnn"
     # Channels of each block (convolution, relu, 2x2 max-pooling).
     config.model.features = (32, 64)
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     # "VALID" shrinks the image at each convolution, "SAME" does not; in capitals or not.
     config.model.padding = "VALID"
     # Width of the dense layer before the logits; 0 leaves it out.
-    config.model.hidden = 64
+    config.model.hidden_features = 64
     # Before the blocks, a cosine transform of patches of so many pixels both ways, whitened by
     # batch normalization; nothing of it is trained. 0 is none.
     config.model.patch_size = 0
@@ -50,10 +50,10 @@ def get_config() -> ConfigDict:
     config.model.batch_norm = False
     # Of the computation: "float32" or "bfloat16". Parameters stay float32.
     config.model.dtype = "float32"
-    # How convolutions are computed: "native", "patches" or "winograd" (cnn/layers.py explains).
+    # How convolutions are computed: "native", "patches" or "winograd" (cnn/ops/convolution.py explains).
     # "auto" chooses by backend and shape. Changes speed, and results by rounding. With an optimizer
     # that uses the sign of the gradient choose "patches": "winograd" rounds gradients of exactly 0.
-    config.model.conv_lowering = "auto"
+    config.model.conv_implementation = "auto"
 
     # Images per step, over all devices. The last, incomplete batch of an epoch is left out
     # (another few images each time, as the order is new).
@@ -73,9 +73,9 @@ def get_config() -> ConfigDict:
     # On kernels only; decoupled for "adamw", L2 for the others.
     config.optimizer.weight_decay = 0.0
     # Largest global norm of the gradient; 0 does not clip.
-    config.optimizer.clip_norm = 0.0
+    config.optimizer.grad_clip_norm = 0.0
     # Steps whose mean gradient makes one update.
-    config.optimizer.accumulate_steps = 1
+    config.optimizer.grad_accumulation_steps = 1
 
     config.schedule = ConfigDict()
     # "constant", "cosine" or "linear" after the warm-up.
@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     # Linear rise from 0; fractions of an epoch are fine.
     config.schedule.warmup_epochs = 0.0
     # Where "cosine" and "linear" end, as a fraction of the peak.
-    config.schedule.end_fraction = 0.0
+    config.schedule.final_lr_fraction = 0.0
 
     # What to do about a step whose loss or gradients are not finite: "stop" the run and name it, or
     # "skip" its update and count it. Neither lets such numbers into a checkpoint.
@@ -102,7 +102,7 @@ def get_config() -> ConfigDict:
     # Steps per compiled call; 0 is 50, or fewer where their images would take more than 50 MB, or 1
     # on a CPU with native convolutions, which are slow in a loop. Changes speed, and results by
     # rounding at most.
-    config.steps_per_call = 0
+    config.steps_per_execution = 0
 
     # Same bits each time on a GPU too, where the fastest kernels do not promise it.
     config.deterministic = True

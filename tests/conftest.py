@@ -25,7 +25,7 @@ def short_config():
     """A run of two short epochs that takes a few seconds."""
     config = cnn.load_config(REPOSITORY / "configs" / "digits.py")
     config.model.features = (4, 8)
-    config.model.hidden = 16
+    config.model.hidden_features = 16
     config.num_epochs = 2
     config.optimizer.learning_rate = 1e-3
     config.schedule.name = "constant"
@@ -86,7 +86,7 @@ def wait_for(condition, process):
 
 
 def steps_in(run):
-    return cnn.Checkpoints(run / "checkpoints").steps()
+    return cnn.CheckpointManager(run / "checkpoints").steps()
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from cnn import (
     CNN,
     CrossEntropy,
     DeviceSplit,
-    InputError,
     Metrics,
+    UserError,
     create_train_state,
     eval_step,
     evaluate,
@@ -22,10 +22,10 @@ from cnn import (
     train_step,
     train_steps,
 )
-from cnn.blocks import Cut, is_per_example
+from cnn.ops.microbatch import Cut, is_per_example
 
 SHAPE = (12, 12, 3)
-MODEL = CNN(4, features=(4, 8), hidden=8)
+MODEL = CNN(4, features=(4, 8), hidden_features=8)
 PLAIN = CrossEntropy()
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
@@ -39,7 +39,7 @@ BATCH = batch_of(8, (8, 8, 3))
 
 
 def small_state(loss_fn=PLAIN):
-    model = CNN(4, features=(4,), hidden=4)
+    model = CNN(4, features=(4,), hidden_features=4)
     return create_train_state(model, optax.sgd(0.1), jax.random.key(0), (8, 8, 3), loss_fn=loss_fn)
 
 
@@ -78,7 +78,7 @@ class CentredNet(CNN):
     [(CNN, contrastive), (CNN, hardest_half), (CNN, CentredLoss()), (CentredNet, CrossEntropy())],
 )
 def test_the_update_is_the_textbooks_where_images_see_each_other(net, loss_fn):
-    model, batch = net(4, features=(4,), hidden=8), batch_of(64)
+    model, batch = net(4, features=(4,), hidden_features=8), batch_of(64)
     state = create_train_state(model, optax.sgd(1.0), jax.random.key(0), SHAPE, loss_fn=loss_fn)
 
     def mean_loss(params):
@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_one_float_for_each_image_is_an_error(loss_fn):
         jnp.zeros((8, 8, 8, 3), jnp.uint8), BATCH["label"], jnp.zeros(3), jnp.ones(3)
     )
     for call in (*everything(state, BATCH), lambda: evaluate(state, split)):
-        with pytest.raises(InputError, match=r"the loss must return .* \[B\] with B=8"):
+        with pytest.raises(UserError, match=r"the loss must return .* \[B\] with B=8"):
             call()
 
 
@@ -194,28 +194,28 @@ def test_a_loss_that_is_not_one_float_for_each_image_is_an_error(loss_fn):
 def test_labels_that_are_not_one_integer_for_each_image_are_an_error(label, message):
     state, batch = small_state(), {**BATCH, "label": label}
     for call in everything(state, batch):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(UserError, match=message):
             call()
 
 
 def test_one_label_for_many_images_is_not_broadcast_in_the_metrics():
-    with pytest.raises(InputError, match=r"logits, float \[B, K\] with B=1"):
+    with pytest.raises(UserError, match=r"logits, float \[B, K\] with B=1"):
         Metrics.of(jnp.ones(8), jnp.ones((8, 4)), jnp.zeros(1, int))
-    with pytest.raises(InputError, match=r"mask must be bool \[B\] with B=8"):
+    with pytest.raises(UserError, match=r"mask must be bool \[B\] with B=8"):
         eval_step(small_state(), {**BATCH, "mask": jnp.ones((8, 1), bool)})
-    with pytest.raises(InputError, match="no 'label'"):
+    with pytest.raises(UserError, match="no 'label'"):
         train_step(small_state(), {"image": BATCH["image"]})
-    with pytest.raises(InputError, match=r"must be a dictionary .* not tuple"):
+    with pytest.raises(UserError, match=r"must be a dictionary .* not tuple"):
         train_step(small_state(), (BATCH["image"], BATCH["label"]))
-    with pytest.raises(InputError, match="the batch is empty"):
+    with pytest.raises(UserError, match="the batch is empty"):
         train_step(small_state(), jax.tree.map(lambda x: x[:0], BATCH))
-    with pytest.raises(InputError, match="takes no 'mask'"):
+    with pytest.raises(UserError, match="takes no 'mask'"):
         train_step(small_state(), {**BATCH, "mask": jnp.ones(8, bool)})
 
 
 def test_more_steps_than_batches_are_an_error_or_end_with_the_last_batch():
     state, stacked = small_state(), jax.tree.map(lambda x: jnp.stack([x, x]), BATCH)
-    with pytest.raises(InputError, match="count=3"):
+    with pytest.raises(UserError, match="count=3"):
         train_steps(state, stacked, 3)
     assert int(jax.jit(train_steps)(state, stacked, 3)[0].step) == 2
 

@@ -9,7 +9,7 @@ import pytest
 
 from cnn import (
     CNN,
-    InputError,
+    UserError,
     create_train_state,
     eval_step,
     predict_step,
@@ -129,7 +129,7 @@ class Scalar(nn.Module):
     ],
 )
 def test_what_cannot_work_is_refused_by_name_at_once(model, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         create(model)
 
 
@@ -166,7 +166,7 @@ def test_lists_dictionaries_and_arrays_in_fields_work():
     model = Fields([5, 4], {"use_bias": False}, jnp.ones(36))
     _, metrics = two_steps(create(model, loss_fn=Smoothed([1.0, 2.0, 3.0, 4.0])))
     assert int(metrics.count) == 8
-    assert int(two_steps(create(CNN(4, features=[4], hidden=4)))[1].count) == 8
+    assert int(two_steps(create(CNN(4, features=[4], hidden_features=4)))[1].count) == 8
 
 
 def test_equal_modules_do_not_compile_twice_and_others_do():
@@ -179,7 +179,7 @@ def test_equal_modules_do_not_compile_twice_and_others_do():
 
     tx = optax.sgd(0.1)
     for _ in range(2):
-        step(create(CNN(4, features=(4,), hidden=4), tx))
+        step(create(CNN(4, features=(4,), hidden_features=4), tx))
     assert len(traces) == 1
     array = jnp.ones(36)
     for model in (Fields([4], {}, array), Fields([4], {}, 2 * array)):

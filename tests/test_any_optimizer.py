@@ -9,7 +9,7 @@ import optax
 import pytest
 from optax import contrib
 
-from cnn import InputError, create_train_state, train_step, train_steps
+from cnn import UserError, create_train_state, train_step, train_steps
 
 SHAPE = (3, 3, 1)
 BATCH = {
@@ -216,5 +216,5 @@ def test_the_value_is_the_mean_loss_and_its_function_gives_the_same():
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_cannot_work_is_refused_by_name_at_once(tx, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         create_train_state(Dense(), tx, jax.random.key(0), SHAPE)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cnn import InputError, batch_mesh, replicated, sharded
+from cnn import UserError, batch_sharding, data_mesh, replicated_sharding
 from cnn.augment import augment, random_flip, random_translate
 
 KEY = jax.random.key(7)
@@ -102,9 +102,12 @@ def test_other_dtypes_move_alike(dtype):
 def test_bits_do_not_depend_on_jit_or_devices(count):
     images = some_images(32, 16, 16, 3)
     expected = both(KEY, images)
-    mesh = batch_mesh(jax.devices()[:count], 32)
-    placed = jax.device_put(KEY, replicated(mesh)), jax.device_put(images, sharded(mesh))
-    compiled = jax.jit(both, out_shardings=sharded(mesh)).lower(*placed).compile()
+    mesh = data_mesh(jax.devices()[:count], 32)
+    placed = (
+        jax.device_put(KEY, replicated_sharding(mesh)),
+        jax.device_put(images, batch_sharding(mesh)),
+    )
+    compiled = jax.jit(both, out_shardings=batch_sharding(mesh)).lower(*placed).compile()
     result = compiled(*placed)
     assert len(result.sharding.device_set) == count
     np.testing.assert_array_equal(result, expected)
@@ -116,9 +119,9 @@ def test_bits_do_not_depend_on_jit_or_devices(count):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_bits_do_not_depend_on_vmap_over_steps(count):
     images, keys = some_images(3, 8, 16, 16, 3), jax.random.split(KEY, 3)
-    mesh = batch_mesh(jax.devices()[:count], 8)
-    spread = jax.device_put(images, sharded(mesh, axis=1))
-    result = jax.jit(jax.vmap(both))(jax.device_put(keys, replicated(mesh)), spread)
+    mesh = data_mesh(jax.devices()[:count], 8)
+    spread = jax.device_put(images, batch_sharding(mesh, axis=1))
+    result = jax.jit(jax.vmap(both))(jax.device_put(keys, replicated_sharding(mesh)), spread)
     for step in range(3):
         np.testing.assert_array_equal(result[step], jit_both(keys[step], images[step]))
 
@@ -127,5 +130,5 @@ def test_bits_do_not_depend_on_vmap_over_steps(count):
 def test_a_shift_beyond_the_image(pixels):
     images = some_images(2, 8, 5, 3)
     message = f"^images of 8 x 5 pixels cannot be shifted by {pixels}; choose 0 to 4 pixels$"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         augment(KEY, images, flip=False, translate=pixels)

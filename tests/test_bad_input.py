@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from cnn.config import FIELDS, check_config, flatten, load_config, override, resolved
 from cnn.data import load_dataset
-from cnn.errors import InputError
+from cnn.errors import UserError
 from tests.conftest import REPOSITORY, train_command, without_waits
 
 DIGITS = REPOSITORY / "configs" / "digits.py"
@@ -157,9 +157,9 @@ COMMAND_LINES = [
     (["--config.num_epochs=99999999999999999999"], "be 1 or more, and below 2**31"),
     (["--config.eval_batch_size=0"], "eval_batch_size=0 must be 1 or more"),
     (["--config.checkpoint_every_steps=-1"], "must be 0 or more"),
-    (["--config.steps_per_call=1.0"], "'1.0' is not a whole number"),
+    (["--config.steps_per_execution=1.0"], "'1.0' is not a whole number"),
     (["--config.num_devices=-1"], "num_devices=-1 must be 0 or more"),
-    (["--config.optimizer.accumulate_steps=881"], "more than the 880 steps"),
+    (["--config.optimizer.grad_accumulation_steps=881"], "more than the 880 steps"),
     (["--config.optimizer.learning_rate=fast"], "'fast' is not a number"),
     (["--config.optimizer.learning_rate=1e999"], "inf must be positive and finite"),
     (["--config.optimizer.learning_rate=1e300"], "1e+300 must be positive and finite"),
@@ -168,11 +168,11 @@ COMMAND_LINES = [
     (["--config.optimizer.learning_rate=0"], "0.0 must be positive and finite"),
     (["--config.optimizer.learning_rate=1" + "0" * 5000], "inf must be positive"),
     (["--config.optimizer.weight_decay=1e300"], "weight_decay=1e+300 must be 0 or more"),
-    (["--config.optimizer.clip_norm=inf"], "clip_norm=inf must be 0 or more"),
+    (["--config.optimizer.grad_clip_norm=inf"], "grad_clip_norm=inf must be 0 or more"),
     (["--config.optimizer.momentum=1"], "must be at least 0 and below 1"),
     (["--config.schedule.warmup_epochs=nan"], "warmup_epochs=nan must be 0 or more"),
     (["--config.schedule.warmup_epochs=21"], "longer than num_epochs=20"),
-    (["--config.schedule.end_fraction=nan"], "must lie between 0 and 1"),
+    (["--config.schedule.final_lr_fraction=nan"], "must lie between 0 and 1"),
     (["--config.label_smoothing=-0.1"], "must be at least 0 and below 1"),
     (["--config.model.features="], "'' is not a tuple"),
     (["--config.model.features=32"], "'32' is not a tuple"),
@@ -695,7 +695,7 @@ def test_too_little_memory(refused, monkeypatch):
     def allocate(*_):
         raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 154618822656 bytes.\n")
 
-    monkeypatch.setattr("cnn.training.make_plan", allocate)
+    monkeypatch.setattr("cnn.training.create_experiment", allocate)
     refused(telling="not enough memory (RESOURCE_EXHAUSTED: Out of memory allocating 154618822656")
 
 
@@ -709,7 +709,7 @@ def is_taken(check):
     """Whether an input is fine; what refuses it must say so in one line."""
     try:
         check()
-    except InputError as error:
+    except UserError as error:
         message = str(error)
     else:
         return True

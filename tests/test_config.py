@@ -4,7 +4,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from cnn import InputError, load_config
+from cnn import UserError, load_config
 from cnn.config import (
     FIELDS,
     as_flags,
@@ -45,16 +45,16 @@ def test_every_field_of_the_baseline_has_a_comment():
         ("optimizer.learning_rate=inf", "must be positive and finite"),
         ("optimizer.name=adaam", "'adaam' must be one of adam, adamw, sgd"),
         ("optimizer.momentum=1", "below 1"),
-        ("optimizer.accumulate_steps=0", "must be 1 or more"),
+        ("optimizer.grad_accumulation_steps=0", "must be 1 or more"),
         ("schedule.name=step", "must be one of constant, cosine, linear"),
-        ("schedule.end_fraction=2", "between 0 and 1"),
+        ("schedule.final_lr_fraction=2", "between 0 and 1"),
         ("schedule.warmup_epochs=11", "longer than num_epochs=10"),
         ("model.name=resnet", "must be one of cnn"),
         ("model.dtype=float16", "must be one of float32, bfloat16"),
         ("model.padding=FULL", "must be one of VALID, SAME"),
         ("model.features=(32, 0)", "whole numbers from 1 to"),
         ("model.features=(32, 1.5)", "whole numbers from 1 to"),
-        ("model.hidden=1000000000000", "lie between 0 and"),
+        ("model.hidden_features=1000000000000", "lie between 0 and"),
         ("model.patch_size=-1", "lie between 0 and"),
         ("model.patch_features=0", "lie between 1 and"),
         ("dataset.name=", "must name a dataset"),
@@ -65,7 +65,7 @@ def test_every_field_of_the_baseline_has_a_comment():
 )
 def test_impossible_values(flag, complaint):
     config = override(load_config(BASELINE), [f"--config.{flag}"])
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         check_config(config)
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)
@@ -91,7 +91,7 @@ def test_impossible_values(flag, complaint):
     ],
 )
 def test_wrong_flags(flags, complaint):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         override(load_config(BASELINE), flags)
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)
@@ -120,7 +120,7 @@ def test_overrides_take_both_forms_and_leave_the_original_alone():
 def test_broken_config_files(tmp_path, text, complaint):
     path = tmp_path / "mine.py"
     path.write_text(text)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         load_config(path)
     assert complaint in str(error.value)
     assert str(path) in str(error.value)
@@ -128,7 +128,7 @@ def test_broken_config_files(tmp_path, text, complaint):
 
 
 def test_a_missing_config_file(tmp_path):
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         load_config(tmp_path / "none.py")
 
 
@@ -145,14 +145,14 @@ def test_wrong_types_and_unknown_fields_of_a_file(field, value, complaint):
     config = load_config(BASELINE)
     config[field] = None  # a file may set anything; flags are checked before
     config = ConfigDict({**config.to_dict(), field: value})
-    with pytest.raises(InputError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         check_config(config)
 
 
 def test_a_missing_field():
     config = load_config(BASELINE)
     del config.optimizer["momentum"]
-    with pytest.raises(InputError, match=r"config field optimizer\.momentum is missing"):
+    with pytest.raises(UserError, match=r"config field optimizer\.momentum is missing"):
         check_config(config)
 
 
@@ -188,8 +188,8 @@ def test_an_override_may_mend_a_wrong_type_in_the_file():
 def test_an_override_of_a_field_that_the_file_lacks():
     config = load_config(BASELINE)
     config.model = None
-    with pytest.raises(InputError, match=r"config field model\.hidden is missing"):
-        override(config, ["--config.model.hidden=8"])
+    with pytest.raises(UserError, match=r"config field model\.hidden is missing"):
+        override(config, ["--config.model.hidden_features=8"])
 
 
 def test_a_config_that_was_json_in_between_is_the_same(tmp_path):
@@ -206,7 +206,7 @@ def test_a_config_that_was_json_in_between_is_the_same(tmp_path):
         assert check_config(again) == config
         assert isinstance(check_config(again).model.features, tuple)
     path.write_text("[1]")
-    with pytest.raises(InputError, match="ConfigDict, not list"):
+    with pytest.raises(UserError, match="ConfigDict, not list"):
         load_config(path)
 
 
@@ -218,7 +218,7 @@ def test_padding_in_any_case(padding):
 
 def test_one_image_has_no_batch_statistics():
     flags = ["--config.batch_size=1", "--config.model.batch_norm"]
-    with pytest.raises(InputError, match=r"batch_size=1 with model\.batch_norm=True"):
+    with pytest.raises(UserError, match=r"batch_size=1 with model\.batch_norm=True"):
         check_config(override(load_config(BASELINE), flags))
 
 
@@ -238,7 +238,7 @@ def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
         ("", "'' is not a path: it is empty"),
         ("x" * 5000, "does not exist"),
     ):
-        with pytest.raises(InputError, match=complaint):
+        with pytest.raises(UserError, match=complaint):
             find_config(name, folder)
 
 

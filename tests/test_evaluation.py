@@ -10,10 +10,10 @@ from cnn import (
     Dataset,
     DeviceSplit,
     Split,
-    batch_mesh,
     create_train_state,
+    data_mesh,
     evaluate,
-    replicated,
+    replicated_sharding,
 )
 
 NUM_IMAGES = 103  # a prime: nothing divides it
@@ -28,14 +28,16 @@ def data():
 
 
 def place(data, num_devices, normalization="standardize"):
-    mesh = batch_mesh(jax.devices()[:num_devices], num_devices)
-    return DeviceSplit.place(data.test, data, normalization, replicated(mesh)), replicated(mesh)
+    mesh = data_mesh(jax.devices()[:num_devices], num_devices)
+    return DeviceSplit.place(
+        data.test, data, normalization, replicated_sharding(mesh)
+    ), replicated_sharding(mesh)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 @pytest.mark.parametrize("batch_size", [1, 10, 103, 1000])
 def test_every_image_counts_once(data, num_devices, batch_size):
-    model = CNN(5, features=(4,), hidden=8)
+    model = CNN(5, features=(4,), hidden_features=8)
     state = create_train_state(model, optax.sgd(0.1), jax.random.key(0), data.image_shape)
     split, everywhere = place(data, num_devices)
     metrics = evaluate(jax.device_put(state, everywhere), split, batch_size=batch_size)
@@ -77,8 +79,8 @@ def test_a_split_on_one_device_without_a_mesh_works(data):
 def test_a_mesh_of_two_axes_works(data):
     mesh = jax.make_mesh((2, 2), ("batch", "model"), (jax.sharding.AxisType.Auto,) * 2)
     state = create_train_state(Constant(), optax.sgd(0.1), jax.random.key(0), data.image_shape)
-    split = DeviceSplit.place(data.test, data, "scale", replicated(mesh))
-    assert evaluate(jax.device_put(state, replicated(mesh)), split).count == NUM_IMAGES
+    split = DeviceSplit.place(data.test, data, "scale", replicated_sharding(mesh))
+    assert evaluate(jax.device_put(state, replicated_sharding(mesh)), split).count == NUM_IMAGES
 
 
 def test_normalizations(data):

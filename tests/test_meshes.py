@@ -25,7 +25,7 @@ from cnn import (
 )
 
 SHAPE = (12, 12, 3)
-MODEL = CNN(4, features=(4,), hidden=8)
+MODEL = CNN(4, features=(4,), hidden_features=8)
 BATCH = {"image": jax.random.normal(jax.random.key(1), (64, *SHAPE)), "label": jnp.arange(64) % 4}
 
 
@@ -97,12 +97,12 @@ def test_evaluation_is_the_same_on_any_mesh(mesh, state, data):
     assert from_host.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("lowering", ["auto", "native", "patches", "winograd"])
+@pytest.mark.parametrize("implementation", ["auto", "native", "patches", "winograd"])
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_the_step_works_within_shard_map(check_vma, lowering):
+def test_the_step_works_within_shard_map(check_vma, implementation):
     """A state for each device, all on the same batch: many seeds."""
     mesh = jax.make_mesh((2,), ("seed",), (AxisType.Auto,))
-    model = CNN(4, features=(4,), hidden=8, conv_lowering=lowering)
+    model = CNN(4, features=(4,), hidden_features=8, conv_implementation=implementation)
     create = functools.partial(create_train_state, model, optax.sgd(0.1), image_shape=SHAPE)
     states = jax.vmap(create)(jax.random.split(jax.random.key(0), 2))
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), BATCH)

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import cnn
-from cnn import InputError, create_train_state, digest, train_and_evaluate, train_step
-from cnn.metrics import Tally
+from cnn import UserError, create_train_state, digest, train_and_evaluate, train_step
+from cnn.metrics import MetricsAccumulator
 
 SHAPE = (16, 16, 3)
 
@@ -105,7 +105,7 @@ def test_the_tally_names_the_steps(batch):
     images = jnp.stack([batch["image"]] * 4).at[2, 0].set(jnp.nan)
     batches = {"image": images, "label": jnp.stack([batch["label"]] * 4)}
     state, scores = cnn.train_steps(new_state(), batches, 3)
-    tally = Tally(step=10)
+    tally = MetricsAccumulator(step=10)
     tally.add(scores, 3)
     tally.add(train_step(state, {**batch, "image": images[2]})[1], 1)
     tally.add(train_step(state, batch)[1], 1)
@@ -130,7 +130,7 @@ def poisoned(monkeypatch):
 
 @pytest.fixture
 def config(config):
-    config.steps_per_call = 1
+    config.steps_per_execution = 1
     return config
 
 
@@ -141,7 +141,7 @@ def records(workdir):
 @pytest.mark.parametrize(("every", "good"), [(0, 14), (5, 15), (1, 17)])
 def test_a_run_stops_and_names_the_step(config, tmp_path, poisoned, every, good):
     config.checkpoint_every_steps = every
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         train_and_evaluate(config, tmp_path)
     message = str(error.value)
     assert "\n" not in message
@@ -149,7 +149,7 @@ def test_a_run_stops_and_names_the_step(config, tmp_path, poisoned, every, good)
     assert "at a learning rate of 0.001 in epoch 2" in message
     assert f"the last good checkpoint is step {good};" in message
     assert "--config.on_nonfinite=skip" in message
-    checkpoints = cnn.Checkpoints(tmp_path / "checkpoints")
+    checkpoints = cnn.CheckpointManager(tmp_path / "checkpoints")
     assert checkpoints.latest_step() == good
     for step in checkpoints.steps():
         arrays, _ = checkpoints.read(step)
@@ -159,7 +159,7 @@ def test_a_run_stops_and_names_the_step(config, tmp_path, poisoned, every, good)
 
 def test_a_stopped_run_goes_on_by_skipping(config, tmp_path, poisoned, capsys):
     """To the same bits as one that skipped from the start."""
-    with pytest.raises(InputError, match="step 18"):
+    with pytest.raises(UserError, match="step 18"):
         train_and_evaluate(config, tmp_path / "stopped")
     config.on_nonfinite = "skip"
     state, result = train_and_evaluate(config, tmp_path / "stopped")
@@ -176,12 +176,12 @@ def test_a_stopped_run_goes_on_by_skipping(config, tmp_path, poisoned, capsys):
 
 def test_a_run_that_diverges(config, tmp_path):
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e30
-    with pytest.raises(InputError, match=r"step 2 .* last good checkpoint is step 0"):
+    with pytest.raises(UserError, match=r"step 2 .* last good checkpoint is step 0"):
         train_and_evaluate(config, tmp_path)
     config.on_nonfinite = "skip"
-    with pytest.raises(InputError, match="the test loss became nan"):
+    with pytest.raises(UserError, match="the test loss became nan"):
         train_and_evaluate(config, tmp_path)
-    assert cnn.Checkpoints(tmp_path / "checkpoints").steps() == [0]
+    assert cnn.CheckpointManager(tmp_path / "checkpoints").steps() == [0]
 
 
 def test_an_epoch_without_a_finite_step(config, tmp_path, monkeypatch):
@@ -193,7 +193,7 @@ def test_an_epoch_without_a_finite_step(config, tmp_path, monkeypatch):
         )
     )  # fmt: skip
     config.on_nonfinite = "skip"
-    with pytest.raises(InputError, match="no step of the epoch gave a finite loss"):
+    with pytest.raises(UserError, match="no step of the epoch gave a finite loss"):
         train_and_evaluate(config, tmp_path)
 
 
@@ -202,16 +202,18 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path):
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e30
     config.optimizer.weight_decay = 1e30
     config.checkpoint_every_steps = 1
-    with pytest.raises(InputError, match=r"parameters after step 1 are not finite"):
+    with pytest.raises(UserError, match=r"parameters after step 1 are not finite"):
         train_and_evaluate(config, tmp_path)
-    assert cnn.Checkpoints(tmp_path / "checkpoints").steps() == [0]
+    assert cnn.CheckpointManager(tmp_path / "checkpoints").steps() == [0]
 
 
 def test_nobody_waits_for_the_device_at_each_step(config, tmp_path, monkeypatch):
     fetched = []
-    original = Tally.collect
+    original = MetricsAccumulator.collect
     monkeypatch.setattr(
-        Tally, "collect", lambda tally, keep=0: fetched.append(keep) or original(tally, keep)
+        MetricsAccumulator,
+        "collect",
+        lambda tally, keep=0: fetched.append(keep) or original(tally, keep),
     )
     train_and_evaluate(config, tmp_path)
     assert len(fetched) == 2  # once an epoch

@@ -3,21 +3,21 @@ import jax.numpy as jnp
 import pytest
 
 from cnn.config import check_config, override
-from cnn.devices import batch_mesh, find_devices
+from cnn.experiment import create_experiment
+from cnn.models.summary import describe
 from cnn.notes import notes
-from cnn.plan import make_plan
-from cnn.summary import describe
+from cnn.runtime.devices import data_mesh, select_devices
 
 
 def plan_of(config, *flags):
     config = check_config(override(config, [f"--config.{flag}" for flag in flags]))
-    return make_plan(config, batch_mesh(find_devices("cpu", 1), config.batch_size))
+    return create_experiment(config, data_mesh(select_devices("cpu", 1), config.batch_size))
 
 
 @pytest.mark.parametrize(
     ("flags", "note"),
     [
-        (["optimizer.accumulate_steps=8"], "without effect: 4 of 28, which do not fill"),
+        (["optimizer.grad_accumulation_steps=8"], "without effect: 4 of 28, which do not fill"),
         (["schedule.warmup_epochs=0.01"], "schedule.warmup_epochs=0.01 has no effect: it is less"),
         (
             ["schedule.warmup_epochs=2", "schedule.name=cosine"],
@@ -33,7 +33,7 @@ def test_settings_without_effect_are_noted(config, digits, flags, note):
 
 def test_settings_with_an_effect_are_not(config, digits):
     flags = [
-        "optimizer.accumulate_steps=7", "schedule.warmup_epochs=1", "schedule.name=linear",
+        "optimizer.grad_accumulation_steps=7", "schedule.warmup_epochs=1", "schedule.name=linear",
         "checkpoint_every_steps=27",
     ]  # fmt: skip
     assert notes(plan_of(config, *flags)) == []

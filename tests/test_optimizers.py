@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn import InputError, create_optimizer, create_schedule
+from cnn import UserError, create_optimizer, create_schedule
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5])}
 GRADS = {"kernel": jnp.array([[3.0, -4.0]]), "bias": jnp.array([0.0])}
@@ -50,12 +50,12 @@ def test_adamw_decay_is_decoupled():
 
 
 def test_clipping_scales_the_global_norm_down():
-    result = updates(create_optimizer("sgd", 1.0, momentum=0.0, clip_norm=1.0))
+    result = updates(create_optimizer("sgd", 1.0, momentum=0.0, grad_clip_norm=1.0))
     np.testing.assert_allclose(result["kernel"], [[-0.6, 0.8]], rtol=1e-6)
 
 
 def test_accumulation_updates_once_with_the_mean_gradient():
-    tx = create_optimizer("sgd", 1.0, momentum=0.0, accumulate_steps=2)
+    tx = create_optimizer("sgd", 1.0, momentum=0.0, grad_accumulation_steps=2)
     opt_state = tx.init(PARAMS)
     first, opt_state = tx.update(GRADS, opt_state, PARAMS)
     second, _ = tx.update(jax.tree.map(lambda g: 3 * g, GRADS), opt_state, PARAMS)
@@ -72,7 +72,7 @@ def test_accumulation_updates_once_with_the_mean_gradient():
     ],
 )
 def test_schedules_at_their_corners(name, expected):
-    schedule = create_schedule(name, 1.0, num_updates=14, warmup_updates=4, end_fraction=0.1)
+    schedule = create_schedule(name, 1.0, num_updates=14, warmup_updates=4, final_lr_fraction=0.1)
     values = [float(schedule(step)) for step in (0, 2, 4, 9, 14, 99)]
     np.testing.assert_allclose(values, expected, atol=1e-6)
 
@@ -93,5 +93,5 @@ def test_the_schedule_drives_the_optimizer():
     "make", [create_optimizer, lambda n, r: create_schedule(n, r, num_updates=1)]
 )
 def test_unknown_names(make):
-    with pytest.raises(InputError, match=r"unknown .* 'adaam'; known: "):
+    with pytest.raises(UserError, match=r"unknown .* 'adaam'; known: "):
         make("adaam", 0.1)

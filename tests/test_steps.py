@@ -10,18 +10,18 @@ import pytest
 from cnn import (
     CNN,
     CrossEntropy,
-    batch_mesh,
+    batch_sharding,
     create_optimizer,
     create_train_state,
+    data_mesh,
     eval_step,
-    replicated,
-    sharded,
+    replicated_sharding,
     train_step,
 )
 
 SHAPE = (16, 16, 3)
 GOLDEN = {"loss": 2.341574, "loss_after": 2.212909, "param_norm": 13.794252}
-MODEL = CNN(num_classes=4, features=(4, 8), hidden=16)
+MODEL = CNN(num_classes=4, features=(4, 8), hidden_features=16)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,11 @@ def test_the_step_can_be_differentiated(state, batch):
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_sharded_batch_gives_the_same_step(state, batch, count):
     alone, metrics = jax.jit(train_step)(state, batch)
-    mesh = batch_mesh(jax.devices()[:count], 8)
-    placed = jax.device_put(state, replicated(mesh)), jax.device_put(batch, sharded(mesh))
+    mesh = data_mesh(jax.devices()[:count], 8)
+    placed = (
+        jax.device_put(state, replicated_sharding(mesh)),
+        jax.device_put(batch, batch_sharding(mesh)),
+    )
     spread, spread_metrics = jax.jit(train_step)(*placed)
     assert len(spread.params["Conv_0"]["kernel"].sharding.device_set) == count
     assert_close(spread.params, alone.params, atol=1e-5)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import cnn
-from cnn import InputError, digest, train_and_evaluate
+from cnn import UserError, digest, train_and_evaluate
 from cnn.config import resolved
-from cnn.plan import Plan, make_plan
-from cnn.report import RECORD_FIELDS, RunDirectory
+from cnn.experiment import Experiment, create_experiment
+from cnn.runtime.run_directory import RECORD_FIELDS, RunDirectory
 
 
 def records(workdir):
@@ -73,7 +73,7 @@ def test_another_config_in_the_same_directory_is_refused(finished, config):
     workdir, *_ = finished
     config.seed = 1
     config.optimizer.learning_rate = 1e-2
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         train_and_evaluate(config, workdir)
     assert "optimizer.learning_rate: 0.001 -> 0.01; seed: 0 -> 1" in str(error.value)
 
@@ -92,15 +92,15 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("steps", "steps_per_call"), [(5, 1), (14, 1), (17, 1), (28, 1), (15, 0), (20, 3)]
+    ("steps", "steps_per_execution"), [(5, 1), (14, 1), (17, 1), (28, 1), (15, 0), (20, 3)]
 )
 def test_a_run_stopped_anywhere_ends_in_the_same_bits(
-    finished, config, tmp_path, monkeypatch, capsys, steps, steps_per_call
+    finished, config, tmp_path, monkeypatch, capsys, steps, steps_per_execution
 ):
     """Stopped in the first epoch, at its end, in the second and at its end, and continued."""
     workdir, state, result = finished
     config.checkpoint_every_steps = 5 if steps < 28 else 0
-    config.steps_per_call = steps_per_call
+    config.steps_per_execution = steps_per_execution
     trained = []
     one, several = cnn.training._train_step, cnn.training._train_steps
 
@@ -108,7 +108,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
         if sum(trained) >= steps:
             raise Killed
         trained.append(count)
-        return one(state, batches) if steps_per_call == 1 else several(state, batches, count)
+        return one(state, batches) if steps_per_execution == 1 else several(state, batches, count)
 
     def stop_before_the_end(*args):
         raise Killed
@@ -136,11 +136,11 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
     assert kept == {"28", str(previous), str(best)}
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 5])
-def test_steps_per_call_change_no_bit(finished, config, tmp_path, steps_per_call):
+@pytest.mark.parametrize("steps_per_execution", [1, 5])
+def test_steps_per_call_change_no_bit(finished, config, tmp_path, steps_per_execution):
     """Against 14, those of an epoch; 5 do not divide these."""
     workdir, state, _ = finished
-    config.steps_per_call = steps_per_call
+    config.steps_per_execution = steps_per_execution
     several, _ = train_and_evaluate(config, tmp_path)
     assert digest(several) == digest(state)
     assert [without_speed(record) for record in records(tmp_path)] == [
@@ -152,14 +152,14 @@ def test_off_the_cpu_the_compiler_knows_the_number_of_steps(
     finished, config, tmp_path, monkeypatch
 ):
     _, state, _ = finished
-    config.steps_per_call = 5
+    config.steps_per_execution = 5
     original, counts = cnn.training._train_known_steps, []
 
     def note(state, batches, count):
         counts.append(count)
         return original(state, batches, count)
 
-    monkeypatch.setattr(Plan, "on_cpu", False)
+    monkeypatch.setattr(Experiment, "on_cpu", False)
     monkeypatch.setattr(cnn.training, "_train_known_steps", note)
     other, _ = train_and_evaluate(config, tmp_path)
     assert counts == [5, 5, 4] * 2
@@ -178,8 +178,8 @@ def test_a_batch_that_does_not_divide_uses_fewer_devices_and_says_so(config, tmp
 def test_everything_that_a_config_can_choose(config, tmp_path):
     config.optimizer.name = "sgd"
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.clip_norm = 1.0
-    config.optimizer.accumulate_steps = 2
+    config.optimizer.grad_clip_norm = 1.0
+    config.optimizer.grad_accumulation_steps = 2
     config.schedule.name = "cosine"
     config.schedule.warmup_epochs = 0.5
     config.model.dtype = "bfloat16"
@@ -246,7 +246,7 @@ def test_runs_that_differ_in_the_seed_compile_nothing_anew(config, tmp_path):
 def test_tensorboard_that_is_not_installed_is_one_line(config, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     config.tensorboard = True
-    with pytest.raises(InputError, match=r"pip install '\.\[tensorboard\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[tensorboard\]'"):
         train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -262,20 +262,20 @@ def test_tensorboard_that_is_not_installed_is_one_line(config, tmp_path, monkeyp
 )
 def test_what_cannot_work_leaves_no_directory(config, tmp_path, field, value, complaint):
     config.update_from_flattened_dict({field: value})
-    with pytest.raises(InputError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_work_directory_that_is_a_file(config, tmp_path):
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(InputError, match="is not a writable directory"):
+    with pytest.raises(UserError, match="is not a writable directory"):
         train_and_evaluate(config, tmp_path / "run")
     assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_a_work_directory_without_permission(config):
-    with pytest.raises(InputError, match="/proc/nowhere cannot be written"):
+    with pytest.raises(UserError, match="/proc/nowhere cannot be written"):
         train_and_evaluate(config, "/proc/nowhere")
 
 
@@ -291,7 +291,7 @@ def unfinished(config, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_holds_the_config_and_the_records(unfinished, config):
-    with cnn.Checkpoints(unfinished / "checkpoints") as checkpoints:
+    with cnn.CheckpointManager(unfinished / "checkpoints") as checkpoints:
         _, record = checkpoints.read(14)
     assert record["config"] == resolved(config)
     assert record["records"] == records(unfinished)
@@ -316,7 +316,7 @@ def test_a_lost_metrics_file_comes_back(unfinished, config):
 )
 def test_damaged_files_of_a_run(tmp_path, config, name, text):
     (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=f"{name} is damaged"):
+    with pytest.raises(UserError, match=f"{name} is damaged"):
         train_and_evaluate(config, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -324,7 +324,7 @@ def test_damaged_files_of_a_run(tmp_path, config, name, text):
 def test_a_result_without_its_checkpoints(finished, config, tmp_path):
     workdir, *_ = finished
     shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
-    with pytest.raises(InputError, match=r"holds a run, but .*checkpoints no checkpoint of it"):
+    with pytest.raises(UserError, match=r"holds a run, but .*checkpoints no checkpoint of it"):
         train_and_evaluate(config, tmp_path / "run")
 
 
@@ -337,7 +337,7 @@ def test_each_epoch_has_an_order_of_its_own(config, tmp_path, monkeypatch):
             jax.debug.callback(lambda index: seen.extend(np.array(index)), index)
         return original(split, index, *change)
 
-    config.steps_per_call = 7
+    config.steps_per_execution = 7
     jax.clear_caches()  # another test's trace of the same shapes would not see the note
     monkeypatch.setattr(cnn.DeviceSplit, "take", note)
     train_and_evaluate(config, tmp_path)
@@ -352,7 +352,7 @@ def test_each_epoch_has_an_order_of_its_own(config, tmp_path, monkeypatch):
 def test_the_schedule_is_the_one_the_optimizer_follows(config, digits):
     """Four warm-up updates from 0: the first changes nothing, the second something."""
     config.schedule.warmup_epochs = 4 / 14
-    plan = make_plan(config, cnn.batch_mesh(jax.devices()[:1], 96))
+    plan = create_experiment(config, cnn.data_mesh(jax.devices()[:1], 96))
     start = plan.initial_state()
     batch = {
         "image": jax.numpy.asarray(digits.train.images[:96] / np.float32(255)),
@@ -368,8 +368,8 @@ def test_the_schedule_is_the_one_the_optimizer_follows(config, digits):
 
 
 def test_an_accumulation_longer_than_the_run(config, tmp_path):
-    config.optimizer.accumulate_steps = 29
-    with pytest.raises(InputError, match="accumulate_steps=29 is more than the 28 steps"):
+    config.optimizer.grad_accumulation_steps = 29
+    with pytest.raises(UserError, match="grad_accumulation_steps=29 is more than the 28 steps"):
         train_and_evaluate(config, tmp_path)
 
 
@@ -415,8 +415,8 @@ def test_other_images_under_the_same_name_are_refused(unfinished, config, digits
         test=digits.test,
         class_names=digits.class_names,
     )
-    monkeypatch.setattr("cnn.plan.load_dataset", lambda *_: changed)
-    with pytest.raises(InputError, match="other digits images than those found now"):
+    monkeypatch.setattr("cnn.experiment.load_dataset", lambda *_: changed)
+    with pytest.raises(UserError, match="other digits images than those found now"):
         train_and_evaluate(config, unfinished)
 
 
@@ -442,7 +442,7 @@ def test_what_is_left_of_a_run_is_no_empty_directory(finished, config, tmp_path,
     """Else the figures of the old run would stand beside the digest of a new one."""
     workdir, *_ = finished
     shutil.copy(workdir / name, tmp_path)
-    with pytest.raises(InputError, match="no checkpoint of it"):
+    with pytest.raises(UserError, match="no checkpoint of it"):
         train_and_evaluate(config, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
@@ -458,5 +458,5 @@ def test_a_finished_run_whose_result_is_lost_finishes_again(finished, config, tm
     config.seed = 1
     (tmp_path / "run" / "config.json").unlink()
     (tmp_path / "run" / "result.json").unlink()
-    with pytest.raises(InputError, match=r"are of another config \(seed: 0 -> 1\)"):
+    with pytest.raises(UserError, match=r"are of another config \(seed: 0 -> 1\)"):
         train_and_evaluate(config, tmp_path / "run")

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cnn import InputError
+from cnn import UserError
 
 
 class Program(Protocol):
@@ -105,19 +105,19 @@ def choose(names: Iterable[str]) -> list[Contender]:
     """The contenders that have one of these names or are of one of these groups.
 
     Raises:
-      InputError: for a name that nobody has, or a package that is not installed.
+      UserError: for a name that nobody has, or a package that is not installed.
     """
     chosen = []
     for name in names:
         found = [contender for contender in CONTENDERS if name in (contender.name, contender.group)]
         if not found:
             groups = ", ".join(dict.fromkeys(contender.group for contender in CONTENDERS))
-            raise InputError(f"unknown contender {name!r}; known: {groups}, and their variants")
+            raise UserError(f"unknown contender {name!r}; known: {groups}, and their variants")
         chosen += [contender for contender in found if contender not in chosen]
     packages = dict.fromkeys(package for one in chosen for package in one.requires)
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
     if absent:
-        raise InputError(
+        raise UserError(
             f"not installed: {', '.join(absent)}; pip install -e '.[bench]' brings the peers, "
             f"--contenders names those to run"
         )

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 import cnn
-from cnn import layers
+from cnn.ops import convolution
 from contenders import problem as shared
 from contenders.flax_networks import JaxProgram, Net94, optimizer
 
@@ -18,9 +18,9 @@ def _model(network: str) -> nn.Module:
     if network == "seed":
         return cnn.CNN(shared.NUM_CLASSES)
     return Net94(
-        conv=layers.conv_general_dilated,
-        conv_max_pool=layers.conv_max_pool,
-        max_pool=layers.max_pool,
+        conv=convolution.conv_general_dilated,
+        conv_max_pool=convolution.conv_max_pool,
+        max_pool=convolution.max_pool,
     )
 
 
@@ -32,8 +32,8 @@ def program(problem: shared.Problem, variant: str) -> JaxProgram:
       variant: "step", a plain `jax.jit` of `train_step`, called for each batch; or "loop",
         `train_steps` with many batches in one call, as `train.py` trains.
     """
-    cnn.prepare_cpu()
-    mesh = cnn.batch_mesh(jax.devices(), problem.images.shape[1])
+    cnn.use_all_cpu_cores()
+    mesh = cnn.data_mesh(jax.devices(), problem.images.shape[1])
     state = cnn.create_train_state(
         _model(problem.network),
         optimizer(problem.network),
@@ -48,19 +48,19 @@ def program(problem: shared.Problem, variant: str) -> JaxProgram:
         return train_step(state, {"image": image, "label": label})
 
     parts: dict[str, Any] = {
-        "initial": jax.device_put(state, cnn.replicated(mesh)),
+        "initial": jax.device_put(state, cnn.replicated_sharding(mesh)),
         "step": step,
         "loss": lambda metrics: metrics.loss,
         "forward": jax.jit(cnn.predict_step),
-        "images": [jax.device_put(image, cnn.sharded(mesh)) for image in problem.images],
-        "labels": [jax.device_put(label, cnn.sharded(mesh)) for label in problem.labels],
-        "settle": cnn.stay_close,
+        "images": [jax.device_put(image, cnn.batch_sharding(mesh)) for image in problem.images],
+        "labels": [jax.device_put(label, cnn.batch_sharding(mesh)) for label in problem.labels],
+        "settle": cnn.limit_in_flight,
     }
     if variant == "step":
         return JaxProgram(**parts)
     batches = {"image": problem.images, "label": problem.labels}
     parts |= {"images": parts["images"][:1], "labels": parts["labels"][:1]}  # for the logits
-    return _Loop(**parts, batches=jax.device_put(batches, cnn.sharded(mesh, axis=1)))
+    return _Loop(**parts, batches=jax.device_put(batches, cnn.batch_sharding(mesh, axis=1)))
 
 
 @dataclasses.dataclass

@@ -25,8 +25,8 @@ import platformdirs
 
 from cnn.data.dataset import Dataset, Split
 from cnn.errors import one_line
-from cnn.files import replacing
-from cnn.storage import absolute, local_path
+from cnn.runtime.disk import local_path, resolve_path
+from cnn.runtime.files import replacing
 
 _FORMAT = 1
 _ALIGN = 64
@@ -39,7 +39,7 @@ def directory() -> Path:
     For a user without a home directory it is a folder among the temporary files.
 
     Raises:
-      InputError: `XDG_CACHE_HOME` is no path of this machine.
+      UserError: `XDG_CACHE_HOME` is no path of this machine.
       PermissionError: if that folder among the temporary files is not the user's alone.
     """
     if given := os.environ.get("XDG_CACHE_HOME"):
@@ -47,7 +47,7 @@ def directory() -> Path:
     with contextlib.suppress(RuntimeError):
         found = platformdirs.user_cache_dir("cnn")
         if not found.startswith("~"):  # as older versions leave it
-            return absolute(found)
+            return resolve_path(found)
     own = Path(tempfile.gettempdir()) / f"cnn-{os.getuid()}"
     own.mkdir(mode=0o700, exist_ok=True)
     status = own.lstat()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cnn.errors import InputError
+from cnn.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Split:
       labels: int32[N].
 
     Raises:
-      InputError: a wrong type, dtype, rank or length, or no images at all.
+      UserError: a wrong type, dtype, rank or length, or no images at all.
     """
 
     images: np.ndarray
@@ -31,9 +31,9 @@ class Split:
         _check_array("images", self.images, np.uint8, "[N, H, W, C]")
         _check_array("labels", self.labels, np.int32, "[N]")
         if not self.images.size:
-            raise InputError(f"images are empty (shape {self.images.shape}): give at least one")
+            raise UserError(f"images are empty (shape {self.images.shape}): give at least one")
         if len(self.images) != len(self.labels):
-            raise InputError(
+            raise UserError(
                 f"{len(self.images)} images but {len(self.labels)} labels: give one label per image"
             )
 
@@ -56,7 +56,7 @@ class Dataset:
         the same whatever file format the images came from.
 
     Raises:
-      InputError: parts that do not fit together, or labels outside 0..num_classes-1.
+      UserError: parts that do not fit together, or labels outside 0..num_classes-1.
     """
 
     name: str
@@ -70,21 +70,21 @@ class Dataset:
     def __post_init__(self) -> None:
         _check_parts(self.name, self.train, self.test, self.class_names)
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
-            raise InputError(
+            raise UserError(
                 f"{self.name}: train images are {self.train.images.shape[1:]} but test images "
                 f"{self.test.images.shape[1:]}: bring them to one (height, width, channels)"
             )
         for title, split in (("train", self.train), ("test", self.test)):
             low, high = int(split.labels.min()), int(split.labels.max())
             if low < 0 or high >= self.num_classes:
-                raise InputError(
+                raise UserError(
                     f"{self.name}: labels of the {title} split run from {low} to {high}, but with "
                     f"{self.num_classes} classes they must lie in 0..{self.num_classes - 1}"
                 )
         for title, values in (("mean", self.mean), ("std", self.std)):
             _check_array(title, values, np.float32, "[C]")
             if values.shape != self.image_shape[-1:] or not np.isfinite(values).all():
-                raise InputError(
+                raise UserError(
                     f"{self.name}: {title} must be {self.image_shape[-1]} finite numbers, one per "
                     f"channel, not {values}"
                 )
@@ -112,7 +112,7 @@ class Dataset:
         ((4, 4, 1), 0.20000000298023224)
 
         Raises:
-          InputError: as for `Dataset`.
+          UserError: as for `Dataset`.
         """
         _check_parts(name, train, test, class_names)
         mean, std = channel_statistics(train.images)
@@ -154,19 +154,19 @@ def fingerprint(train: Split, test: Split) -> str:
 
 def _check_parts(name: object, train: object, test: object, class_names: object) -> None:
     if not isinstance(name, str):
-        raise InputError(f"the name of a dataset must be text, not {name!r}")
+        raise UserError(f"the name of a dataset must be text, not {name!r}")
     for title, split in (("train", train), ("test", test)):
         if not isinstance(split, Split):
-            raise InputError(f"{name}: {title} must be a Split, not {type(split).__name__}")
+            raise UserError(f"{name}: {title} must be a Split, not {type(split).__name__}")
     if not isinstance(class_names, tuple | list) or not all(
         isinstance(class_name, str) for class_name in class_names
     ):
-        raise InputError(f"{name}: class_names must be a tuple of text, not {class_names!r}")
+        raise UserError(f"{name}: class_names must be a tuple of text, not {class_names!r}")
 
 
 def _check_array(title: str, value: object, dtype: type[np.generic], shape: str) -> None:
     wanted = f"{title} must be a numpy array {np.dtype(dtype).name}{shape}"
     if not isinstance(value, np.ndarray):
-        raise InputError(f"{wanted}, not {type(value).__name__}: convert with numpy.asarray")
+        raise UserError(f"{wanted}, not {type(value).__name__}: convert with numpy.asarray")
     if value.dtype != dtype or value.ndim != shape.count(",") + 1:
-        raise InputError(f"{wanted}, not {value.dtype.name}{list(value.shape)}: convert it first")
+        raise UserError(f"{wanted}, not {value.dtype.name}{list(value.shape)}: convert it first")

@@ -14,9 +14,9 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnn.errors import InputError
-from cnn.files import replacing
-from cnn.screen import waiting
+from cnn.errors import UserError
+from cnn.runtime.files import replacing
+from cnn.runtime.screen import waiting
 
 if TYPE_CHECKING:
     import requests
@@ -37,7 +37,7 @@ def ensure_archive(url: str, *, size: int, sha256: str, place: Path, cached: lis
       cached: other files that TFDS takes for this archive, if they exist.
 
     Raises:
-      InputError: the file that is there is wrong (it is left alone), the network or the server
+      UserError: the file that is there is wrong (it is left alone), the network or the server
         gives no file, or gives a wrong one (nothing is kept).
     """
     found = next((path for path in (place, *cached) if path.is_file()), None)
@@ -47,14 +47,14 @@ def ensure_archive(url: str, *, size: int, sha256: str, place: Path, cached: lis
     with open(found, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != sha256:
-        raise InputError(
+        raise UserError(
             f"{found} is not the archive of {url}: its sha256 is {digest} ({found.stat().st_size:,}"
             f" bytes), not {sha256} ({size:,} bytes); delete it or put the right file there"
         )
 
 
 def check_reachable(url: str, place: Path) -> None:
-    """Raises the InputError of `ensure_archive` within seconds if nobody answers at `url`."""
+    """Raises the UserError of `ensure_archive` within seconds if nobody answers at `url`."""
     _open(url, place).close()
 
 
@@ -65,7 +65,7 @@ def _download(url: str, size: int, sha256: str, place: Path) -> None:
     try:
         with _open(url, place) as response:
             if response.status_code != 200:
-                raise InputError(f"{url} answers HTTP {response.status_code}: {_other_ways(place)}")
+                raise UserError(f"{url} answers HTTP {response.status_code}: {_other_ways(place)}")
             place.parent.mkdir(parents=True, exist_ok=True)
             with (
                 replacing(place) as stream,
@@ -77,13 +77,13 @@ def _download(url: str, size: int, sha256: str, place: Path) -> None:
                     received += len(block)
                     task.detail = f"{received / 1e6:,.0f} of {size / 1e6:,.0f} MB"
                 if digest.hexdigest() != sha256:
-                    raise InputError(
+                    raise UserError(
                         f"{url} gave a wrong file: {received:,} bytes with sha256 "
                         f"{digest.hexdigest()}, not {size:,} bytes with {sha256} (cut short, or an "
                         f"error page?); nothing was kept; try again, {_other_ways(place)}"
                     )
     except requests.RequestException as error:
-        raise InputError(
+        raise UserError(
             f"the download of {url} broke off after {received:,} of {size:,} bytes "
             f"({type(error).__name__}); nothing was kept; try again, {_other_ways(place)}"
         ) from error
@@ -108,7 +108,7 @@ def _open(url: str, place: Path) -> requests.Response:
         answer = TimeoutError(f"no answer in {_ANSWER_S} s")
     if isinstance(answer, Exception):
         reason = str(answer) if isinstance(answer, TimeoutError) else type(answer).__name__
-        raise InputError(f"cannot reach {url} ({reason}): {_other_ways(place)}") from answer
+        raise UserError(f"cannot reach {url} ({reason}): {_other_ways(place)}") from answer
     return answer
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnn.data import download
-from cnn.errors import InputError
-from cnn.manifest import write_manifest
-from cnn.screen import waiting
-from cnn.storage import is_file, is_writable
+from cnn.errors import UserError
+from cnn.runtime.checksums import write_manifest
+from cnn.runtime.disk import is_file, is_writable
+from cnn.runtime.screen import waiting
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -42,10 +42,10 @@ class Request:
 
     @classmethod
     def parse(cls, text: str) -> Request:
-        """Raises `InputError` if the text has another form."""
+        """Raises `UserError` if the text has another form."""
         match = _NAME.fullmatch(text) if isinstance(text, str) else None
         if match is None:
-            raise InputError(
+            raise UserError(
                 f"{text!r} is not a dataset name: write name, name/config or name:version, such "
                 "as cifar10 or cifar10:3.0.2"
             )
@@ -72,11 +72,11 @@ def prepare(root: Path, request: Request) -> Path:
     """Downloads and prepares a dataset under `root`; nothing half-made stays behind.
 
     Raises:
-      InputError: an unknown name, config or version; a directory that cannot be written; no
+      UserError: an unknown name, config or version; a directory that cannot be written; no
         network; a wrong archive; or a dataset that only TensorFlow can prepare.
     """
     if not is_writable(root):
-        raise InputError(
+        raise UserError(
             f"{request.name} is not in {root}, and that directory cannot be written to prepare it "
             "there: set TFDS_DATA_DIR (or data_dir) to another directory"
         )
@@ -84,17 +84,17 @@ def prepare(root: Path, request: Request) -> Path:
 
     ours = request.name in BUILDERS
     if ours and request.config:
-        raise InputError(f"{request.title}: {request.name} has no configs; name it without one")
+        raise UserError(f"{request.title}: {request.name} has no configs; name it without one")
     cls: Any = BUILDERS[request.name] if ours else _stock_builder_class(request.name)
     try:
         builder = cls(data_dir=root, config=request.config, version=request.version)
     except (AssertionError, ValueError) as error:
-        raise InputError(f"{request.name}: {first_line(error)}") from error
+        raise UserError(f"{request.name}: {first_line(error)}") from error
     place = Path(builder.data_dir)
     if place.exists():  # TFDS would take it as it is
         if (place / "dataset_info.json").is_file():
             return place
-        raise InputError(
+        raise UserError(
             f"{place} is damaged (dataset_info.json is missing): delete it to have {request.name} "
             "prepared again"
         )
@@ -111,13 +111,13 @@ def prepare(root: Path, request: Request) -> Path:
     except Exception as error:
         if (found := find(root, request)) is not None:
             return found  # another process was faster
-        raise InputError(_why_not_prepared(request.name, error)) from error
+        raise UserError(_why_not_prepared(request.name, error)) from error
     write_manifest(place)
     return place
 
 
 def check_label_names(names: Iterable[str], what: str) -> None:
-    """Raises InputError for class names that TFDS's label files cannot hold.
+    """Raises UserError for class names that TFDS's label files cannot hold.
 
     >>> check_label_names(["cat", "polar bear"], "mine")
 
@@ -127,7 +127,7 @@ def check_label_names(names: Iterable[str], what: str) -> None:
     """
     for index, name in enumerate(names):
         if name != name.strip() or not name or {"\n", "\r"} & set(name) or not _is_text(name):
-            raise InputError(
+            raise UserError(
                 f"{what}: TFDS cannot keep the name {name!r} of class {index}: give each class a "
                 "name without line breaks, and without blanks at its ends"
             )
@@ -172,7 +172,7 @@ def _stock_builder_class(name: str) -> Any:
         known = {*BUILDERS, *tfds.list_builders(with_community_datasets=False)}
         near = difflib.get_close_matches(name.lower(), sorted(known), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see tensorflow.org/datasets"
-        raise InputError(f"there is no dataset {name!r} in TFDS: {hint}") from error
+        raise UserError(f"there is no dataset {name!r} in TFDS: {hint}") from error
 
 
 def _ensure_archives(

@@ -18,10 +18,10 @@ import numpy as np
 from cnn.data import cache
 from cnn.data.dataset import Dataset, Split
 from cnn.data.prepare import Request, check_label_names, find, first_line, prepare
-from cnn.errors import InputError, one_line
-from cnn.manifest import MANIFEST, read_through, verify_manifest
-from cnn.screen import counted, waiting
-from cnn.storage import absolute, is_file, is_writable, unreadable
+from cnn.errors import UserError, one_line
+from cnn.runtime.checksums import MANIFEST, read_through, verify_manifest
+from cnn.runtime.disk import is_file, is_writable, resolve_path, unreadable
+from cnn.runtime.screen import counted, waiting
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 _BATCH = 256  # records read at a time
@@ -49,7 +49,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
       A `Dataset` of uint8 images [N, H, W, C] and int32 labels [N], to be read only.
 
     Raises:
-      InputError: one line saying what is wrong and what to do: unknown name, no network, wrong
+      UserError: one line saying what is wrong and what to do: unknown name, no network, wrong
         archive, directory not writable, TensorFlow needed, images of several sizes, bad labels.
     """
     request = Request.parse(name)
@@ -57,7 +57,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
         cache.directory()  # raises before anything is written
         return _loaded(_prepared(_data_dir(data_dir), request), request.title)
     except OSError as error:
-        raise InputError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def _loaded(prepared: Path, name: str) -> Dataset:
@@ -80,11 +80,11 @@ def _loaded(prepared: Path, name: str) -> Dataset:
 
 
 def _data_dir(given: str | os.PathLike[str] | None) -> Path:
-    root = absolute(given or os.environ.get("TFDS_DATA_DIR") or _usual_data_dir())
+    root = resolve_path(given or os.environ.get("TFDS_DATA_DIR") or _usual_data_dir())
     try:
         os.fspath(root).encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"data_dir {root} is not UTF-8, and TFDS takes no other path") from error
+        raise UserError(f"data_dir {root} is not UTF-8, and TFDS takes no other path") from error
     return root
 
 
@@ -114,9 +114,9 @@ def _decode(prepared: Path, name: str) -> Dataset:
     try:
         fault = _fault(prepared)
     except OSError as error:
-        raise InputError(f"the prepared {name} cannot be read: {unreadable(error)}") from error
+        raise UserError(f"the prepared {name} cannot be read: {unreadable(error)}") from error
     if fault is not None:
-        raise InputError(
+        raise UserError(
             f"the prepared {name} is damaged ({fault}): delete {prepared} to have it prepared again"
         )
     too_large = PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError
@@ -127,7 +127,7 @@ def _decode(prepared: Path, name: str) -> Dataset:
         image_key, label_key = _keys(builder, name)
         test = "test" if "test" in splits else "validation"
         if "train" not in splits or test not in splits:
-            raise InputError(
+            raise UserError(
                 f"{name} has the splits {', '.join(splits)}: train and test are needed (or train "
                 "and validation); prepare it with both (docs/datasets.md), or read it with "
                 "tfds.data_source, divide the images and pass them to cnn.Dataset.from_splits"
@@ -138,19 +138,19 @@ def _decode(prepared: Path, name: str) -> Dataset:
             test=_decode_split(builder, test, image_key, label_key),
             class_names=tuple(builder.info.features[label_key].names),
         )
-    except InputError:
+    except UserError:
         raise
     except too_large as error:
-        raise InputError(
+        raise UserError(
             f"{name} has an image that Pillow takes for a decompression bomb ({first_line(error)}):"
             " choose another dataset"
         ) from error
     except MemoryError as error:
-        raise InputError(f"{name} does not fit in memory: choose a smaller dataset") from error
+        raise UserError(f"{name} does not fit in memory: choose a smaller dataset") from error
     except Exception as error:
         if isinstance(error, OSError) and error.filename and error.errno not in _MISSING:
-            raise InputError(f"the prepared {name} cannot be read: {unreadable(error)}") from error
-        raise InputError(
+            raise UserError(f"the prepared {name} cannot be read: {unreadable(error)}") from error
+        raise UserError(
             f"cannot read the prepared {name} ({first_line(error)}): delete {prepared} to have it "
             "prepared again"
         ) from error
@@ -168,7 +168,7 @@ def _fault(prepared: Path) -> str | None:
 
 
 def _check_class_names(prepared: Path, name: str) -> None:
-    """Raises InputError unless each line of a label file is the name of one class.
+    """Raises UserError unless each line of a label file is the name of one class.
 
     TFDS writes a name per line, and reads the lines that are not blank, without the blanks at their
     ends. So a line break or an empty name would give the classes behind it the names of others.
@@ -183,7 +183,7 @@ def _check_class_names(prepared: Path, name: str) -> None:
             lines = file.read_bytes().decode().replace("\r\n", "\n").split("\n")[:-1]
             check_label_names(lines, f"{name}: {file}")
             if len(lines) != feature.num_classes:
-                raise InputError(
+                raise UserError(
                     f"{name}: {file} has {len(lines)} lines for {feature.num_classes} classes: "
                     f"prepare it with names without line breaks"
                 )
@@ -203,7 +203,7 @@ def _keys(builder: Any, name: str) -> tuple[str, str]:
             )
             if is_classification:
                 return image, label
-    raise InputError(
+    raise UserError(
         f"{name} is not a dataset of 8-bit images with one class each (its supervised keys are "
         f"{keys}): choose an image-classification dataset"
     )
@@ -220,7 +220,7 @@ def _decode_split(builder: Any, split: str, image_key: str, label_key: str) -> S
             if index == 0:
                 images = np.empty((number, *image.shape), np.uint8)
             if image.shape != images.shape[1:]:
-                raise InputError(
+                raise UserError(
                     f"{builder.name} has images of several sizes ({images.shape[1:]} and "
                     f"{image.shape} in {split}): resize them first, or choose a dataset with one "
                     f"size"
@@ -257,7 +257,7 @@ def _examples(
                 PIL.Image.open(io.BytesIO(example[image_key])) as image,
             ):
                 if image.mode.startswith(("I", "F")):
-                    raise InputError(
+                    raise UserError(
                         f"{builder.name} has images of more than 8 bits a channel in {split}; "
                         f"convert them first, or choose another dataset"
                     )
@@ -280,7 +280,7 @@ def _examples_through_tensorflow(
     import tensorflow_datasets as tfds
 
     if importlib.util.find_spec("tensorflow") is None:
-        raise InputError(
+        raise UserError(
             f"{builder.data_dir} holds {builder.info.file_format.value} files, which only "
             "TensorFlow reads: pip install tensorflow, or set TFDS_DATA_DIR to another directory "
             "to have the dataset prepared there without it"

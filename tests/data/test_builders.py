@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from cnn.data import load_dataset
-from cnn.errors import InputError
+from cnn.errors import UserError
 
 
 def stock(name, split, data_dir):
@@ -166,7 +166,7 @@ def test_import_is_cheap():
 
 def test_unknown_version_and_config(data_dir):
     for name, hint in (("cifar10:1.0.0", "3.0.2"), ("cifar10/odd", "odd")):
-        with pytest.raises(InputError, match=hint) as error:
+        with pytest.raises(UserError, match=hint) as error:
             load_dataset(name)
         assert "\n" not in str(error.value)
     assert not data_dir.exists()

@@ -12,7 +12,7 @@ import pytest
 
 from cnn.data import cache, load_dataset, sources
 from cnn.data.dataset import fingerprint
-from cnn.manifest import write_manifest
+from cnn.runtime.checksums import write_manifest
 
 
 @pytest.fixture

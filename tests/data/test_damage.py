@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from cnn.data import cache, load_dataset
-from cnn.errors import InputError
-from cnn.manifest import MANIFEST
+from cnn.errors import UserError
+from cnn.runtime.checksums import MANIFEST
 
 FILES = (
     "SHA256SUMS",
@@ -19,7 +19,7 @@ FILES = (
 
 
 def message_of(name="digits"):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         load_dataset(name)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -95,7 +95,7 @@ def test_records_without_a_manifest(digits_dir):
             (digits_dir / name).write_bytes(flipped(content, *place))
             try:
                 outcomes.append(load_dataset("digits").fingerprint)
-            except InputError as error:
+            except UserError as error:
                 outcomes.append(str(error))
         (digits_dir / name).write_bytes(content)
     named = [outcome for outcome in outcomes if outcome != expected]  # else what fills up a block

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cnn.data import Dataset, Split
-from cnn.errors import InputError
+from cnn.errors import UserError
 
 
 def split(number=6, shape=(4, 5, 3), seed=0, classes=3):
@@ -65,7 +65,7 @@ def test_fingerprint_is_of_the_content():
     ],
 )
 def test_bad_split(images, labels, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         Split(images, labels)
 
 
@@ -74,12 +74,12 @@ def test_bad_split(images, labels, message):
 def test_labels_out_of_range(which, label):
     splits = {"train": split(), "test": split(seed=1)}
     splits[which].labels[2] = label
-    with pytest.raises(InputError, match=rf"mine: labels of the {which} split .* 0\.\.2"):
+    with pytest.raises(UserError, match=rf"mine: labels of the {which} split .* 0\.\.2"):
         Dataset.from_splits("mine", **splits, class_names=NAMES)
 
 
 def test_splits_of_different_shape():
-    with pytest.raises(InputError, match=r"\(4, 5, 3\) but test images \(4, 5, 1\)"):
+    with pytest.raises(UserError, match=r"\(4, 5, 3\) but test images \(4, 5, 1\)"):
         Dataset.from_splits("x", train=split(), test=split(shape=(4, 5, 1)), class_names=NAMES)
 
 
@@ -88,20 +88,20 @@ def test_splits_of_different_shape():
 )
 def test_bad_statistics(bad):
     good = np.ones(3, np.float32)
-    with pytest.raises(InputError, match="mean"):
+    with pytest.raises(UserError, match="mean"):
         Dataset("x", split(), split(), NAMES, mean=bad, std=good, fingerprint="0")
-    with pytest.raises(InputError, match="std"):
+    with pytest.raises(UserError, match="std"):
         Dataset("x", split(), split(), NAMES, mean=good, std=bad, fingerprint="0")
 
 
 @pytest.mark.parametrize("names", ["abc", None, ("a", 1, "c"), (b"a", b"b", b"c"), {"a", "b", "c"}])
 def test_class_names_are_texts(names):
-    with pytest.raises(InputError, match="mine: class_names must be a tuple of text"):
+    with pytest.raises(UserError, match="mine: class_names must be a tuple of text"):
         Dataset.from_splits("mine", train=split(), test=split(seed=1), class_names=names)
 
 
 def test_parts_of_other_types():
-    with pytest.raises(InputError, match="mine: test must be a Split, not tuple"):
+    with pytest.raises(UserError, match="mine: test must be a Split, not tuple"):
         Dataset.from_splits("mine", train=split(), test=(1, 2), class_names=NAMES)
-    with pytest.raises(InputError, match="the name of a dataset must be text, not 3"):
+    with pytest.raises(UserError, match="the name of a dataset must be text, not 3"):
         Dataset.from_splits(3, train=split(), test=split(), class_names=NAMES)

@@ -6,13 +6,13 @@ import time
 import pytest
 
 from cnn.data import load_dataset
-from cnn.errors import InputError
+from cnn.errors import UserError
 
 ARCHIVE = "cifar-10-binary.tar.gz"
 
 
 def one_line(function, *args):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         function(*args)
     message = str(error.value)
     assert "\n" not in message
@@ -38,7 +38,7 @@ def archive(cifar10, web, register_at):
 
 
 def test_download(data_dir, archive, web, capsys, monkeypatch):
-    monkeypatch.setattr("cnn.screen._PATIENCE", 0.0)
+    monkeypatch.setattr("cnn.runtime.screen._PATIENCE", 0.0)
     web.files[ARCHIVE] = archive
     assert len(load_dataset("cifar10").train) == 60
     assert web.requests == [f"/{ARCHIVE}"]

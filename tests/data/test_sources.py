@@ -17,12 +17,12 @@ import pytest
 import tensorflow_datasets as tfds
 
 from cnn.data import load_dataset
-from cnn.errors import InputError
-from cnn.manifest import MANIFEST
+from cnn.errors import UserError
+from cnn.runtime.checksums import MANIFEST
 
 
 def message_of(name, data_dir=None):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         load_dataset(name, data_dir)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -362,7 +362,7 @@ def test_digits_work_everywhere(kind, tmp_path, data_dir, monkeypatch):
 
 
 def test_what_takes_a_while_is_reported_on_standard_error(data_dir, capfd, monkeypatch):
-    monkeypatch.setattr("cnn.screen._PATIENCE", 0.001)
+    monkeypatch.setattr("cnn.runtime.screen._PATIENCE", 0.001)
     load_dataset("digits")
     output = capfd.readouterr()
     assert output.out == ""

@@ -1,0 +1,218 @@
+"""Pictures of a run, as PNG files.
+
+They depend on nothing but their arguments and the fonts that are installed: neither on matplotlib's
+backend nor on its settings, wherever a person made these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from cnn.data import Split
+from cnn.runtime.disk import local_path
+
+# Blue and vermilion of Okabe & Ito's palette differ for every kind of colour vision, and in
+# lightness; line style and marker differ too, for a print in grey.
+_TRAIN = {"color": "#0072B2", "linestyle": "-", "marker": "o"}
+_TEST = {"color": "#D55E00", "linestyle": "--", "marker": "s"}
+_FONT = "DejaVu Sans"  # comes with matplotlib
+_LINE_LENGTH = 22  # characters that fit above an image
+
+
+def plot_curves(
+    records: Sequence[dict[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    label_smoothing: float = 0.0,
+) -> None:
+    """Train and test accuracy and loss against the epoch.
+
+    Args:
+      records: of `metrics.jsonl`, one per epoch, in order.
+      path: of the PNG.
+      title: above both panels.
+      label_smoothing: of the train loss, which the legend names.
+
+    Raises:
+      ImportError: if matplotlib is not installed.
+      OSError: if the file cannot be written.
+    """
+    with _figure(8.0, 3.4, path, [title]) as figure:
+        figure.suptitle(title, fontsize=11, parse_math=False)
+        epochs = [record["epoch"] for record in records]
+        smoothed = f"train (label smoothing {label_smoothing:g})" if label_smoothing else "train"
+        panels = (
+            ("accuracy", "accuracy (%)", 100.0, "train"),
+            ("loss", "cross-entropy loss (nats)", 1.0, smoothed),
+        )
+        for axes, (name, label, scale, train) in zip(figure.subplots(1, 2), panels, strict=True):
+            for part, legend, style in (("train", train, _TRAIN), ("test", "test", _TEST)):
+                values = [scale * record[f"{part}_{name}"] for record in records]
+                axes.plot(epochs, values, **style, label=legend, markersize=4, linewidth=1.5)
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(label)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False)
+
+
+def plot_samples(
+    split: Split,
+    predictions: np.ndarray,
+    class_names: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+) -> None:
+    """A grid of images with their predicted class and, where it is another, the true one.
+
+    Args:
+      split: N images with their true labels. One channel is grey, two are grey and opacity, three
+        are colour, four colour and opacity; of more the first is shown in grey.
+      predictions: `int[N]`.
+      class_names: by label; shown character by character, none has a meaning.
+      path: of the PNG.
+      title: above the grid.
+
+    Raises:
+      ImportError: if matplotlib is not installed.
+      OSError: if the file cannot be written.
+    """
+    columns = 6
+    rows = -(-len(split) // columns)
+    shown = [class_names[int(label)] for label in (*split.labels, *predictions)]
+    with _figure(1.5 * columns, 1.9 * rows + 0.4, path, [title, *shown]) as figure:
+        figure.suptitle(title, fontsize=11, parse_math=False)
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in grid:
+            axes.axis("off")
+        for axes, image, label, prediction in zip(
+            grid, split.images, split.labels, predictions, strict=False
+        ):
+            axes.imshow(_pixels(image), interpolation="nearest")
+            if label == prediction:
+                text, style = f"{class_names[prediction]}", {"color": "black"}
+            else:
+                text = f"{class_names[prediction]}\nnot {class_names[label]}"
+                style = {"color": "#D55E00", "fontweight": "bold"}
+            axes.set_title(_folded(text), fontsize=8, parse_math=False, **style)
+
+
+def _pixels(image: np.ndarray) -> np.ndarray:
+    """`uint8[H, W, C]` with any channels as red, green, blue and maybe opacity."""
+    channels = image.shape[-1]
+    if channels in (3, 4):
+        return image
+    return image[..., [0, 0, 0, 1] if channels == 2 else [0, 0, 0]]
+
+
+def _folded(text: str) -> str:
+    """A text in lines that fit above an image, with nothing that cannot be encoded."""
+    lines = text.encode("utf-8", "backslashreplace").decode().split("\n")
+    fold = textwrap.TextWrapper(
+        _LINE_LENGTH, expand_tabs=False, replace_whitespace=False, drop_whitespace=False
+    )
+    return "\n".join(piece for line in lines for piece in fold.wrap(line) or [line])
+
+
+@contextlib.contextmanager
+def _figure(
+    width: float, height: float, path: str | os.PathLike[str], texts: Sequence[str]
+) -> Iterator[Any]:
+    """A figure to draw into, saved as a PNG at the end.
+
+    Args:
+      width: in inches.
+      height: in inches.
+      path: of the file.
+      texts: that will be drawn; fonts that have their characters are chosen.
+    """
+    target = local_path(path)
+    # What matplotlib warns of here, such as a character that no font has, is nobody's mistake.
+    with warnings.catch_warnings(action="ignore"), _silent_logger("matplotlib"):
+        matplotlib = _import_matplotlib()
+        defaults = {k: v for k, v in matplotlib.rcParamsDefault.items() if k != "backend"}
+        with matplotlib.rc_context({**defaults, "font.family": _families("".join(texts))}):
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+
+            # Without pyplot: no window system, no global state, nothing for a script to close.
+            figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+            canvas = FigureCanvasAgg(figure)
+            yield figure
+            canvas.print_figure(target, format="png")
+
+
+def _import_matplotlib() -> Any:
+    """The package, also where its import fails because a setting cannot be read."""
+    try:
+        return importlib.import_module("matplotlib")
+    except ImportError:
+        raise
+    except Exception:  # of the environment, or of a matplotlibrc here or at home
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+            del sys.modules[name]
+        found = importlib.util.find_spec("matplotlib")
+        assert found is not None  # it was imported in part
+        assert found.origin is not None
+        own = os.path.join(os.path.dirname(found.origin), "mpl-data", "matplotlibrc")
+        variables = {"MPLBACKEND": "agg", "MATPLOTLIBRC": own}
+        kept = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
+                return importlib.import_module("matplotlib")
+        finally:
+            for name, value in kept.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _silent_logger(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _families(text: str) -> list[str]:
+    """Font families that have the characters of a text, as far as any installed font has them."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+    def known(path: str) -> set[str]:
+        try:
+            font = get_font(path)
+            return {c for c in missing if font.scalable and font.get_char_index(ord(c))}
+        except (OSError, RuntimeError):  # no font that can be drawn with
+            return set()
+
+    families, missing = [_FONT], {c for c in text if c.isprintable() and not c.isspace()}
+    missing -= known(findfont(FontProperties(family=_FONT)))
+    if missing:
+        fonts = sorted({(font.name, font.fname) for font in fontManager.ttflist})
+        found = {name: known(path) for name, path in fonts}
+        while missing and (best := max(found, key=lambda name: len(found[name] & missing))):
+            if not found[best] & missing:
+                break
+            families.append(best)
+            missing -= found[best]
+    return families

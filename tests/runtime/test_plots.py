@@ -1,0 +1,116 @@
+"""Pictures are the same whatever matplotlib is told, and names are shown as they are."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import cnn
+from cnn.runtime.plots import plot_curves, plot_samples
+
+NAMES = (
+    "$$",
+    "$5_to_$10",
+    r"a_b^c \frac{1}{2}",
+    "two\nlines",
+    "{}%",
+    "日本 кот שלום",
+    "\ud800 \x07",
+)
+HOSTILE = {
+    "text.usetex": True,
+    "font.size": 30,
+    "font.family": "None of this name",
+    "axes.grid": True,
+    "lines.color": "black",
+    "figure.facecolor": "red",
+    "savefig.dpi": 20,
+    "savefig.bbox": "tight",
+    "savefig.format": "pdf",
+    "image.cmap": "jet",
+}
+
+
+def records():
+    fields = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    return [{"epoch": e, **dict.fromkeys(fields, 0.1 * e)} for e in (1, 2)]
+
+
+def draw():
+    """Both pictures in the working directory, and their digests."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (7, 8, 8, 3)).astype(np.uint8)
+    split = cnn.Split(images, np.arange(7, dtype=np.int32))
+    plot_samples(split, np.array([0, 1, 2, 3, 4, 5, 0]), NAMES, "samples.png", title="t $_$")
+    plot_curves(records(), "curves.png", title="t $_$")
+    return [
+        hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        for name in ("samples.png", "curves.png")
+    ]
+
+
+def test_settings_of_a_script_change_no_byte_and_stay(tmp_path, monkeypatch):
+    import matplotlib  # not above: another test imports this file where that cannot be done
+
+    monkeypatch.chdir(tmp_path)
+    plain = draw()
+    with matplotlib.rc_context(HOSTILE):
+        before = dict(matplotlib.rcParams)
+        assert draw() == plain
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_settings_of_the_environment_change_no_byte(tmp_path, monkeypatch):
+    """A backend that is not there, a matplotlibrc that is no text, and warnings that are errors."""
+    monkeypatch.chdir(tmp_path)
+    plain = draw()
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe font.size: 3")
+    done = subprocess.run(
+        [sys.executable, "-c", "from tests.test_plots import draw; print(*draw())"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "MPLBACKEND": "module://nothing.of_this_name",
+            "PYTHONWARNINGS": "error",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout.split() == plain
+
+
+def drawn(image, tmp_path):
+    split = cnn.Split(image[None], np.zeros(1, np.int32))
+    plot_samples(split, np.zeros(1, int), ("a",), tmp_path / "s.png", title="t")
+    with PIL.Image.open(tmp_path / "s.png") as picture:
+        return np.asarray(picture.convert("RGB")).reshape(-1, 3)
+
+
+@pytest.mark.parametrize(
+    ("pixel", "shown"),
+    [
+        ((90,), (90, 90, 90)),
+        ((90, 255), (90, 90, 90)),
+        ((90, 0), (255, 255, 255)),
+        ((0, 255, 0), (0, 255, 0)),
+        ((0, 255, 0, 255), (0, 255, 0)),
+        ((90, 1, 2, 3, 4), (90, 90, 90)),
+    ],
+)
+def test_images_of_any_number_of_channels_have_their_colour(tmp_path, pixel, shown):
+    image = np.full((8, 8, len(pixel)), pixel, np.uint8)
+    assert (drawn(image, tmp_path) == shown).all(-1).sum() > 30_000
+
+
+def test_the_legend_names_the_smoothing_of_the_train_loss(tmp_path):
+    pictures = []
+    for smoothing in (0.0, 0.1, 0.2):
+        plot_curves(records(), tmp_path / "c.png", title="", label_smoothing=smoothing)
+        pictures.append((tmp_path / "c.png").read_bytes())
+    assert len(set(pictures)) == 3

@@ -1,0 +1,143 @@
+"""Terminals, files and pipes."""
+
+import fcntl
+import os
+import re
+import select
+import struct
+import sys
+import termios
+import time
+import types
+
+import pytest
+
+from cnn.runtime import screen
+
+
+class Terminal:
+    """A pseudo-terminal as standard output."""
+
+    def __init__(self, columns):
+        self._reader, writer = os.openpty()
+        os.set_blocking(self._reader, False)
+        self.stream = os.fdopen(writer, "w")
+        self.resize(columns)
+
+    def resize(self, columns):
+        fcntl.ioctl(self.stream, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    def read(self):
+        """What was written: the kernel passes it on in pieces, and a moment later."""
+        pieces = []
+        while select.select([self._reader], [], [], 0.05)[0]:
+            pieces.append(os.read(self._reader, 1 << 16))
+        return b"".join(pieces).decode().replace("\r\n", "\n")
+
+    def close(self):
+        self.stream.close()
+        os.close(self._reader)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    one = Terminal(50)
+    # Not `sys.stdout` itself, which pytest replaces between fixture and test.
+    streams = types.SimpleNamespace(stdout=one.stream, stderr=sys.stderr)
+    monkeypatch.setattr("cnn.runtime.screen.sys", streams)
+    yield one
+    screen.live("")
+    monkeypatch.undo()
+    one.close()
+
+
+def test_the_live_line_follows_the_width_and_stays_below(terminal):
+    screen.live("a" * 99)
+    assert terminal.read() == "\r\x1b[J" + "a" * 49 + "\r"
+    screen.log("above")
+    assert terminal.read() == "\r\x1b[J\rabove\n\r\x1b[J" + "a" * 49 + "\r"
+    terminal.resize(40)
+    screen.live("b" * 99)
+    assert terminal.read() == "\r\x1b[J" + "b" * 39 + "\r"
+    terminal.resize(200)
+    screen.live("c" * 99)
+    assert terminal.read() == "\r\x1b[J" + "c" * 79 + "\r"
+    screen.live("")
+    screen.live("")
+    assert terminal.read() == "\r\x1b[J\r"
+
+
+def test_long_lines_are_folded_at_blanks(terminal):
+    screen.log("  " + "word " * 12 + "x" * 60)
+    lines = terminal.read().splitlines()
+    assert [len(line) for line in lines] == [46, 18, 64]
+    assert lines[1].startswith("    word")
+
+
+def test_colours_only_where_they_are_wanted(terminal, monkeypatch):
+    assert screen.styled("x", "green") == "\x1b[32mx\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert screen.styled("x", "green") == "x"
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert screen.styled("x", "green") == "x"
+    screen.live("x")
+    assert terminal.read() == ""
+
+
+def test_a_stream_that_is_closed_or_full_fails_nothing(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        screen.log("x")
+        monkeypatch.setattr(sys, "stdout", None)
+        screen.log("x")
+        screen.live("x")
+        with pytest.raises(OSError, match="No space left"):
+            full.flush()  # it was tried
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
+def test_what_is_fast_is_not_mentioned(capsys):
+    with screen.waiting("compiling"):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_takes_a_while_says_so_in_a_file(capsys, monkeypatch):
+    monkeypatch.setattr(screen, "_PATIENCE", 0.02)
+    with screen.waiting("loading"):
+        time.sleep(0.1)
+        with screen.waiting("decoding", sys.stderr) as task:
+            task.detail = "1 of 2 images"
+            time.sleep(0.1)
+    out, err = capsys.readouterr()
+    assert err == ""  # a task within another one is reported where that one is
+    assert re.sub(r"[\d.]+ s", "S", out).splitlines() == [
+        "loading ...",
+        "decoding ... 1 of 2 images",
+        "decoding: S",
+        "loading: S",
+    ]
+
+
+def test_what_takes_a_while_is_counted_on_a_terminal(terminal, monkeypatch):
+    monkeypatch.setattr(screen, "_PATIENCE", 0.02)
+    with screen.waiting("compiling"):
+        time.sleep(0.1)
+        assert terminal.read() == "\r\x1b[Jcompiling ...  0 s\r"
+    assert re.fullmatch(r"\r\x1b\[J\rcompiling: 0\.\d s\n", terminal.read())
+
+
+def test_what_fails_is_not_said_to_be_done(capsys, monkeypatch):
+    monkeypatch.setattr(screen, "_PATIENCE", 0.0)
+
+    def divide():
+        with screen.waiting("dividing"):
+            time.sleep(0.05)
+            return 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        divide()
+    assert capsys.readouterr().out == "dividing ...\n"
