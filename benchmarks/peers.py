@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
             reference=REFERENCE if REFERENCE in names else names[0],
             rounds=settings.rounds,
             seconds=settings.seconds,
-            say=cli.log,
+            log=cli.log,
         )
         text = _write(settings, about, series, cli.command("peers.py", argv))
     print(text)

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from cnn.config import FIELDS, check_config, flatten, load_config, override, resolved
 from cnn.data import load_dataset
 from cnn.errors import UserError
-from tests.conftest import REPOSITORY, train_command, without_waits
+from tests.helpers import REPOSITORY, train_command, without_waits
 
 DIGITS = REPOSITORY / "configs" / "digits.py"
 LONG = "x" * 5000

@@ -16,7 +16,7 @@ from cnn.config import (
     override,
     resolved,
 )
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 BASELINE, DIGITS = (REPOSITORY / "configs" / f"{name}.py" for name in ("baseline", "digits"))
 

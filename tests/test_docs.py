@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 
 import cnn
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 DATASETS = (REPOSITORY / "docs" / "datasets.md").read_text()
 PREPARE, DIVIDE = re.findall(r"```python\n(.*?)```", DATASETS, re.DOTALL)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cnn.config import FIELDS
-from tests.conftest import ENDLESS, REPOSITORY, train_command, without_waits
+from tests.helpers import ENDLESS, REPOSITORY, train_command, without_waits
 
 DIGITS = REPOSITORY / "configs" / "digits.py"
 

@@ -23,7 +23,7 @@ def without_speed(record):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, digits):
     """One undisturbed run, for all tests that only look."""
-    from tests.conftest import short_config
+    from tests.helpers import short_config
 
     workdir = tmp_path_factory.mktemp("run")
     state, result = train_and_evaluate(short_config(), workdir)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cnn import UserError
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 
@@ -176,7 +176,7 @@ def test_whole_runs_are_kept_and_not_repeated(tmp_path):
     config = tmp_path / "tiny.py"
     config.write_text(
         f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from tests.conftest import short_config as get_config\n"
+        "from tests.helpers import short_config as get_config\n"
     )
     flags = (f"--runs={config}", "--repeats=1", "--out", tmp_path / "results")
     first = run_script("whole_runs.py", *flags)

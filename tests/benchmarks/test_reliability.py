@@ -13,7 +13,7 @@ import pytest
 
 import cnn
 from cnn import UserError
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 

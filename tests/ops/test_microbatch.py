@@ -17,7 +17,7 @@ from cnn import (
 )
 from cnn.experiment import create_experiment
 from cnn.ops.microbatch import Cut, has_convolution, map_blocks, sum_blocks
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 WHOLE = Cut(lanes=1, blocks=1)
 

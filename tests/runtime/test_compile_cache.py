@@ -12,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 import cnn
 from cnn.config import differences
 from cnn.runtime.compile_cache import compilation_cache, prune
-from tests.conftest import short_config
+from tests.helpers import short_config
 
 
 @pytest.fixture

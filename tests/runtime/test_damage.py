@@ -8,7 +8,7 @@ import pytest
 
 import cnn
 from cnn import CheckpointManager, UserError, digest, train_and_evaluate
-from tests.conftest import short_config
+from tests.helpers import short_config
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import time
 import pytest
 
 import cnn
-from tests.conftest import REPOSITORY, train_command
+from tests.helpers import REPOSITORY, train_command
 
 FLAGS = (
     f"--config={REPOSITORY / 'configs' / 'digits.py'}",

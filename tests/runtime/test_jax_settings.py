@@ -11,7 +11,7 @@ import pytest
 import cnn
 from cnn.augment import augment
 from cnn.runtime.jax_settings import PINNED, pinned_settings
-from tests.conftest import short_config
+from tests.helpers import short_config
 
 # As variables such as JAX_ENABLE_X64=1 would set them.
 OTHERS = {

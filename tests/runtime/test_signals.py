@@ -16,7 +16,7 @@ import pytest
 import cnn
 from cnn import Interrupted, digest, train_and_evaluate
 from cnn.runtime.signals import GracefulShutdown, raise_on_signals
-from tests.conftest import (
+from tests.helpers import (
     ENDLESS,
     REPOSITORY,
     short_config,

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cnn.runtime.screen import log, log_warning
-from tests.conftest import REPOSITORY, train_command
+from tests.helpers import REPOSITORY, train_command
 
 FULL = "warning: standard output cannot be written (No space left on device)\n"
 

@@ -1,0 +1,171 @@
+"""What a config builds by name, checked against the signature of what is built.
+
+A registry maps names to functions or classes. `schema` reads from the one that a config selects
+which fields it takes, so that a new model, loss or optimizer brings its own fields along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from cnn.errors import UserError
+
+REQUIRED = inspect.Parameter.empty
+_TYPES = {"bool": bool, "int": int, "float": float, "str": str}
+_DESCRIPTIONS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    tuple: 'a tuple such as "(16, 32)"',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A field of a config.
+
+    Attributes:
+      type: bool, int, float, str or tuple; `object` takes any of them, and None.
+      default: its value where a config does not set it; `REQUIRED` if there is none.
+    """
+
+    type: type
+    default: Any = REQUIRED
+
+    @property
+    def description(self) -> str:
+        """What a value must be, for a message."""
+        return _DESCRIPTIONS.get(self.type, "a number, a string, a boolean or a tuple")
+
+
+Schema = dict[str, Field]
+
+
+def schema(build: Callable[..., Any], *, without: Collection[str] = ()) -> Schema:
+    """The fields that a function or a dataclass takes by keyword, in order.
+
+    The type of a field is that of its annotation if it is bool, int, float or str, else that of its
+    default. A default that is a dtype makes a field of dtype names.
+
+    Args:
+      build: a function, or a class such as a linen module.
+      without: parameters that the caller fills in.
+
+    >>> def make(size: int, rate: float = 1, *, names=("a", "b"), key=None): ...
+    >>> list(schema(make, without=["key"]).values())[1:]
+    [Field(type=<class 'float'>, default=1), Field(type=<class 'tuple'>, default=('a', 'b'))]
+    """
+    # A linen module is a dataclass with two fields of linen's own.
+    own = {"self", "parent", "name"} if inspect.isclass(build) else {"self"}
+    fields = {}
+    for name, parameter in inspect.signature(build).parameters.items():
+        is_named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if is_named and name not in own and name not in without:
+            fields[name] = _field(parameter)
+    return fields
+
+
+def _field(parameter: inspect.Parameter) -> Field:
+    annotation, default = parameter.annotation, parameter.default
+    name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    if name in _TYPES:
+        return Field(_TYPES[name], default)
+    if isinstance(default, bool | int | float | str):
+        return Field(type(default), default)
+    if isinstance(default, tuple | list):
+        return Field(tuple, tuple(default))
+    if isinstance(default, np.dtype) or (isinstance(default, type) and default is not REQUIRED):
+        return Field(str, np.dtype(default).name)
+    try:  # JAX's own scalar types
+        return Field(str, np.dtype(default).name) if callable(default) else Field(object, default)
+    except TypeError:
+        return Field(object, default)
+
+
+def select(kind: str, registry: Mapping[str, Any], name: str) -> Any:
+    """The entry of a registry.
+
+    Args:
+      kind: what the registry holds, such as "model".
+      registry: by name.
+      name: which.
+
+    Raises:
+      UserError: there is no such name; the message lists similar ones.
+    """
+    if name not in registry:
+        raise UserError(f"unknown {kind} {name!r}; {hint(name, registry)}")
+    return registry[name]
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """What a person who mistyped a name may have meant.
+
+    >>> hint("momentun", ["momentum", "nesterov"]), hint("x", ["momentum", "nesterov"])
+    ('did you mean momentum?', 'known: momentum, nesterov')
+    """
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+def complete(title: str, schema: Schema, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields of a schema: checked values where they are given, else the defaults.
+
+    Args:
+      title: what has these fields, such as "optimizer"; it precedes their names in messages.
+      schema: of what is to be built.
+      fields: by name.
+
+    Raises:
+      UserError: an unknown field, a missing one, or one of another type.
+    """
+    for name in fields:
+        if name not in schema:
+            raise UserError(f"unknown field {_join(title, name)}; {hint(name, schema)}")
+    complete = {}
+    for name, field in schema.items():
+        if name not in fields and field.default is REQUIRED:
+            raise UserError(f"field {_join(title, name)} is missing: it must be set")
+        value = fields.get(name, field.default)
+        complete[name] = check_type(_join(title, name), field, value) if name in fields else value
+    return complete
+
+
+def check_type(name: str, field: Field, value: Any) -> Any:
+    """A value of a field: an int where a float is wanted becomes one, and a list a tuple.
+
+    Raises:
+      UserError: the value is of another type.
+    """
+    kinds = {float: (float, int), tuple: (tuple, list)}.get(field.type, (field.type,))
+    is_bool = isinstance(value, bool) and field.type not in (bool, object)
+    fits = isinstance(value, kinds) and not is_bool
+    if fits and field.type is tuple and field.default not in (REQUIRED, ()):
+        kind = type(field.default[0])
+        fits = all(type(entry) in ((int, float) if kind is float else (kind,)) for entry in value)
+    if not fits:
+        raise UserError(
+            f"config field {name}={shown(value)} must be {field.description}, "
+            f"not {type(value).__name__}"
+        )
+    return tuple(value) if isinstance(value, list) else value
+
+
+def shown(value: Any) -> str:
+    """A value for a message."""
+    try:
+        return repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "a number too long to print"
+
+
+def _join(title: str, name: str) -> str:
+    return f"{title}.{name}" if title else name
