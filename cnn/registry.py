@@ -77,14 +77,16 @@ def _field(parameter: inspect.Parameter) -> Field:
     name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     if name in _TYPES:
         return Field(_TYPES[name], default)
+    if default is REQUIRED:
+        return Field(object)
     if isinstance(default, bool | int | float | str):
         return Field(type(default), default)
     if isinstance(default, tuple | list):
         return Field(tuple, tuple(default))
-    if isinstance(default, np.dtype) or (isinstance(default, type) and default is not REQUIRED):
+    if default is None:
+        return Field(object, None)
+    try:  # jnp.float32, say
         return Field(str, np.dtype(default).name)
-    try:  # JAX's own scalar types
-        return Field(str, np.dtype(default).name) if callable(default) else Field(object, default)
     except TypeError:
         return Field(object, default)
 
