@@ -1,10 +1,9 @@
-"""The end of a run: `result.json`, what a person reads of it, and pictures."""
+"""The end of a run: its final figures, for `result.json` and for people, and its pictures."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from cnn.data import Split
 from cnn.data.pipeline import DeviceSplit
 from cnn.errors import one_line
 from cnn.experiment import Experiment
-from cnn.interval import wilson_interval
+from cnn.metrics import wilson_interval
 from cnn.runtime.checkpoints import digest
 from cnn.runtime.plots import plot_curves, plot_samples
 from cnn.runtime.progress import format_duration
@@ -25,42 +24,38 @@ from cnn.runtime.screen import log_warning, shown, waiting
 from cnn.runtime.table import percent
 from cnn.steps import TrainState, predict_step
 
-_SHOWN_SAMPLES = 24
+_NUM_SAMPLES = 24
 _CURVES, _SAMPLES = "curves.png", "samples.png"
-_FINAL = ("test_accuracy", "test_loss", "test_count", "train_accuracy", "train_loss")
 
 
-def conclude(
-    state: TrainState, plan: Experiment, run: RunDirectory, started: float
+def final_result(
+    state: TrainState,
+    experiment: Experiment,
+    records: Sequence[Mapping[str, Any]],
+    wall_seconds: float,
 ) -> dict[str, Any]:
-    """Writes `result.json`, which marks the run as finished.
+    """What `result.json` holds.
 
     Args:
       state: after the last step.
-      plan: of the run.
-      run: where its records are.
-      started: when it began, on the monotonic clock.
-
-    Returns:
-      What `result.json` holds.
+      experiment: of the run.
+      records: one per epoch, in order.
+      wall_seconds: which the run took.
     """
-    records = run.records()
     last, best = records[-1], max(records, key=lambda r: (r["test_accuracy"], r["step"]))
-    result = {
-        **{name: last[name] for name in _FINAL},
+    return {
+        **{name: last[name] for name in last if name.startswith(("test_", "train_"))},
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "num_epochs": plan.config.num_epochs,
-        "num_steps": plan.num_steps,
+        "num_epochs": experiment.epoch(experiment.num_steps),
+        "num_steps": experiment.num_steps,
         "skipped_steps": sum(record["skipped_steps"] for record in records),
-        "seed": plan.config.seed,
-        "dataset": plan.dataset.fingerprint,
+        "seed": experiment.config.seed,
+        "dataset": experiment.dataset.fingerprint,
         "digest": digest(state),
-        "wall_seconds": time.monotonic() - started,
+        "wall_seconds": wall_seconds,
     }
-    run.write("result.json", result)
-    return result
 
 
 def result_text(result: Mapping[str, Any], width: int) -> str:
@@ -85,13 +80,13 @@ def result_text(result: Mapping[str, Any], width: int) -> str:
 
 
 def draw_pictures(
-    state: TrainState, plan: Experiment, run: RunDirectory, *, only_missing: bool = False
+    state: TrainState, experiment: Experiment, run: RunDirectory, *, only_missing: bool = False
 ) -> None:
-    """Draws the pictures of a finished run; a failure costs a line of warning, never the result.
+    """Draws the pictures of a finished run. A failure is a warning: it never costs the result.
 
     Args:
       state: after the last step.
-      plan: of the run.
+      experiment: of the run.
       run: where its records are, and where the pictures go.
       only_missing: leave pictures that are there as they are.
     """
@@ -102,8 +97,8 @@ def draw_pictures(
     with waiting("drawing the pictures"):
         for name in names:
             try:
-                _draw(run.path / name, state, plan, run)
-            except Exception as error:  # whatever it is
+                _draw(run.path / name, state, experiment, run)
+            except Exception as error:  # of any kind, from fonts to the disk
                 failed[name] = error
     if failed:
         error = next(iter(failed.values()))
@@ -114,37 +109,37 @@ def draw_pictures(
         )
 
 
-def see(run: RunDirectory) -> str:
-    """Where the files of a finished run are."""
+def list_files(run: RunDirectory) -> str:
+    """Where the files of a finished run are, for people."""
     names = ("result.json", "metrics.jsonl", _CURVES, _SAMPLES)
     return f"see {shown(run.path)}: {', '.join(n for n in names if (run.path / n).exists())}"
 
 
-def _draw(path: Path, state: TrainState, plan: Experiment, run: RunDirectory) -> None:
-    """Draws a picture, which appears when it is whole."""
-    title = f"{type(plan.model).__name__} on {plan.dataset.name}, seed {plan.config.seed}"
+def _draw(path: Path, state: TrainState, experiment: Experiment, run: RunDirectory) -> None:
+    """Draws a picture, which appears when it is complete."""
+    dataset = experiment.dataset
+    title = f"{type(experiment.model).__name__} on {dataset.name}, seed {experiment.config.seed}"
     temporary = path.with_name(f".{path.stem}-{os.getpid()}.png")
     try:
         if path.name == _CURVES:
-            plot_curves(
-                run.records(), temporary, title=title, label_smoothing=plan.config.label_smoothing
-            )
+            smoothing = getattr(experiment.loss_fn, "label_smoothing", 0.0)
+            plot_curves(run.records(), temporary, title=title, label_smoothing=smoothing)
         else:
-            test = plan.dataset.test
-            shown = Split(test.images[:_SHOWN_SAMPLES], test.labels[:_SHOWN_SAMPLES])
+            test = dataset.test
+            first = Split(test.images[:_NUM_SAMPLES], test.labels[:_NUM_SAMPLES])
             title = f"{title}: predicted class of the first test images"
-            names = plan.dataset.class_names
-            plot_samples(shown, _predict(state, plan, shown), names, temporary, title=title)
+            predictions = _predict(state, experiment, first)
+            plot_samples(first, predictions, dataset.class_names, temporary, title=title)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _predict(state: TrainState, plan: Experiment, split: Split) -> np.ndarray:
+def _predict(state: TrainState, experiment: Experiment, split: Split) -> np.ndarray:
     """The predicted classes of a few images, `int[N]`."""
-    return np.asarray(plan.jit_once(_classes)(state, plan.place(split)))
+    return np.asarray(experiment.jit_once(_classes)(state, experiment.pipeline.place(split)))
 
 
 def _classes(state: TrainState, split: DeviceSplit) -> jax.Array:
-    batch = split.take(jnp.arange(split.labels.shape[0]))
+    batch = split.get_batch(jnp.arange(split.labels.shape[0]))
     return predict_step(state, batch["image"]).argmax(-1)

@@ -1,4 +1,4 @@
-"""What is about to be trained: data, devices, and the layers with shapes, parameters, FLOPs."""
+"""A table of the layers of a model, with shapes, parameters and FLOPs."""
 
 from __future__ import annotations
 
@@ -10,38 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cnn.experiment import Experiment
-from cnn.notes import notes
-
-
-def describe(plan: Experiment, variables: Any, num_devices: int, *, width: int) -> str:
-    """What is about to be trained: data, batches, devices, notes on settings, layers.
-
-    Args:
-      plan: of the run.
-      variables: the model's, parameters and all.
-      num_devices: that there are; the plan's mesh may use fewer.
-      width: columns that the table of layers may have.
-    """
-    data, used, batch_size = plan.dataset, plan.mesh.size, plan.config.batch_size
-    train_count, test_count = len(data.train.labels), len(data.test.labels)
-    kind = plan.mesh.devices.flat[0].device_kind
-    left_out = train_count - plan.steps_per_epoch * batch_size
-    lines = [
-        f"data: {data.name}, {_by(data.image_shape)}, {data.num_classes:,} classes",
-        f"images: {train_count:,} for training, {test_count:,} for testing",
-        f"batches: {plan.steps_per_epoch:,} of {batch_size:,} images in each epoch"
-        + (f"; {left_out:,} images left out" if left_out else ""),
-        f"devices: {used} x {kind}, {batch_size // used:,} images each per step",
-    ]
-    if used < num_devices:
-        lines.append(
-            f"note: batch_size={batch_size} does not divide evenly over {num_devices} devices; "
-            f"{num_devices - used} stay idle"
-        )
-    lines += [f"note: {line}" for line in notes(plan)]
-    table = model_summary(plan.model, variables, data.image_shape, width=width)
-    return "\n".join([*lines, table])
 
 
 def model_summary(

@@ -40,7 +40,7 @@ _TRIES = 5  # of reading what another process replaces
 
 def _arrays(state: TrainState) -> dict[str, Any]:
     """What is stored. The random key is not: it follows from the config's seed."""
-    return {name: getattr(state, name) for name in _ARRAYS}
+    return state.arrays
 
 
 def digest(state: TrainState | dict[str, Any]) -> str:

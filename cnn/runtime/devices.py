@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn.errors import UserError
+from cnn.ops.microbatch import num_shards
 
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 Device = Any  # jax.Device, which type checkers take for a variable
@@ -162,15 +163,6 @@ def data_mesh(devices: list[Device], batch_size: int) -> Mesh:
     return jax.make_mesh(
         (count,), ("batch",), (jax.sharding.AxisType.Auto,), devices=devices[:count]
     )
-
-
-def num_shards(num_devices: int, batch_size: int) -> int:
-    """The most devices that divide a batch evenly.
-
-    >>> num_shards(8, batch_size=36)
-    6
-    """
-    return max(n for n in range(1, num_devices + 1) if batch_size % n == 0)
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
