@@ -351,7 +351,7 @@ def check_config(config: ConfigDict) -> ConfigDict:
     return complete
 
 
-def _check_built(config: ConfigDict) -> None:
+def _check_built(config: Any) -> None:
     """Builds what can be built without data, for its own checks."""
     create_model(num_classes=2, **config.model.to_dict())
     create_loss(**config.loss.to_dict())

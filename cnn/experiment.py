@@ -210,13 +210,13 @@ def create_experiment(
     if tx is None:
         schedule, warmup_updates = _create_schedule(config, num_steps, pipeline.steps_per_epoch)
         tx = create_optimizer(**{**config.optimizer.to_dict(), "learning_rate": schedule})
-    if model is None:
-        model = create_model(num_classes=dataset.num_classes, **config.model.to_dict())
     return Experiment(
         config=config,
         dataset=dataset,
         pipeline=pipeline,
-        model=model,
+        model=create_model(num_classes=dataset.num_classes, **config.model.to_dict())
+        if model is None
+        else model,
         tx=tx,
         loss_fn=create_loss(**config.loss.to_dict()) if loss_fn is None else loss_fn,
         metric_fns=find_metrics(config.metrics),

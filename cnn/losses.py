@@ -50,7 +50,9 @@ class CrossEntropy:
         """Without smoothing, which belongs to the training objective only."""
         return CrossEntropy()
 
-    def __call__(self, logits: Float[Array, "B K"], labels: Integer[Array, B]) -> Float[Array, B]:
+    def __call__(
+        self, logits: Float[Array, "B K"], labels: Integer[Array, " B"]
+    ) -> Float[Array, " B"]:
         """A label outside 0..K-1 gives NaN."""
         logits = logits.astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -23,7 +23,7 @@ from cnn.registry import select
 MetricFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def accuracy(logits: Float[Array, "B K"], labels: Integer[Array, B]) -> Bool[Array, B]:
+def accuracy(logits: Float[Array, "B K"], labels: Integer[Array, " B"]) -> Bool[Array, " B"]:
     """Whether the largest logit is the label's; the first of equal ones counts as the largest."""
     return jnp.argmax(logits, axis=-1) == labels
 

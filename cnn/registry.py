@@ -152,7 +152,8 @@ def check_type(name: str, field: Field, value: Any) -> Any:
     fits = isinstance(value, kinds) and not is_bool
     if fits and field.type is tuple and field.default not in (REQUIRED, ()):
         kind = type(field.default[0])
-        fits = all(type(entry) in ((int, float) if kind is float else (kind,)) for entry in value)
+        kinds = (int, float) if kind is float else (kind,)
+        fits = all(type(entry) in kinds for entry in value)
     if not fits:
         raise UserError(
             f"config field {name}={shown(value)} must be {field.description}, "

@@ -178,9 +178,7 @@ def _train(
         _check_finite_weights(experiment, checkpoints, state)
         wall_seconds = time.monotonic() - started
         kept = {name: saved[name] for name in ("config", "dataset", "environments")}
-        checkpoints.save(
-            state, {**kept, "wall_seconds": wall_seconds, "records": records, **about}
-        )
+        checkpoints.save(state, {**kept, "wall_seconds": wall_seconds, "records": records, **about})
 
     def fetch(accumulator: MetricsAccumulator, keep_newest: int = 0) -> Metrics:
         metrics = accumulator.fetch(keep_newest)
@@ -398,9 +396,7 @@ def _restore(
     return state, saved
 
 
-def _environments(
-    experiment: Experiment, step: int, saved: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _environments(experiment: Experiment, step: int, saved: dict[str, Any]) -> list[dict[str, Any]]:
     """The environments of the run's parts, that of this process last."""
     now, parts = None, saved.get("environments", [])
     with _warning_on_failure("the environment is not recorded"):

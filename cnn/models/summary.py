@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 
-
 def model_summary(
     model: nn.Module, variables: Any, image_shape: tuple[int, int, int], *, width: int = 79
 ) -> str:

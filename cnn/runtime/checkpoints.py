@@ -113,9 +113,9 @@ class CheckpointManager:
     ) -> None:
         self._thread.shutdown()
         if error is None:
-            self.wait()
+            self.wait_until_finished()
 
-    def steps(self) -> list[int]:
+    def all_steps(self) -> list[int]:
         """The steps that are complete on disk, in order, without those found damaged before.
 
         Raises:
@@ -136,7 +136,7 @@ class CheckpointManager:
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint; None without one."""
-        return max(self.steps(), default=None)
+        return max(self.all_steps(), default=None)
 
     def best_step(self) -> int | None:
         """Step of the checkpoint with the highest test accuracy; None without one.
@@ -147,7 +147,7 @@ class CheckpointManager:
           UserError: a checkpoint cannot be read for another reason.
         """
         ranked = []
-        for step in self.steps():
+        for step in self.all_steps():
             with contextlib.suppress(_GoneError):
                 ranked.append((self._accuracy(step), step))
         return _best(ranked)
@@ -178,7 +178,7 @@ class CheckpointManager:
           UserError: if the save before this one failed; if there is a later step, which would
             be taken for the latest; or if something in the state or the record cannot be saved.
         """
-        self.wait()
+        self.wait_until_finished()
         # A copy: the caller's next step donates these buffers while they are being written.
         arrays = host_tree(_arrays(state))
         step, latest = int(arrays["step"]), self.latest_step()
@@ -206,7 +206,7 @@ class CheckpointManager:
             )
             raise UserError(
                 f"the checkpoint of step {step:,} ({size / 1e6:.1f} MB) could not be written: "
-                f"{what}{self.then()}"
+                f"{what}{self.resume_hint()}"
             ) from error
 
     def _write(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
@@ -241,7 +241,7 @@ class CheckpointManager:
             del self._damaged[step]
 
     def _prune(self) -> None:
-        steps = self.steps()
+        steps = self.all_steps()
         kept, ranked = set(steps[-_KEPT:]), []
         for step in steps:
             try:
@@ -262,19 +262,19 @@ class CheckpointManager:
             for path in siblings(self.directory, kind):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def then(self) -> str:
+    def resume_hint(self) -> str:
         """How a run resumes that could not save, for the end of a message; never raises."""
         with contextlib.suppress(OSError, UserError):
             if (step := self.latest_step()) is not None:
                 return f"; the same command then goes on from step {step:,}"
         return ""
 
-    def check(self) -> None:
+    def check_for_errors(self) -> None:
         """Raises the UserError of a save that has failed; does not wait."""
         if self._saving is not None and self._saving.done():
-            self.wait()
+            self.wait_until_finished()
 
-    def wait(self) -> None:
+    def wait_until_finished(self) -> None:
         """Returns when everything is on disk; raises UserError if it is not."""
         saving, self._saving = self._saving, None
         if saving is not None:
@@ -365,7 +365,7 @@ class CheckpointManager:
         self, state: TrainState, tell: Callable[[str], None]
     ) -> tuple[TrainState, dict[str, Any]] | None:
         damaged: dict[int, tuple[_Identity | None, str]] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(self.all_steps()):
             identity = _identity(self._folder(step))
             try:
                 arrays, record = self.read(step)

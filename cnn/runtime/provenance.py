@@ -32,7 +32,7 @@ def describe_object(value: Any) -> dict[str, Any]:
         inner = describe_object(value.func)
         return {**inner, "value": _text({**dict(enumerate(value.args)), **value.keywords})}
     if hasattr(value, "update") and hasattr(value, "init"):  # an optimizer: two closures
-        named = value.update
+        named = getattr(value, "update")  # noqa: B009 - for the type checker
     return {
         "object": f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', named)}",
         "source": _source_digest(named),

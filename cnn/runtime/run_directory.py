@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from cnn.config import differences
 from cnn.errors import UserError
 from cnn.runtime.disk import describe_disk_error, nearest_existing, resolve_path, write_error
 from cnn.runtime.files import replacing, sync
@@ -120,24 +119,22 @@ class RunDirectory:
         """Where the checkpoints are."""
         return self.path / "checkpoints"
 
-    def check_config(self, config: dict[str, Any]) -> None:
-        """Refuses to go on with a run of another config.
+    def config(self) -> dict[str, Any] | None:
+        """The config of the run that was begun here, if any."""
+        return self._read("config.json")
 
-        Args:
-          config: resolved.
+    def check(self) -> dict[str, Any] | None:
+        """Whether a run may start or resume here: the result of a finished one, else None.
 
         Raises:
-          UserError: names the fields that differ.
+          UserError: the folder cannot be written, or a file of the run is damaged.
         """
-        if (before := self._read("config.json")) is None:
-            return
-        if changed := differences(before, config):
-            raise UserError(
-                f"{self.path} holds a run of another config ({'; '.join(changed)}); "
-                f"choose another --workdir, or delete that one"
-            )
+        if (finished := self.result()) is None:
+            self.check_writable()
+        self.records()
+        return finished
 
-    def start(self, config: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    def begin(self, config: dict[str, Any], records: list[dict[str, Any]]) -> None:
         """Writes what is known before the next step.
 
         Args:
@@ -150,11 +147,11 @@ class RunDirectory:
 
     @property
     def was_started(self) -> bool:
-        """Whether `start` was called: not before there was a checkpoint."""
+        """Whether `begin` was called: not before there was a checkpoint."""
         names = ("config.json", self._metrics.name, "result.json")
         return any((self.path / name).exists() for name in names)
 
-    def forget_result(self) -> None:
+    def delete_result(self) -> None:
         """Deletes `result.json`: the run is not finished, or no longer."""
         (self.path / "result.json").unlink(missing_ok=True)
 

@@ -97,3 +97,14 @@ class EventFile:
             self._path = None
             reason = str(error) or type(error).__name__
             self._warn(one_line(f"no more records are written for TensorBoard ({reason})"))
+
+
+class TensorBoardWriter:
+    """Temporary."""
+
+    def __init__(self, directory: Path, records: Sequence[dict[str, Any]]) -> None:
+        self._file = EventFile(directory, records, print)
+
+    def __call__(self, record: Any) -> None:
+        """Adds a record."""
+        self._file.write(record)
