@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict
 
-from cnn.config import FIELDS, check_config, flatten, load_config, override, resolved
+from cnn.config import FIELDS, check_config, flatten, load_config, override
 from cnn.data import load_dataset
 from cnn.errors import UserError
 from tests.helpers import REPOSITORY, train_command, without_waits
@@ -155,10 +155,10 @@ COMMAND_LINES = [
     (["--config.batch_size=2000"], "more than the 1,437 training images"),
     (["--config.batch_size=99999999999999999999"], "be 1 or more, and below 2**31"),
     (["--config.num_epochs=99999999999999999999"], "be 1 or more, and below 2**31"),
-    (["--config.eval_batch_size=0"], "eval_batch_size=0 must be 1 or more"),
-    (["--config.checkpoint_every_steps=-1"], "must be 0 or more"),
-    (["--config.steps_per_execution=1.0"], "'1.0' is not a whole number"),
-    (["--config.num_devices=-1"], "num_devices=-1 must be 0 or more"),
+    (["--config.runtime.eval_batch_size=0"], "eval_batch_size=0 must be 1 or more"),
+    (["--config.runtime.checkpoint_every_steps=-1"], "must be 0 or more"),
+    (["--config.runtime.steps_per_execution=1.0"], "'1.0' is not a whole number"),
+    (["--config.runtime.num_devices=-1"], "num_devices=-1 must be 0 or more"),
     (["--config.optimizer.grad_accumulation_steps=881"], "more than the 880 steps"),
     (["--config.optimizer.learning_rate=fast"], "'fast' is not a number"),
     (["--config.optimizer.learning_rate=1e999"], "inf must be positive and finite"),
@@ -173,7 +173,7 @@ COMMAND_LINES = [
     (["--config.schedule.warmup_epochs=nan"], "warmup_epochs=nan must be 0 or more"),
     (["--config.schedule.warmup_epochs=21"], "longer than num_epochs=20"),
     (["--config.schedule.final_lr_fraction=nan"], "must lie between 0 and 1"),
-    (["--config.label_smoothing=-0.1"], "must be at least 0 and below 1"),
+    (["--config.loss.label_smoothing=-0.1"], "must be at least 0 and below 1"),
     (["--config.model.features="], "'' is not a tuple"),
     (["--config.model.features=32"], "'32' is not a tuple"),
     (["--config.model.features=(1,"], "'(1,' is not a tuple"),
@@ -198,11 +198,11 @@ COMMAND_LINES = [
     (["--config.augment.translate=8"], "augment.translate=8 is too much"),
     (["--config.model.name='cnn'"], "must be one of cnn"),
     (["--config.model.name=cnn\n"], r"'cnn\n' must be one of cnn"),
-    (["--config.tensorboard="], "'' is not true or false"),
-    (["--config.tensorboard=yes"], "'yes' is not true or false"),
-    (["--config.platform=npu"], "must be one of auto, cpu, gpu, tpu"),
-    (["--config.platform=tpu"], "platform=tpu: JAX finds no TPU here"),
-    (["--config.platform=gpu"], "platform=gpu: JAX finds no GPU here"),
+    (["--config.runtime.tensorboard="], "'' is not true or false"),
+    (["--config.runtime.tensorboard=yes"], "'yes' is not true or false"),
+    (["--config.runtime.platform=npu"], "must be one of auto, cpu, gpu, tpu"),
+    (["--config.runtime.platform=tpu"], "platform=tpu: JAX finds no TPU here"),
+    (["--config.runtime.platform=gpu"], "platform=gpu: JAX finds no GPU here"),
 ]
 
 
@@ -395,7 +395,7 @@ def test_data_directories(refused, world, monkeypatch, by, data_dir, telling):
     a_file(world)
     (world / "fi\nle").touch()
     monkeypatch.setenv("TFDS_DATA_DIR", "" if by == "flag" else data_dir)
-    given = [f"--config.dataset.data_dir={data_dir}"] if by == "flag" else []
+    given = [f"--config.runtime.data_dir={data_dir}"] if by == "flag" else []
     refused("--config.dataset.name=mnist", *given, telling=telling)
 
 
@@ -769,4 +769,4 @@ def test_any_value_of_a_field_is_taken_or_refused(name, value):
     functools.reduce(dict.get, sections, fields)[leaf] = value
     config = ConfigDict(fields)
     if is_taken(lambda: check_config(config)):
-        json.dumps(resolved(config))
+        json.dumps(to_json_dict(config))

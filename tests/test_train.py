@@ -51,8 +51,8 @@ def train(monkeypatch, capsys, digits):
         (["--config.optimizer.learning_rate=-1"], "must be positive"),
         (["--config.optimizer.name=adan"], "must be one of adam, adamw, sgd"),
         (["--config.model.dtype=float16"], "must be one of float32, bfloat16"),
-        (["--config.platform=npu"], "must be one of auto, cpu, gpu, tpu"),
-        (["--config.platform=tpu"], "JAX finds no TPU here"),
+        (["--config.runtime.platform=npu"], "must be one of auto, cpu, gpu, tpu"),
+        (["--config.runtime.platform=tpu"], "JAX finds no TPU here"),
         (["--config.dataset.name=digitz"], "digits"),
         (["--config", DIGITS, "--config.model.padding=VALID"], "too small"),
         (["--config", DIGITS, "--config.batch_size=2000"], "more than the 1,437 training images"),
@@ -138,7 +138,7 @@ def test_an_interrupted_run_continues_with_the_same_command(
 
     flags = ("--config", DIGITS, "--config.num_epochs=1", "--workdir", tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(cnn.training, "conclude", interrupt)
+        patch.setattr(cnn.training, "final_result", interrupt)
         code, _, err = train(*flags)
     assert (code, err.count("\n")) == (130, 1)
     assert "the same command continues the run" in err

@@ -94,5 +94,5 @@ class _Loop(JaxProgram):
         while len(found) < count:
             some = min(self._most, count - len(found))
             self._state, metrics = self._train_steps(self._state, self.batches, some)
-            found += [float(loss) for loss in metrics.loss_sum[:some] / self._batch_size]
+            found += [float(loss) for loss in metrics.sums["loss"][:some] / self._batch_size]
         return found

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 import cnn
-from cnn.config import differences
+from cnn.config import config_diff
 from cnn.runtime.compile_cache import compilation_cache, prune
 from tests.helpers import short_config
 
@@ -97,7 +97,7 @@ def test_a_path_that_xla_does_not_take(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_may_go_on_with_or_without_it():
-    assert differences({"compilation_cache": True}, {"compilation_cache": False}) == []
+    assert config_diff({"compilation_cache": True}, {"compilation_cache": False}) == []
 
 
 def test_the_users_own_cache_goes_before(folder, tmp_path):
@@ -177,7 +177,11 @@ def test_a_run_ends_in_the_same_bits_with_a_cold_a_warm_and_no_cache(
     for name, wanted in [("cold", True), ("warm", True), ("none", False)]:
         jax.clear_caches()
         config = short_config()
-        config.num_epochs, config.num_devices, config.compilation_cache = 1, 1, wanted
+        config.num_epochs, config.runtime.num_devices, config.runtime.compilation_cache = (
+            1,
+            1,
+            wanted,
+        )
         _, result = cnn.train_and_evaluate(config, tmp_path / name)
         digests.append(result["digest"])
         found.append(set(events))

@@ -15,7 +15,7 @@ from tests.helpers import short_config
 def finished(tmp_path_factory, digits):
     """A run whose newest checkpoints are 25 and 28, and its final digest."""
     config = short_config()
-    config.checkpoint_every_steps = 5
+    config.runtime.checkpoint_every_steps = 5
     workdir = tmp_path_factory.mktemp("run")
     state, _ = train_and_evaluate(config, workdir)
     return workdir, digest(state)
@@ -23,7 +23,7 @@ def finished(tmp_path_factory, digits):
 
 @pytest.fixture
 def config(config):
-    config.checkpoint_every_steps = 5
+    config.runtime.checkpoint_every_steps = 5
     return config
 
 

@@ -12,12 +12,12 @@ import time
 import pytest
 
 import cnn
-from tests.helpers import REPOSITORY, train_command
+from tests.helpers import REPOSITORY, train_command, watch_calls
 
 FLAGS = (
     f"--config={REPOSITORY / 'configs' / 'digits.py'}",
     "--config.num_epochs=2",
-    "--config.checkpoint_every_steps=4",
+    "--config.runtime.checkpoint_every_steps=4",
 )
 
 
@@ -153,17 +153,10 @@ def test_a_limit_on_the_size_of_files(tmp_path, whole):
 @pytest.fixture
 def between_calls(config, monkeypatch):
     """Has something done before some call of the compiled function."""
-    config.checkpoint_every_steps = config.steps_per_execution = 2
-    original, calls = cnn.training._train_steps, []
+    config.runtime.checkpoint_every_steps = config.runtime.steps_per_execution = 2
 
     def before_call(number, act):
-        def call(*args):
-            calls.append(args)
-            if len(calls) == number:
-                act()
-            return original(*args)
-
-        monkeypatch.setattr(cnn.training, "_train_steps", call)
+        watch_calls(monkeypatch, before=lambda calls: act() if len(calls) == number else None)
 
     return before_call
 
