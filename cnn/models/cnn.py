@@ -89,7 +89,7 @@ class CNN(nn.Module):
             x = nn.relu(jnp.concatenate([x, -x], axis=-1))
         # Pooled before bias and relu: the same numbers for a quarter of the work.
         conv_max_pool = functools.partial(
-            convolution.conv_max_pool, implementation=self.conv_implementation
+            convolution.conv_general_dilated, implementation=self.conv_implementation, pool=2
         )
         for features in self.features:
             x = nn.Conv(

@@ -24,13 +24,17 @@ def test_the_seed_network_has_the_parameters_of_the_keras_script():
         # SAME halves the sides only: 8 -> 4 -> 2
         ({"padding": "SAME"}, (8, 8, 1), 320 + 18_496 + 16_448 + 650),
         # 20x12 -> 16x8 -> 8x4: (5*5*2 + 1) * 8, (8*4*8 + 1) * 16, (16 + 1) * 10
-        ({"features": (8,), "kernel_size": 5, "hidden": 16}, (20, 12, 2), 408 + 4_112 + 170),
+        (
+            {"features": (8,), "kernel_size": 5, "hidden_features": 16},
+            (20, 12, 2),
+            408 + 4_112 + 170,
+        ),
         # no dense layer but the logits: (5*5*64 + 1) * 10
-        ({"hidden": 0}, (28, 28, 1), 320 + 18_496 + 16_010),
+        ({"hidden_features": 0}, (28, 28, 1), 320 + 18_496 + 16_010),
         # 8x8 patches of 2 * 6 channels; the stem has running mean and variance only:
         # (3*3*12 + 1) * 8, (3*3*8 + 1) * 16, (16 + 1) * 10, and 2 * 6
         (
-            {"features": (8,), "hidden": 16, "patch_size": 4, "patch_features": 6},
+            {"features": (8,), "hidden_features": 16, "patch_size": 4, "patch_features": 6},
             (32, 32, 1),
             872 + 1_168 + 170 + 12,
         ),
