@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ def _model(network: str) -> nn.Module:
         return cnn.CNN(shared.NUM_CLASSES)
     return Net94(
         conv=convolution.conv_general_dilated,
-        conv_max_pool=convolution.conv_max_pool,
+        conv_max_pool=functools.partial(convolution.conv_general_dilated, pool=2),
         max_pool=convolution.max_pool,
     )
 
