@@ -22,7 +22,7 @@ SHAPE = (16, 16, 3)
 
 
 def new_state(seed=0, **fields):
-    model = CNN(4, **{"features": (4, 8), "hidden": 16, **fields})
+    model = CNN(4, **{"features": (4, 8), "hidden_features": 16, **fields})
     return create_train_state(model, optax.adam(1e-3), jax.random.key(seed), SHAPE)
 
 

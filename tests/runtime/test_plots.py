@@ -71,7 +71,7 @@ def test_settings_of_the_environment_change_no_byte(tmp_path, monkeypatch):
     plain = draw()
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe font.size: 3")
     done = subprocess.run(
-        [sys.executable, "-c", "from tests.test_plots import draw; print(*draw())"],
+        [sys.executable, "-c", "from tests.runtime.test_plots import draw; print(*draw())"],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(sys.path),
