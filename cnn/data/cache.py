@@ -20,8 +20,7 @@ import numpy as np
 
 from cnn.data.dataset import Dataset, Split
 from cnn.errors import one_line
-from cnn.runtime.disk import cache_directory
-from cnn.runtime.files import replacing
+from cnn.runtime.disk import atomic_write, cache_directory
 
 _FORMAT = 1
 _ALIGN = 64
@@ -111,7 +110,7 @@ def store(prepared: Path, dataset: Dataset) -> bool:
     text = json.dumps(header).encode()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as stream:
+        with atomic_write(target) as stream:
             stream.write(b"%08x %s\n" % (zlib.crc32(text), text))
             for array in arrays:
                 stream.write(bytes(-stream.tell() % _ALIGN))

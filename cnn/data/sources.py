@@ -20,7 +20,13 @@ from cnn.data.dataset import Dataset, Split
 from cnn.data.prepare import Request, check_label_names, find, first_line, prepare
 from cnn.errors import UserError, one_line
 from cnn.runtime.checksums import MANIFEST, read_through, verify_manifest
-from cnn.runtime.disk import cache_directory, is_file, is_writable, resolve_path, unreadable
+from cnn.runtime.disk import (
+    cache_directory,
+    describe_read_error,
+    is_file,
+    is_writable,
+    resolve_path,
+)
 from cnn.runtime.screen import counted, waiting
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
@@ -114,7 +120,9 @@ def _decode(prepared: Path, name: str) -> Dataset:
     try:
         fault = _fault(prepared)
     except OSError as error:
-        raise UserError(f"the prepared {name} cannot be read: {unreadable(error)}") from error
+        raise UserError(
+            f"the prepared {name} cannot be read: {describe_read_error(error)}"
+        ) from error
     if fault is not None:
         raise UserError(
             f"the prepared {name} is damaged ({fault}): delete {prepared} to have it prepared again"
@@ -149,7 +157,9 @@ def _decode(prepared: Path, name: str) -> Dataset:
         raise UserError(f"{name} does not fit in memory: choose a smaller dataset") from error
     except Exception as error:
         if isinstance(error, OSError) and error.filename and error.errno not in _MISSING:
-            raise UserError(f"the prepared {name} cannot be read: {unreadable(error)}") from error
+            raise UserError(
+                f"the prepared {name} cannot be read: {describe_read_error(error)}"
+            ) from error
         raise UserError(
             f"cannot read the prepared {name} ({first_line(error)}): delete {prepared} to have it "
             "prepared again"

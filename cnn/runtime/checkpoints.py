@@ -26,8 +26,14 @@ from cnn.errors import UserError
 from cnn.runtime import leaves
 from cnn.runtime.checkpoint_arrays import host_tree, read_arrays, write_arrays
 from cnn.runtime.checksums import read_bytes, verify_manifest, write_manifest
-from cnn.runtime.disk import describe_disk_error, resolve_path, system_error, unreadable
-from cnn.runtime.files import siblings, sync
+from cnn.runtime.disk import (
+    describe_disk_error,
+    describe_read_error,
+    resolve_path,
+    siblings,
+    sync,
+    system_error,
+)
 from cnn.steps import TrainState
 
 _ARRAYS = ("step", "params", "model_state", "opt_state")
@@ -126,7 +132,9 @@ class CheckpointManager:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise UserError(f"the checkpoints cannot be listed: {unreadable(error)}") from error
+            raise UserError(
+                f"the checkpoints cannot be listed: {describe_read_error(error)}"
+            ) from error
         steps = sorted(int(name) for name in names if _STEP.fullmatch(name))
         return [step for step in steps if not self._is_known_as_damaged(step)]
 
@@ -310,7 +318,9 @@ class CheckpointManager:
                     f"CheckpointManager.steps() lists those that exist"
                 ) from error
             except OSError as error:
-                raise UserError(f"a checkpoint cannot be read: {unreadable(error)}") from error
+                raise UserError(
+                    f"a checkpoint cannot be read: {describe_read_error(error)}"
+                ) from error
             if not stat.S_ISDIR(status.st_mode):
                 raise _DamagedError(f"checkpoint {folder} is damaged: it is not a folder")
             try:
@@ -479,7 +489,7 @@ def _explained(error: Exception, folder: Path) -> UserError:
     if isinstance(error, _Fault):
         return _DamagedError(f"checkpoint {folder} is damaged: {error}")
     if isinstance(error, OSError) and system_error(error) is not None:
-        return UserError(f"a checkpoint cannot be read: {unreadable(error)}")
+        return UserError(f"a checkpoint cannot be read: {describe_read_error(error)}")
     return UserError(
         f"checkpoint {folder} cannot be read, although its SHA256SUMS fit: {_first_line(error)}; "
         f"nothing was changed; try the versions of cnn and Orbax that saved it"

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from cnn.runtime.files import replacing
+from cnn.runtime.disk import atomic_write
 
 MANIFEST = "SHA256SUMS"
 
@@ -28,7 +28,7 @@ def write_manifest(folder: Path) -> None:
         for path in _files(folder)
     )
     seal = b"# sha256 of the lines above: %s\n" % hashlib.sha256(body).hexdigest().encode()
-    with replacing(folder / MANIFEST) as stream:
+    with atomic_write(folder / MANIFEST) as stream:
         stream.write(body + seal)
 
 

@@ -14,8 +14,14 @@ from typing import IO, Any
 
 from cnn.config import differences
 from cnn.errors import UserError
-from cnn.runtime.disk import describe_disk_error, nearest_existing, resolve_path, write_error
-from cnn.runtime.files import replacing, sync
+from cnn.runtime.disk import (
+    atomic_write,
+    describe_disk_error,
+    nearest_existing,
+    resolve_path,
+    sync,
+    write_error,
+)
 
 RECORD_FIELDS = (
     "step",
@@ -163,7 +169,7 @@ class RunDirectory:
         self._replace(name, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
-        with replacing(self.path / name) as stream:
+        with atomic_write(self.path / name) as stream:
             stream.write(text.encode())
 
     def _read(self, name: str, *fields: str) -> dict[str, Any] | None:
