@@ -80,7 +80,7 @@ def train_and_evaluate(
                 raise
             raise UserError(
                 f"the run cannot go on: {describe_disk_error(error, run.path)}"
-                f"{CheckpointManager(run.checkpoints).then()}"
+                f"{CheckpointManager(run.checkpoints).resume_hint()}"
             ) from error
 
 
@@ -133,7 +133,7 @@ def _train(
             return state, finished
         parts = _begin_part(plan, int(state.step), before)
         run.lock()
-        run.forget_result()
+        run.delete_result()
         loop = _Loop(plan, run, checkpoints, parts, started - before.get("wall_seconds", 0.0))
         state = loop.train(state, before)
     result = conclude(state, plan, run, loop.started)
@@ -155,7 +155,7 @@ def _restore(
     with waiting("restoring the latest checkpoint"):
         restored = checkpoints.restore_latest(state, tell)
     if restored is None:
-        if run.was_started:
+        if run.has_begun:
             raise UserError(
                 f"{run.path} holds a run, but {checkpoints.directory} no checkpoint of it; put "
                 f"them back, or choose another --workdir"
@@ -244,8 +244,8 @@ class _Loop:
             # What has a config has a checkpoint: none left is then known from none made yet.
             with waiting("saving the initial state"):
                 self._save(state)
-                self._checkpoints.wait()
-        run.start(resolved(config), before.get("records", []))
+                self._checkpoints.wait_until_finished()
+        run.begin(resolved(config), before.get("records", []))
         with _at_most_a_warning("environment.json is not written"):
             *earlier, now = self._parts
             run.write("environment.json", {**now, "earlier": earlier})
@@ -293,7 +293,7 @@ class _Loop:
                 self._leave_if_asked(step)
                 metrics = None
         with waiting("saving the last checkpoint"):
-            self._checkpoints.wait()
+            self._checkpoints.wait_until_finished()
         return state
 
     def _train_epoch(
@@ -332,7 +332,7 @@ class _Loop:
                 progress.lap(step)
             tally.add(scores, steps)
             limit_in_flight(tally.pending, ahead=8 if self._steps_per_call == 1 else 2)
-            self._checkpoints.check()
+            self._checkpoints.check_for_errors()
             if progress.due() and len(tally.pending) > 1:
                 # All but the newest call: the device goes on while the host reads.
                 progress.show(step - steps, self._collect(tally, keep=1))
@@ -381,7 +381,7 @@ class _Loop:
         return metrics
 
     def _diverged(self, what: str, step: int, remedy: str = "") -> UserError:
-        self._checkpoints.wait()
+        self._checkpoints.wait_until_finished()
         return UserError(
             f"{what}, at a learning rate of {self._plan.learning_rate(step):g} in epoch "
             f"{-(-step // self._plan.steps_per_epoch)}; the last good checkpoint is step "
@@ -407,7 +407,7 @@ class _Loop:
     def _leave_if_asked(self, step: int) -> None:
         """Raises Interrupted if a signal came; the state was saved before."""
         if self._stop:
-            self._checkpoints.wait()
+            self._checkpoints.wait_until_finished()
             name = signal.Signals(self._stop).name
             raise Interrupted(
                 f"stopped by {name} at step {step:,} of {self._plan.num_steps:,}, which is saved; "

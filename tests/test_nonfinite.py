@@ -151,7 +151,7 @@ def test_a_run_stops_and_names_the_step(config, tmp_path, poisoned, every, good)
     assert "--config.on_nonfinite=skip" in message
     checkpoints = cnn.CheckpointManager(tmp_path / "checkpoints")
     assert checkpoints.latest_step() == good
-    for step in checkpoints.steps():
+    for step in checkpoints.all_steps():
         arrays, _ = checkpoints.read(step)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays))
     assert not (tmp_path / "result.json").exists()
@@ -181,7 +181,7 @@ def test_a_run_that_diverges(config, tmp_path):
     config.on_nonfinite = "skip"
     with pytest.raises(UserError, match="the test loss became nan"):
         train_and_evaluate(config, tmp_path)
-    assert cnn.CheckpointManager(tmp_path / "checkpoints").steps() == [0]
+    assert cnn.CheckpointManager(tmp_path / "checkpoints").all_steps() == [0]
 
 
 def test_an_epoch_without_a_finite_step(config, tmp_path, monkeypatch):
@@ -204,7 +204,7 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path):
     config.checkpoint_every_steps = 1
     with pytest.raises(UserError, match=r"parameters after step 1 are not finite"):
         train_and_evaluate(config, tmp_path)
-    assert cnn.CheckpointManager(tmp_path / "checkpoints").steps() == [0]
+    assert cnn.CheckpointManager(tmp_path / "checkpoints").all_steps() == [0]
 
 
 def test_nobody_waits_for_the_device_at_each_step(config, tmp_path, monkeypatch):

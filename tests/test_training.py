@@ -424,14 +424,14 @@ def test_a_run_takes_up_the_records_of_its_checkpoint(tmp_path):
     """What a killed process wrote after it, whole or not, makes way."""
     run = RunDirectory(tmp_path)
     one, two, three = (dict.fromkeys(RECORD_FIELDS, step) for step in (1, 2, 3))
-    run.start({}, [])
+    run.begin({}, [])
     assert run.records() == []
     run.append(one)
     run.append(two)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "los')
     assert run.records() == [one, two]
-    run.start({}, [one])
+    run.begin({}, [one])
     assert run.records() == [one]
     run.append(three)
     assert run.records() == [one, three]

@@ -19,7 +19,7 @@ from cnn.data import cache
 from cnn.data.dataset import Dataset, Split
 from cnn.data.prepare import Request, check_label_names, find, first_line, prepare
 from cnn.errors import UserError, one_line
-from cnn.runtime.checksums import MANIFEST, read_through, verify_manifest
+from cnn.runtime.checksums import CHECKSUMS, read_through, verify_checksums
 from cnn.runtime.disk import (
     cache_directory,
     describe_read_error,
@@ -168,8 +168,8 @@ def _decode(prepared: Path, name: str) -> Dataset:
 
 def _fault(prepared: Path) -> str | None:
     """What is wrong with the files; raises OSError if one of them cannot be opened or read."""
-    if is_file(prepared / MANIFEST):
-        return verify_manifest(prepared, strict=False)
+    if is_file(prepared / CHECKSUMS):
+        return verify_checksums(prepared, strict=False)
     # What stock TFDS prepared has no manifest: the formats' own checks must do. They do not tell
     # damage from a file that cannot be read, so all are read here.
     for path in filter(is_file, sorted(prepared.iterdir())):

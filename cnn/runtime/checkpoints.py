@@ -25,7 +25,7 @@ import jax
 from cnn.errors import UserError
 from cnn.runtime import leaves
 from cnn.runtime.checkpoint_arrays import host_tree, read_arrays, write_arrays
-from cnn.runtime.checksums import read_bytes, verify_manifest, write_manifest
+from cnn.runtime.checksums import read_bytes, verify_checksums, write_checksums
 from cnn.runtime.disk import (
     describe_disk_error,
     describe_read_error,
@@ -37,7 +37,7 @@ from cnn.runtime.disk import (
 from cnn.steps import TrainState
 
 _ARRAYS = ("step", "params", "model_state", "opt_state")
-_KEPT = 2  # of the newest: one to resume from, one for when that is damaged
+_MAX_TO_KEEP = 2  # of the newest: one to resume from, one for when that is damaged
 # A name that begins with a dot is none of a step.
 _SAVING, _DELETING = ".saving-", ".deleting-"
 _STEP = re.compile(r"0|[1-9][0-9]*")
@@ -119,9 +119,9 @@ class CheckpointManager:
     ) -> None:
         self._thread.shutdown()
         if error is None:
-            self.wait()
+            self.wait_until_finished()
 
-    def steps(self) -> list[int]:
+    def all_steps(self) -> list[int]:
         """The steps that are complete on disk, in order, without those found damaged before.
 
         Raises:
@@ -144,7 +144,7 @@ class CheckpointManager:
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint; None without one."""
-        return max(self.steps(), default=None)
+        return max(self.all_steps(), default=None)
 
     def best_step(self) -> int | None:
         """Step of the checkpoint with the highest test accuracy; None without one.
@@ -155,7 +155,7 @@ class CheckpointManager:
           UserError: a checkpoint cannot be read for another reason.
         """
         ranked = []
-        for step in self.steps():
+        for step in self.all_steps():
             with contextlib.suppress(_GoneError):
                 ranked.append((self._accuracy(step), step))
         return _best(ranked)
@@ -186,7 +186,7 @@ class CheckpointManager:
           UserError: if the save before this one failed; if there is a later step, which would
             be taken for the latest; or if something in the state or the record cannot be saved.
         """
-        self.wait()
+        self.wait_until_finished()
         # A copy: the caller's next step donates these buffers while they are being written.
         arrays = host_tree(_arrays(state))
         step, latest = int(arrays["step"]), self.latest_step()
@@ -214,25 +214,25 @@ class CheckpointManager:
             )
             raise UserError(
                 f"the checkpoint of step {step:,} ({size / 1e6:.1f} MB) could not be written: "
-                f"{what}{self.then()}"
+                f"{what}{self.resume_hint()}"
             ) from error
 
     def _write(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
         if not self._began:  # later on, a directory that is gone is an error
             self.directory.mkdir(parents=True, exist_ok=True)
             sync(self.directory.parent)
-            self._sweep()
+            self._delete_retired()
             self._began = True
         new = self.directory / f"{_SAVING}{step}"
         try:
             new.mkdir()
             write_arrays(new, arrays)
             (new / "record.json").write_text(json.dumps(record))
-            write_manifest(new)
+            write_checksums(new)
             sync(*new.rglob("*"), new, self.directory)
             _read_back(new, step)
             self._set_aside()
-            self._drop(step)
+            self._retire(step)
             new.rename(self._folder(step))
             sync(self.directory)
         except BaseException:
@@ -249,40 +249,40 @@ class CheckpointManager:
             del self._damaged[step]
 
     def _prune(self) -> None:
-        steps = self.steps()
-        kept, ranked = set(steps[-_KEPT:]), []
+        steps = self.all_steps()
+        kept, ranked = set(steps[-_MAX_TO_KEEP:]), []
         for step in steps:
             try:
                 ranked.append((self._accuracy(step), step))
             except UserError:  # it cannot be read now, and may be the best
                 kept.add(step)
         for step in set(steps) - kept - {_best(ranked)}:
-            self._drop(step)
-        self._sweep()
+            self._retire(step)
+        self._delete_retired()
 
-    def _drop(self, step: int) -> None:
-        """Takes a step away at once; `_sweep` deletes its files."""
+    def _retire(self, step: int) -> None:
+        """Takes a step away at once; `_delete_retired` deletes its files."""
         with contextlib.suppress(FileNotFoundError):
             self._folder(step).rename(self.directory / f"{_DELETING}{step}")
 
-    def _sweep(self) -> None:
+    def _delete_retired(self) -> None:
         for kind in (_SAVING, _DELETING):
             for path in siblings(self.directory, kind):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def then(self) -> str:
+    def resume_hint(self) -> str:
         """How a run resumes that could not save, for the end of a message; never raises."""
         with contextlib.suppress(OSError, UserError):
             if (step := self.latest_step()) is not None:
                 return f"; the same command then goes on from step {step:,}"
         return ""
 
-    def check(self) -> None:
+    def check_for_errors(self) -> None:
         """Raises the UserError of a save that has failed; does not wait."""
         if self._saving is not None and self._saving.done():
-            self.wait()
+            self.wait_until_finished()
 
-    def wait(self) -> None:
+    def wait_until_finished(self) -> None:
         """Returns when everything is on disk; raises UserError if it is not."""
         saving, self._saving = self._saving, None
         if saving is not None:
@@ -315,7 +315,7 @@ class CheckpointManager:
             except FileNotFoundError as error:
                 raise _GoneError(
                     f"checkpoint {folder} is gone: it was deleted, or never saved; "
-                    f"CheckpointManager.steps() lists those that exist"
+                    f"CheckpointManager.all_steps() lists those that exist"
                 ) from error
             except OSError as error:
                 raise UserError(
@@ -375,7 +375,7 @@ class CheckpointManager:
         self, state: TrainState, tell: Callable[[str], None]
     ) -> tuple[TrainState, dict[str, Any]] | None:
         damaged: dict[int, tuple[_Identity | None, str]] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(self.all_steps()):
             identity = _identity(self._folder(step))
             try:
                 arrays, record = self.read(step)
@@ -450,7 +450,7 @@ def _checked_record(folder: Path) -> dict[str, Any]:
       _Fault: they are not.
       OSError: one of them cannot be read.
     """
-    if (fault := verify_manifest(folder, strict=True)) is not None:
+    if (fault := verify_checksums(folder, strict=True)) is not None:
         raise _Fault(fault)
     try:
         record = json.loads(read_bytes(folder / "record.json"))

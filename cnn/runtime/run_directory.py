@@ -143,7 +143,7 @@ class RunDirectory:
                 f"choose another --workdir, or delete that one"
             )
 
-    def start(self, config: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    def begin(self, config: dict[str, Any], records: list[dict[str, Any]]) -> None:
         """Writes what is known before the next step.
 
         Args:
@@ -155,12 +155,12 @@ class RunDirectory:
         self.write("config.json", config)
 
     @property
-    def was_started(self) -> bool:
-        """Whether `start` was called: not before there was a checkpoint."""
+    def has_begun(self) -> bool:
+        """Whether `begin` was called: not before there was a checkpoint."""
         names = ("config.json", self._metrics.name, "result.json")
         return any((self.path / name).exists() for name in names)
 
-    def forget_result(self) -> None:
+    def delete_result(self) -> None:
         """Deletes `result.json`: the run is not finished, or no longer."""
         (self.path / "result.json").unlink(missing_ok=True)
 
@@ -174,7 +174,7 @@ class RunDirectory:
 
     def _read(self, name: str, *fields: str) -> dict[str, Any] | None:
         path = self.path / name
-        return _object(path.read_bytes(), path, *fields) if path.exists() else None
+        return _parse_object(path.read_bytes(), path, *fields) if path.exists() else None
 
     def result(self) -> dict[str, Any] | None:
         """The final figures, if the run is finished."""
@@ -189,7 +189,7 @@ class RunDirectory:
         if not self._metrics.exists():
             return []
         lines = self._metrics.read_bytes().split(b"\n")[:-1]
-        return [_object(line, self._metrics, *RECORD_FIELDS) for line in lines]
+        return [_parse_object(line, self._metrics, *RECORD_FIELDS) for line in lines]
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a record.
@@ -206,7 +206,7 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
-def _object(text: bytes, path: Path, *names: str) -> dict[str, Any]:
+def _parse_object(text: bytes, path: Path, *names: str) -> dict[str, Any]:
     """A JSON object with these names; UserError for anything else."""
     try:
         value = json.loads(text)

@@ -55,8 +55,8 @@ def complaint(done):
 
 def assert_whole_checkpoints(run):
     checkpoints = cnn.CheckpointManager(run / "checkpoints")
-    assert checkpoints.steps()
-    for step in checkpoints.steps():
+    assert checkpoints.all_steps()
+    for step in checkpoints.all_steps():
         checkpoints.read(step)
 
 
