@@ -103,6 +103,16 @@ class TrainState(struct.PyTreeNode):
         """What `apply_fn` takes first: the parameters and the other collections."""
         return {"params": self.params, **self.model_state}
 
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """What a checkpoint stores. The random key is not: it follows from the config's seed."""
+        return {
+            "step": self.step,
+            "params": self.params,
+            "model_state": self.model_state,
+            "opt_state": self.opt_state,
+        }
+
 
 def create_train_state(
     model: nn.Module,
