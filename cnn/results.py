@@ -134,7 +134,8 @@ def _draw(path: Path, state: TrainState, plan: Experiment, run: RunDirectory) ->
             shown = Split(test.images[:_SHOWN_SAMPLES], test.labels[:_SHOWN_SAMPLES])
             title = f"{title}: predicted class of the first test images"
             names = plan.dataset.class_names
-            plot_samples(shown, _predict(state, plan, shown), names, temporary, title=title)
+            predictions = _predict(state, plan, shown)
+            plot_samples(shown.images, shown.labels, predictions, names, temporary, title=title)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -86,7 +86,11 @@ def train_and_evaluate(
 
 def _run(config: Any, run: RunDirectory, started: float) -> tuple[TrainState, dict[str, Any]]:
     """`train_and_evaluate` with a checked config; `started` is on the monotonic clock."""
-    run.check_config(resolved(config))
+    if (before := run.config()) is not None and (changed := differences(before, resolved(config))):
+        raise UserError(
+            f"{run.path} holds a run of another config ({'; '.join(changed)}); choose another "
+            f"--workdir, or delete that one"
+        )
     if (finished := run.result()) is None:
         run.check_writable()
         if run.exists:

@@ -9,7 +9,6 @@ import cnn
 from cnn import UserError, digest, train_and_evaluate
 from cnn.config import resolved
 from cnn.experiment import Experiment, create_experiment
-from cnn.runtime.run_directory import RECORD_FIELDS, RunDirectory
 
 
 def records(workdir):
@@ -418,23 +417,6 @@ def test_other_images_under_the_same_name_are_refused(unfinished, config, digits
     monkeypatch.setattr("cnn.experiment.load_dataset", lambda *_: changed)
     with pytest.raises(UserError, match="other digits images than those found now"):
         train_and_evaluate(config, unfinished)
-
-
-def test_a_run_takes_up_the_records_of_its_checkpoint(tmp_path):
-    """What a killed process wrote after it, whole or not, makes way."""
-    run = RunDirectory(tmp_path)
-    one, two, three = (dict.fromkeys(RECORD_FIELDS, step) for step in (1, 2, 3))
-    run.begin({}, [])
-    assert run.records() == []
-    run.append(one)
-    run.append(two)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "los')
-    assert run.records() == [one, two]
-    run.begin({}, [one])
-    assert run.records() == [one]
-    run.append(three)
-    assert run.records() == [one, three]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "result.json", "config.json"])
