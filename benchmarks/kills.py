@@ -157,7 +157,7 @@ def outcome(run: Path) -> dict[str, Any]:
     for values in (result, *records):
         for name in _TIMING:
             values.pop(name, None)
-    steps = CheckpointManager(run / "checkpoints").steps()
+    steps = CheckpointManager(run / "checkpoints").all_steps()
     return {"result": result, "records": records, "steps": steps}
 
 

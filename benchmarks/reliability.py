@@ -323,13 +323,13 @@ class Training:
     def save_alone(self) -> None:
         """A save, to its end."""
         self.save()
-        self._checkpoints.wait()
+        self._checkpoints.wait_until_finished()
 
     def with_save(self) -> None:
         """A save that is written while a piece is trained, to the end of both."""
         self.save()
         self.advance(self._sizes.piece)
-        self._checkpoints.wait()
+        self._checkpoints.wait_until_finished()
 
     def without_save(self) -> None:
         """A piece alone."""

@@ -129,7 +129,14 @@ def _draw(path: Path, state: TrainState, experiment: Experiment, run: RunDirecto
             first = Split(test.images[:_NUM_SAMPLES], test.labels[:_NUM_SAMPLES])
             title = f"{title}: predicted class of the first test images"
             predictions = _predict(state, experiment, first)
-            plot_samples(first, predictions, dataset.class_names, temporary, title=title)
+            plot_samples(
+                first.images,
+                first.labels,
+                predictions,
+                dataset.class_names,
+                temporary,
+                title=title,
+            )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -376,7 +376,7 @@ def _restore(
     with waiting("restoring the latest checkpoint"):
         restored = checkpoints.restore_latest(state, log_warning)
     if restored is None:
-        if run.was_started:
+        if run.has_begun:
             raise UserError(
                 f"{run.path} holds a run, but {checkpoints.directory} no checkpoint of it; put "
                 f"them back, or choose another --workdir"

@@ -47,7 +47,7 @@ def wait_for(condition, process):
 
 
 def steps_in(run):
-    return cnn.CheckpointManager(run / "checkpoints").steps()
+    return cnn.CheckpointManager(run / "checkpoints").all_steps()
 
 
 class Killed(BaseException):

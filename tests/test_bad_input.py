@@ -633,7 +633,7 @@ def test_run_directories(refused, world, files, telling):
     refused("--config.num_epochs=1", telling=telling)
 
 
-LEFT = "no other is left: put a whole one back"
+LEFT = "no other is left: restore one from a backup"
 RUNS_FOUND_LATE = [
     ({"checkpoints/44": []}, LEFT),
     ({"checkpoints/44": "a file"}, LEFT),

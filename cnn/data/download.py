@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnn.errors import UserError
-from cnn.runtime.files import replacing
+from cnn.runtime.disk import atomic_write
 from cnn.runtime.screen import waiting
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _download(url: str, size: int, sha256: str, place: Path) -> None:
                 raise UserError(f"{url} answers HTTP {response.status_code}: {_other_ways(place)}")
             place.parent.mkdir(parents=True, exist_ok=True)
             with (
-                replacing(place) as stream,
+                atomic_write(place) as stream,
                 waiting(f"downloading {place.name}", sys.stderr) as task,
             ):
                 for block in response.iter_content(1 << 18):

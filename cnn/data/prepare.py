@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnn.data import download
 from cnn.errors import UserError
-from cnn.runtime.checksums import write_manifest
+from cnn.runtime.checksums import write_checksums
 from cnn.runtime.disk import is_file, is_writable
 from cnn.runtime.screen import waiting
 
@@ -112,7 +112,7 @@ def prepare(root: Path, request: Request) -> Path:
         if (found := find(root, request)) is not None:
             return found  # another process was faster
         raise UserError(_why_not_prepared(request.name, error)) from error
-    write_manifest(place)
+    write_checksums(place)
     return place
 
 

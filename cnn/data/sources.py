@@ -19,8 +19,14 @@ from cnn.data import cache
 from cnn.data.dataset import Dataset, Split
 from cnn.data.prepare import Request, check_label_names, find, first_line, prepare
 from cnn.errors import UserError, one_line
-from cnn.runtime.checksums import MANIFEST, read_through, verify_manifest
-from cnn.runtime.disk import is_file, is_writable, resolve_path, unreadable
+from cnn.runtime.checksums import CHECKSUMS, read_through, verify_checksums
+from cnn.runtime.disk import (
+    cache_directory,
+    describe_read_error,
+    is_file,
+    is_writable,
+    resolve_path,
+)
 from cnn.runtime.screen import counted, waiting
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
@@ -54,7 +60,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
     """
     request = Request.parse(name)
     try:
-        cache.directory()  # raises before anything is written
+        cache_directory()  # raises before anything is written
         return _loaded(_prepared(_data_dir(data_dir), request), request.title)
     except OSError as error:
         raise UserError(f"{name}: {error}") from error
@@ -93,13 +99,13 @@ def _usual_data_dir() -> Path:
     try:
         return Path.home() / "tensorflow_datasets"
     except RuntimeError:
-        return cache.directory() / "prepared"
+        return cache_directory() / "prepared"
 
 
 def _prepared(root: Path, request: Request) -> Path:
     roots = [root]
     if request.name == "digits":  # needs no download, so it must work wherever anything does
-        roots.append(cache.directory() / "prepared")
+        roots.append(cache_directory() / "prepared")
     for place in roots:
         if (found := find(place, request)) is not None:
             return found
@@ -114,7 +120,9 @@ def _decode(prepared: Path, name: str) -> Dataset:
     try:
         fault = _fault(prepared)
     except OSError as error:
-        raise UserError(f"the prepared {name} cannot be read: {unreadable(error)}") from error
+        raise UserError(
+            f"the prepared {name} cannot be read: {describe_read_error(error)}"
+        ) from error
     if fault is not None:
         raise UserError(
             f"the prepared {name} is damaged ({fault}): delete {prepared} to have it prepared again"
@@ -149,7 +157,9 @@ def _decode(prepared: Path, name: str) -> Dataset:
         raise UserError(f"{name} does not fit in memory: choose a smaller dataset") from error
     except Exception as error:
         if isinstance(error, OSError) and error.filename and error.errno not in _MISSING:
-            raise UserError(f"the prepared {name} cannot be read: {unreadable(error)}") from error
+            raise UserError(
+                f"the prepared {name} cannot be read: {describe_read_error(error)}"
+            ) from error
         raise UserError(
             f"cannot read the prepared {name} ({first_line(error)}): delete {prepared} to have it "
             "prepared again"
@@ -158,8 +168,8 @@ def _decode(prepared: Path, name: str) -> Dataset:
 
 def _fault(prepared: Path) -> str | None:
     """What is wrong with the files; raises OSError if one of them cannot be opened or read."""
-    if is_file(prepared / MANIFEST):
-        return verify_manifest(prepared, strict=False)
+    if is_file(prepared / CHECKSUMS):
+        return verify_checksums(prepared, strict=False)
     # What stock TFDS prepared has no manifest: the formats' own checks must do. They do not tell
     # damage from a file that cannot be read, so all are read here.
     for path in filter(is_file, sorted(prepared.iterdir())):

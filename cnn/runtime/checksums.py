@@ -13,45 +13,45 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from cnn.runtime.files import replacing
+from cnn.runtime.disk import atomic_write
 
-MANIFEST = "SHA256SUMS"
+CHECKSUMS = "SHA256SUMS"
 
 _LINE = rb"([0-9a-f]{64})  ([^\n]+)\n"
 _WHOLE = re.compile(rb"((?:%s)+)# sha256 of the lines above: ([0-9a-f]{64})\n" % _LINE)
 
 
-def write_manifest(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Lists the files below a folder with their SHA-256; the list is there whole or not at all."""
     body = b"".join(
         b"%s  %s\n" % (_sha256(folder / path).encode(), os.fsencode(path))
         for path in _files(folder)
     )
     seal = b"# sha256 of the lines above: %s\n" % hashlib.sha256(body).hexdigest().encode()
-    with replacing(folder / MANIFEST) as stream:
+    with atomic_write(folder / CHECKSUMS) as stream:
         stream.write(body + seal)
 
 
-def verify_manifest(folder: Path, *, strict: bool) -> str | None:
+def verify_checksums(folder: Path, *, strict: bool) -> str | None:
     """The first fault of a folder in a few words, or None if it is as its manifest says.
 
     Only what was read and is wrong is a fault, and a listed file that does not exist.
 
     Args:
-      folder: where `write_manifest` was called.
+      folder: where `write_checksums` was called.
       strict: whether a file that is not listed is a fault.
 
     Raises:
       OSError: a file exists and cannot be opened or read now; its `filename` says which.
     """
     try:
-        whole = _WHOLE.fullmatch(read_bytes(folder / MANIFEST))
+        whole = _WHOLE.fullmatch(read_bytes(folder / CHECKSUMS))
     except FileNotFoundError:
-        return f"{MANIFEST} is missing"
+        return f"{CHECKSUMS} is missing"
     except IsADirectoryError:
-        return f"{MANIFEST} is a folder"
+        return f"{CHECKSUMS} is a folder"
     if whole is None or hashlib.sha256(whole[1]).hexdigest().encode() != whole[4]:
-        return f"{MANIFEST} is damaged"
+        return f"{CHECKSUMS} is damaged"
     listed = {os.fsdecode(name): digest for digest, name in re.findall(_LINE, whole[1])}
     for path, digest in listed.items():
         try:
@@ -62,7 +62,7 @@ def verify_manifest(folder: Path, *, strict: bool) -> str | None:
         except IsADirectoryError:
             return f"{path} is a folder"
     extra = [name for name in _files(folder) if name not in listed] if strict else []
-    return f"{extra[0]} is not listed in {MANIFEST}" if extra else None
+    return f"{extra[0]} is not listed in {CHECKSUMS}" if extra else None
 
 
 def _files(folder: Path) -> list[str]:
@@ -73,7 +73,7 @@ def _files(folder: Path) -> list[str]:
         for path in (Path(place, name) for name in names)
         if path.is_file()
     ]
-    return sorted(name for name in found if not name.startswith(MANIFEST))
+    return sorted(name for name in found if not name.startswith(CHECKSUMS))
 
 
 def _reraise(error: OSError) -> None:

@@ -63,11 +63,11 @@ class GracefulShutdown:
             if handler not in (signal.SIG_IGN, None)
             and (signum in wanted or handler in (signal.SIG_DFL, _interrupt))
         }
-        ears, self._mouth = os.pipe()
-        os.set_blocking(self._mouth, False)
+        read_fd, self._write_fd = os.pipe()
+        os.set_blocking(self._write_fd, False)
         # The thread listens before the first handler is silenced, and until the last one is back.
-        threading.Thread(target=self._listen, args=(ears,), daemon=True).start()
-        self._wakeup = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(read_fd,), daemon=True).start()
+        self._wakeup = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         for signum in self._before:
             signal.signal(signum, self._handle)
         return self
@@ -84,7 +84,7 @@ class GracefulShutdown:
             ends = handler is _interrupt and isinstance(error, Interrupted)
             signal.signal(signum, signal.SIG_IGN if ends else handler)
         signal.set_wakeup_fd(self._wakeup)
-        os.close(self._mouth)
+        os.close(self._write_fd)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         """In the main thread, when it comes to it."""
@@ -98,9 +98,9 @@ class GracefulShutdown:
         by_hand = (signal.SIGINT, signal.SIGTERM)
         return signum == signal.SIGINT or (signum in by_hand and self._received in by_hand)
 
-    def _listen(self, ears: int) -> None:
+    def _listen(self, read_fd: int) -> None:
         """In a thread: reads the numbers of signals as they come, until nobody can send more."""
-        with open(ears, "rb", buffering=0) as stream:
+        with open(read_fd, "rb", buffering=0) as stream:
             while number := stream.read(1):
                 if number[0] not in self._before:
                     continue

@@ -10,9 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from cnn.data import cache, load_dataset, sources
+from cnn.data import load_dataset, sources
 from cnn.data.dataset import fingerprint
-from cnn.runtime.checksums import write_manifest
+from cnn.runtime.checksums import write_checksums
+from cnn.runtime.disk import cache_directory
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def decoded(monkeypatch):
 
 
 def cache_file():
-    (file,) = (cache.directory() / "decoded").iterdir()
+    (file,) = (cache_directory() / "decoded").iterdir()
     return file
 
 
@@ -110,7 +111,7 @@ def test_prepared_anew_with_other_content(digits_dir, decoded, capsys):
     (prepared / "dataset_info.json").write_text(json.dumps(info))
     a, b = sorted(prepared.glob("digits-*"))
     a.rename(prepared / "x"), b.rename(a), (prepared / "x").rename(b)
-    write_manifest(prepared)
+    write_checksums(prepared)
     assert len(load_dataset("digits").train) == 360
     assert len(decoded) == 2
     assert cache_file().is_file()  # one file: the stale one is gone

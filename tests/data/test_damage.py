@@ -7,7 +7,8 @@ import pytest
 
 from cnn.data import cache, load_dataset
 from cnn.errors import UserError
-from cnn.runtime.checksums import MANIFEST
+from cnn.runtime.checksums import CHECKSUMS
+from cnn.runtime.disk import cache_directory
 
 FILES = (
     "SHA256SUMS",
@@ -39,7 +40,7 @@ def some_places(content, number, seed):
 
 def test_all_files_are_listed(digits_dir):
     assert tuple(sorted(path.name for path in digits_dir.iterdir())) == FILES
-    lines = (digits_dir / MANIFEST).read_text().splitlines()
+    lines = (digits_dir / CHECKSUMS).read_text().splitlines()
     assert tuple(line.split("  ")[1] for line in lines[:-1]) == FILES[1:]
 
 
@@ -51,7 +52,7 @@ def test_a_damaged_file_is_named(name, digits_dir):
     damaged += [flipped(content, *place) for place in some_places(content, 12, seed=name)]
     for other in damaged:
         file.write_bytes(other)
-        fault = "is damaged" if name == MANIFEST else "was changed"
+        fault = "is damaged" if name == CHECKSUMS else "was changed"
         assert message_of() == (
             f"the prepared digits is damaged ({name} {fault}): delete {digits_dir} to have it "
             "prepared again"
@@ -76,7 +77,7 @@ def test_a_dataset_deleted_as_told_is_prepared_again(digits_dir):
     assert f"delete {digits_dir} to" in message_of()
     shutil.rmtree(digits_dir)
     assert load_dataset("digits").fingerprint == expected
-    assert (digits_dir / MANIFEST).is_file()
+    assert (digits_dir / CHECKSUMS).is_file()
 
 
 def test_what_a_file_manager_leaves_is_no_damage(digits_dir):
@@ -87,7 +88,7 @@ def test_what_a_file_manager_leaves_is_no_damage(digits_dir):
 def test_records_without_a_manifest(digits_dir):
     """As stock TFDS prepares: Riegeli's hashes are what stands between a flip and an image."""
     expected = load_dataset("digits").fingerprint
-    (digits_dir / MANIFEST).unlink()
+    (digits_dir / CHECKSUMS).unlink()
     outcomes = []
     for name in FILES[2:4]:
         content = (digits_dir / name).read_bytes()
@@ -108,7 +109,7 @@ def test_records_without_a_manifest(digits_dir):
 
 @pytest.mark.parametrize("number", [437, 1436, 1438])
 def test_a_wrong_number_of_examples_without_a_manifest(number, digits_dir):
-    (digits_dir / MANIFEST).unlink()
+    (digits_dir / CHECKSUMS).unlink()
     file = digits_dir / "dataset_info.json"
     file.write_text(file.read_text().replace('"1437"', f'"{number}"'))
     assert f"the files hold 1437 examples, not {number}" in message_of()
@@ -118,7 +119,7 @@ def test_a_wrong_number_of_examples_without_a_manifest(number, digits_dir):
 def loaded(digits_dir, capsys):
     """Gives (the cache's file, a function: what stderr tells of a cache of this content)."""
     load_dataset("digits")
-    (file,) = (cache.directory() / "decoded").iterdir()
+    (file,) = (cache_directory() / "decoded").iterdir()
     capsys.readouterr()
 
     def told(content):

@@ -92,9 +92,9 @@ def test_a_file_too_many_is_noticed(finished, tmp_path):
 
 def reseal(folder):
     """As damage that came before the sums were taken: they say nothing."""
-    from cnn.runtime.checksums import write_manifest
+    from cnn.runtime.checksums import write_checksums
 
-    write_manifest(folder)
+    write_checksums(folder)
 
 
 def test_the_digest_is_of_the_arrays_themselves(finished, tmp_path):
@@ -138,7 +138,7 @@ def test_the_run_goes_on_from_the_one_before(
     )
     assert "resuming at step 25 of 28" in out
     assert digest(state) == result["digest"] == expected
-    assert CheckpointManager(run / "checkpoints").steps()[-2:] == [25, 28]
+    assert CheckpointManager(run / "checkpoints").all_steps()[-2:] == [25, 28]
     assert (run / "checkpoints" / "28.damaged" / name).exists()
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [14, 28]
@@ -150,7 +150,7 @@ def test_none_left_is_never_a_fresh_start(finished, config, tmp_path, damage):
     run = tmp_path / "run"
     shutil.copytree(workdir, run)
     (run / "result.json").unlink()
-    for step in cnn.CheckpointManager(run / "checkpoints").steps():
+    for step in cnn.CheckpointManager(run / "checkpoints").all_steps():
         folder = run / "checkpoints" / str(step)
         if damage == "flipped":
             flip(folder / "record.json", 40)

@@ -55,8 +55,8 @@ def complaint(done):
 
 def assert_whole_checkpoints(run):
     checkpoints = cnn.CheckpointManager(run / "checkpoints")
-    assert checkpoints.steps()
-    for step in checkpoints.steps():
+    assert checkpoints.all_steps()
+    for step in checkpoints.all_steps():
         checkpoints.read(step)
 
 
@@ -103,7 +103,7 @@ def test_a_full_disk(tmp_path, whole):
     assert_whole_checkpoints(kept / "first")
     step = cnn.CheckpointManager(kept / "first" / "checkpoints").latest_step()
     assert not any(kept.glob("first/checkpoints/.*")), "what could not be written takes no space"
-    assert line.endswith(f"the same command then goes on from step {step}")
+    assert line.endswith(f"the same command then resumes from step {step}")
     assert second.returncode == 0, second.stderr
     assert f"resuming at step {step} of 88" in second.stdout
     assert outcome(kept / "second") == whole
