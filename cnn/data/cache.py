@@ -7,55 +7,25 @@ of 64 bytes, zeros between. One file, so that a rename publishes or replaces all
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
-import stat
 import sys
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 
 from cnn.data.dataset import Dataset, Split
 from cnn.errors import one_line
-from cnn.runtime.disk import local_path, resolve_path
+from cnn.runtime.disk import cache_directory
 from cnn.runtime.files import replacing
 
 _FORMAT = 1
 _ALIGN = 64
 _CHUNK = 1 << 22
-
-
-def directory() -> Path:
-    """Where this program keeps what it can make again (`XDG_CACHE_HOME` is respected).
-
-    For a user without a home directory it is a folder among the temporary files.
-
-    Raises:
-      UserError: `XDG_CACHE_HOME` is no path of this machine.
-      PermissionError: if that folder among the temporary files is not the user's alone.
-    """
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        local_path(given)  # platformdirs passes over what is not absolute
-    with contextlib.suppress(RuntimeError):
-        found = platformdirs.user_cache_dir("cnn")
-        if not found.startswith("~"):  # as older versions leave it
-            return resolve_path(found)
-    own = Path(tempfile.gettempdir()) / f"cnn-{os.getuid()}"
-    own.mkdir(mode=0o700, exist_ok=True)
-    status = own.lstat()
-    # Whoever can write there could have this process load what they have compiled.
-    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o022
-    if status.st_uid != os.getuid() or not private:
-        raise PermissionError(errno.EACCES, "this folder should be yours alone", str(own))
-    return own
 
 
 class UnreadableError(Exception):
@@ -161,7 +131,7 @@ def _file(prepared: Path) -> Path:
     digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]
     # One name per prepared directory: a new cache replaces the stale one.
     name = re.sub(r"[^\w.]", "_", f"{resolved.parent.name}-{resolved.name}")
-    return directory() / "decoded" / f"{name}-{digest}.cache"
+    return cache_directory() / "decoded" / f"{name}-{digest}.cache"
 
 
 def _identity(prepared: Path) -> list[Any]:

@@ -20,7 +20,7 @@ from cnn.data.dataset import Dataset, Split
 from cnn.data.prepare import Request, check_label_names, find, first_line, prepare
 from cnn.errors import UserError, one_line
 from cnn.runtime.checksums import MANIFEST, read_through, verify_manifest
-from cnn.runtime.disk import is_file, is_writable, resolve_path, unreadable
+from cnn.runtime.disk import cache_directory, is_file, is_writable, resolve_path, unreadable
 from cnn.runtime.screen import counted, waiting
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
@@ -54,7 +54,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
     """
     request = Request.parse(name)
     try:
-        cache.directory()  # raises before anything is written
+        cache_directory()  # raises before anything is written
         return _loaded(_prepared(_data_dir(data_dir), request), request.title)
     except OSError as error:
         raise UserError(f"{name}: {error}") from error
@@ -93,13 +93,13 @@ def _usual_data_dir() -> Path:
     try:
         return Path.home() / "tensorflow_datasets"
     except RuntimeError:
-        return cache.directory() / "prepared"
+        return cache_directory() / "prepared"
 
 
 def _prepared(root: Path, request: Request) -> Path:
     roots = [root]
     if request.name == "digits":  # needs no download, so it must work wherever anything does
-        roots.append(cache.directory() / "prepared")
+        roots.append(cache_directory() / "prepared")
     for place in roots:
         if (found := find(place, request)) is not None:
             return found

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from cnn.data import cache
 from cnn.errors import one_line
+from cnn.runtime.disk import cache_directory
 
 _LIMIT = 256 << 20  # bytes; a run leaves a few hundred thousand on a CPU
 _TROUBLE = r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)"
@@ -47,7 +47,7 @@ def compilation_cache(wanted: bool) -> Iterator[None]:
         return
     directory = None
     try:
-        directory = cache.directory() / "jax"
+        directory = cache_directory() / "jax"
         os.fspath(directory).encode()  # XLA takes no other path
         directory.mkdir(parents=True, exist_ok=True)
         prune(directory, _LIMIT)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import stat
 import tempfile
 from pathlib import Path
+
+import platformdirs
 
 from cnn.errors import UserError
 
@@ -137,3 +140,28 @@ def describe_disk_error(error: BaseException, folder: Path) -> str:
         return f"{first_line[:200]} in {folder}: look at the disk"
     place = error.filename if isinstance(error, OSError) and _elsewhere(error, folder) else folder
     return f"{os.strerror(number)} in {place}: {_TO_WRITE.get(number, 'look at the disk')}"
+
+
+def cache_directory() -> Path:
+    """The folder for files that this program can make again (`XDG_CACHE_HOME` is respected).
+
+    For a user without a home directory it is a private folder among the temporary files.
+
+    Raises:
+      UserError: `XDG_CACHE_HOME` is not a path of this machine.
+      PermissionError: other users can write to that folder among the temporary files.
+    """
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        local_path(given)  # platformdirs ignores a path that is not absolute
+    with contextlib.suppress(RuntimeError):
+        found = platformdirs.user_cache_dir("cnn")
+        if not found.startswith("~"):  # older versions of platformdirs do not raise
+            return resolve_path(found)
+    folder = Path(tempfile.gettempdir()) / f"cnn-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    # Whoever can write there could make this process load compiled code of theirs.
+    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o022
+    if status.st_uid != os.getuid() or not private:
+        raise PermissionError(errno.EACCES, "this folder should be yours alone", str(folder))
+    return folder

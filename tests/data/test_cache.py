@@ -10,9 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from cnn.data import cache, load_dataset, sources
+from cnn.data import load_dataset, sources
 from cnn.data.dataset import fingerprint
 from cnn.runtime.checksums import write_manifest
+from cnn.runtime.disk import cache_directory
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def decoded(monkeypatch):
 
 
 def cache_file():
-    (file,) = (cache.directory() / "decoded").iterdir()
+    (file,) = (cache_directory() / "decoded").iterdir()
     return file
 
 

@@ -8,6 +8,7 @@ import pytest
 from cnn.data import cache, load_dataset
 from cnn.errors import UserError
 from cnn.runtime.checksums import MANIFEST
+from cnn.runtime.disk import cache_directory
 
 FILES = (
     "SHA256SUMS",
@@ -118,7 +119,7 @@ def test_a_wrong_number_of_examples_without_a_manifest(number, digits_dir):
 def loaded(digits_dir, capsys):
     """Gives (the cache's file, a function: what stderr tells of a cache of this content)."""
     load_dataset("digits")
-    (file,) = (cache.directory() / "decoded").iterdir()
+    (file,) = (cache_directory() / "decoded").iterdir()
     capsys.readouterr()
 
     def told(content):
