@@ -181,16 +181,16 @@ def _ensure_archives(
     from tensorflow_datasets.core.download.resource import get_dl_fname
 
     for url, info in (builder.url_infos or {}).items():
-        place = downloads / "manual" / (info.filename or "")
-        file = get_dl_fname(url, info.checksum)  # where TFDS keeps what it downloaded itself
+        destination = downloads / "manual" / (info.filename or "")
+        file = get_dl_fname(url, info.checksum)  # the name that TFDS's own downloader gives it
         cached = [downloads / builder.name / file, downloads / file]
         if not only_check:
             download.ensure_archive(
-                url, size=info.size, sha256=info.checksum, place=place, cached=cached
+                url, size=info.size, sha256=info.checksum, destination=destination, cached=cached
             )
-        elif not any(path.is_file() for path in (place, *cached)):
+        elif not any(path.is_file() for path in (destination, *cached)):
             # Which archives a stock builder wants is not known: one answer is enough.
-            return download.check_reachable(url, place)
+            return download.check_reachable(url, destination)
 
 
 def _file_format() -> str:
