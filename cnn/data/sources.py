@@ -21,7 +21,7 @@ from cnn.data.prepare import Request, check_label_names, find, first_line, prepa
 from cnn.errors import UserError, one_line
 from cnn.runtime.checksums import MANIFEST, read_through, verify_manifest
 from cnn.runtime.disk import cache_directory, is_file, is_writable, resolve_path, unreadable
-from cnn.runtime.screen import counted, waiting
+from cnn.runtime.screen import counted, log_warning, waiting
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 _BATCH = 256  # records read at a time
@@ -69,12 +69,10 @@ def _loaded(prepared: Path, name: str) -> Dataset:
         if cache.store(prepared, dataset):
             return cache.load(prepared, name) or dataset
     except cache.UnreadableError as error:
-        file, reason = error.args
-        line = (
-            f"cnn: the decoded images in {file} cannot be read ({reason}); they are decoded again "
-            "and the file is left as it is (XDG_CACHE_HOME moves the cache)"
-        )
-        print(one_line(line), file=sys.stderr)
+        folder, reason = error.args
+        fault = f"the decoded images in {folder} cannot be read ({reason})"
+        advice = "they are decoded again, and the folder is kept (XDG_CACHE_HOME moves the cache)"
+        log_warning(one_line(f"{fault}; {advice}"))
         dataset = _decode(prepared, name)
     return dataset
 
