@@ -60,7 +60,7 @@ def load(prepared: Path, name: str) -> Dataset | None:
         return None
     except OSError as error:
         raise UnreadableError(str(folder), error.strerror) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fault = f"the decoded images in {folder} are damaged ({error})"
         log_warning(one_line(f"{fault}; the dataset is decoded again"))
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
 import io
 import json
 import re
@@ -107,7 +106,7 @@ def prepare(root: Path, request: Request) -> Path:
             contextlib.redirect_stdout(quiet),
             contextlib.redirect_stderr(quiet),
         ):
-            builder.download_and_prepare(file_format=_file_format())
+            builder.download_and_prepare(file_format="array_record")
     except Exception as error:
         if (found := find(root, request)) is not None:
             return found  # another process was faster
@@ -191,11 +190,6 @@ def _ensure_archives(
         elif not any(path.is_file() for path in (destination, *cached)):
             # Which archives a stock builder wants is not known: one answer is enough.
             return download.check_reachable(url, destination)
-
-
-def _file_format() -> str:
-    """Both formats are read by `tfds.data_source`; array_record is not built for every system."""
-    return "array_record" if importlib.util.find_spec("array_record") else "parquet"
 
 
 def _why_not_prepared(name: str, error: Exception) -> str:

@@ -238,8 +238,14 @@ def _examples(
     import PIL.Image
     import tensorflow_datasets as tfds
 
+    if builder.info.file_format.value == "parquet":
+        raise UserError(
+            f"{builder.data_dir} holds parquet files, which are not read here: prepare the dataset "
+            "with file_format='array_record' (docs/datasets.md), or set TFDS_DATA_DIR to another "
+            "directory to have it prepared there"
+        )
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    if not formats & {"array_record", "parquet"}:
+    if "array_record" not in formats:
         yield from _examples_through_tensorflow(builder, split, image_key, label_key)
         return
     too_large = PIL.Image.DecompressionBombWarning

@@ -161,6 +161,7 @@ def test_a_flip_in_the_cache_is_named(cache_files):
         lambda content: content + b"\0",
         lambda content: bytes(len(content)),
         lambda content: b"\n\xff" * 100,
+        lambda content: b"[" * 100_000,
         lambda content: b"[]",
         lambda content: b"1",
         lambda content: b"{}",
