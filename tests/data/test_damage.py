@@ -71,7 +71,7 @@ def test_a_missing_file_is_named(name, digits_dir):
         assert str(digits_dir) in message
 
 
-def test_a_dataset_deleted_as_told_is_prepared_again(digits_dir):
+def test_a_dataset_that_was_deleted_is_prepared_again(digits_dir):
     expected = load_dataset("digits").fingerprint
     file = digits_dir / FILES[2]
     file.write_bytes(file.read_bytes()[1:])
