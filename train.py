@@ -20,17 +20,16 @@ try:
     from jax.errors import JaxRuntimeError
 
     from cnn.config import (
-        FIELDS,
         as_flags,
         check_config,
         comments,
+        fields,
         find_config,
         flatten,
         load_config,
         override,
     )
     from cnn.errors import Interrupted, UserError, one_line
-    from cnn.notes import without_effect
     from cnn.runtime.disk import resolve_path
     from cnn.runtime.screen import log, shown, width
     from cnn.runtime.signals import raise_on_signals
@@ -92,16 +91,13 @@ def main(argv: list[str]) -> None:
     path = find_config(flags.config, _CONFIGS)
     base = load_config(path)
     if flags.help:
-        _add_fields(parser, flatten(base))
+        _add_fields(parser, base)
         parser.print_help()
         return
     if flags.workdir == "":
         parser.error("--workdir is empty")
     workdir = flags.workdir or _HERE / "checkpoints" / path.stem
-    config = check_config(override(base, rest))
-    given = [flag.partition("=")[0].removeprefix("--config.") for flag in rest]
-    for line in without_effect(flatten(config), given):
-        log(f"note: {line}")
+    config: Any = check_config(override(base, rest))
     try:
         train_and_evaluate(config, workdir)
     except JaxRuntimeError as error:
@@ -111,7 +107,7 @@ def main(argv: list[str]) -> None:
             f"not enough memory ({str(error).splitlines()[0]}); choose a smaller batch_size, "
             f"eval_batch_size or model"
         ) from error
-    if config.tensorboard:
+    if config.runtime.tensorboard:
         log("curves of all runs beside this one:")
         log(_command(["tensorboard"], ("--logdir", shown(resolve_path(workdir).parent))))
     log("next, another seed shows how much the result varies:")
@@ -146,17 +142,20 @@ def _command(words: list[str], *flags: tuple[str, str]) -> str:
     return "  " + " \\\n    ".join(lines)
 
 
-def _add_fields(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
+def _add_fields(parser: argparse.ArgumentParser, config: Any) -> None:
     """Adds every config field for the help, in sections."""
     said = comments((_CONFIGS / "baseline.py").read_text())
     groups = {}
-    for name, field in FIELDS.items():
+    defaults = flatten(check_config(config))
+    for name, field in fields(config).items():
         section = name.rpartition(".")[0] or "run"
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
         text = f"{said.get(name, '')} (default: {defaults.get(name, 'none')!r})"
         groups[section].add_argument(
-            f"--config.{name}", metavar=_METAVARS[field.kind], help=text.replace("%", "%%")
+            f"--config.{name}",
+            metavar=_METAVARS.get(field.type, "VALUE"),
+            help=text.replace("%", "%%"),
         )
 
 

@@ -150,10 +150,10 @@ def check_type(name: str, field: Field, value: Any) -> Any:
     kinds = {float: (float, int), tuple: (tuple, list)}.get(field.type, (field.type,))
     is_bool = isinstance(value, bool) and field.type not in (bool, object)
     fits = isinstance(value, kinds) and not is_bool
-    if fits and field.type is tuple and field.default not in (REQUIRED, ()):
+    if isinstance(value, tuple | list) and field.default not in (REQUIRED, ()):
         kind = type(field.default[0])
         kinds = (int, float) if kind is float else (kind,)
-        fits = all(type(entry) in kinds for entry in value)
+        fits = fits and all(type(entry) in kinds for entry in value)
     if not fits:
         raise UserError(
             f"config field {name}={shown(value)} must be {field.description}, "

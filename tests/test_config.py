@@ -111,7 +111,11 @@ def test_overrides_take_both_forms_and_leave_the_original_alone():
         "--config.model.features=(4,)",
     ]
     changed = override(config, flags)
-    assert (changed.batch_size, changed.runtime.tensorboard, changed.model.features) == (64, True, (4,))
+    assert (changed.batch_size, changed.runtime.tensorboard, changed.model.features) == (
+        64,
+        True,
+        (4,),
+    )
     assert (config.batch_size, config.runtime.tensorboard, config.model.features) == (
         32,
         False,

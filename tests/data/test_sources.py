@@ -257,6 +257,14 @@ def test_tfrecord_with_tensorflow(digits_dir, monkeypatch):
     assert load_dataset("digits").fingerprint == expected.fingerprint
 
 
+def test_parquet(data_dir):
+    OwnImages(data_dir=data_dir).download_and_prepare(file_format="parquet")
+    message = message_of("own_images")
+    assert f"{data_dir / 'own_images' / '1.2.0'} holds parquet files" in message
+    assert "file_format='array_record'" in message
+    assert "TFDS_DATA_DIR" in message
+
+
 def test_damaged_records(digits_dir):
     file = next(digits_dir.glob("digits-train*"))
     file.write_bytes(file.read_bytes()[:1000])
