@@ -127,6 +127,9 @@ def sgd(
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adam": optax.adam,
     "adamw": optax.adamw,
+    "lamb": optax.lamb,
+    "lion": optax.lion,
+    "rmsprop": optax.rmsprop,
     "sgd": sgd,
 }
 # Decay rates of moving averages: at 1 and above nothing of the gradient would enter.
