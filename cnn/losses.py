@@ -8,6 +8,7 @@ declares that the loss of an image depends on no other image of the batch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -62,6 +63,62 @@ class CrossEntropy:
         return _nan_unless_class(losses, labels, logits.shape[-1])
 
 
+@dataclasses.dataclass(frozen=True)
+class SigmoidCrossEntropy:
+    """Binary cross-entropy of each class against all others, summed over the classes, in nats.
+
+    The targets are one-hot; each logit is a sigmoid's (Wightman et al. 2021, "ResNet strikes back",
+    section 2, who take the mean over the classes; the sum is K times that).
+
+    >>> SigmoidCrossEntropy()(jnp.zeros((1, 10)), jnp.array([3]))  # 10 log(2)
+    Array([6.931472], dtype=float32)
+    """
+
+    per_example: ClassVar[bool] = True
+
+    def __call__(
+        self, logits: Float[Array, "B K"], labels: Integer[Array, " B"]
+    ) -> Float[Array, " B"]:
+        """A label outside 0..K-1 gives NaN."""
+        logits = logits.astype(jnp.float32)
+        targets = jax.nn.one_hot(labels, logits.shape[-1])
+        losses = optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
+        return _nan_unless_class(losses, labels, logits.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class FocalLoss:
+    """-(1 - p)**gamma * log(p) for the probability p of the label's class, in nats.
+
+    Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 4, with a softmax. It gives less
+    weight to images that are classified well; with gamma 0 it is cross-entropy.
+
+    Raises:
+      UserError: gamma is negative or not finite.
+
+    >>> FocalLoss(gamma=2.0)(jnp.zeros((1, 2)), jnp.array([0]))  # log(2) / 4
+    Array([0.1732868], dtype=float32)
+    """
+
+    gamma: float = 2.0
+    per_example: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma < math.inf:
+            raise UserError(f"loss.gamma={self.gamma} must be 0 or more, and finite")
+
+    def __call__(
+        self, logits: Float[Array, "B K"], labels: Integer[Array, " B"]
+    ) -> Float[Array, " B"]:
+        """A label outside 0..K-1 gives NaN."""
+        losses = CrossEntropy()(logits, labels)
+        if self.gamma == 0:
+            return losses
+        # 1 - p without cancellation. Below 1 the derivative of a power is infinite at 0.
+        wrong = jnp.maximum(-jnp.expm1(-losses), jnp.finfo(jnp.float32).tiny)
+        return wrong**self.gamma * losses
+
+
 def _nan_unless_class(losses: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
     # Indexing would take a negative label for a class counted from the end. The number of classes
     # may exceed what a short integer type of labels holds.
@@ -69,7 +126,11 @@ def _nan_unless_class(losses: jax.Array, labels: jax.Array, num_classes: int) ->
     return jnp.where((wide >= 0) & (wide < num_classes), losses, jnp.nan)
 
 
-LOSSES: dict[str, Callable[..., LossFn]] = {"cross_entropy": CrossEntropy}
+LOSSES: dict[str, Callable[..., LossFn]] = {
+    "cross_entropy": CrossEntropy,
+    "focal": FocalLoss,
+    "sigmoid_cross_entropy": SigmoidCrossEntropy,
+}
 
 
 def loss_schema(name: str) -> Schema:
