@@ -67,6 +67,55 @@ def random_translate(
     return _gather(images, _reflect(jnp.arange(width)[None] - right, width), axis=2)
 
 
+def random_crop(
+    key: PRNGKeyArray, images: Num[Array, "B H W C"], padding: int
+) -> Num[Array, "B H W C"]:
+    """Pads each image by `padding` black pixels on all sides, and crops it to its size at random.
+
+    He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2, with 4 pixels.
+
+    Raises:
+      UserError: if `padding` is negative.
+
+    >>> images = jnp.ones((50, 2, 2, 1), jnp.uint8)
+    >>> sums = random_crop(jax.random.key(0), images, 1).sum((1, 2, 3))
+    >>> sorted(set(sums.tolist()))
+    [1, 2, 4]
+    """
+    if padding < 0:
+        raise UserError(f"augment.crop={padding} must be 0 or more")
+    batch, height, width, _ = images.shape
+    top, left = jax.random.randint(key, (2, batch, 1), -padding, padding + 1, jnp.int32)
+    row, column = jnp.arange(height)[None] + top, jnp.arange(width)[None] + left
+    for axis, index, size in ((1, row, height), (2, column, width)):
+        images = _gather(images, jnp.clip(index, 0, size - 1), axis)
+    inside = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None]
+    return jnp.where(inside[..., None], images, 0).astype(images.dtype)
+
+
+def cutout(key: PRNGKeyArray, images: Num[Array, "B H W C"], size: int) -> Num[Array, "B H W C"]:
+    """Makes a square of `size` x `size` pixels of each image black.
+
+    Its centre is any pixel with equal probability, so that it may extend beyond the image (DeVries
+    & Taylor 2017, "Improved Regularization of Convolutional Neural Networks with Cutout").
+
+    Raises:
+      UserError: if `size` is negative.
+
+    >>> images = jnp.ones((50, 8, 8, 1), jnp.uint8)
+    >>> int(cutout(jax.random.key(0), images, 4).sum((1, 2, 3)).min())
+    48
+    """
+    if size < 0:
+        raise UserError(f"augment.cutout={size} must be 0 or more")
+    batch, height, width, _ = images.shape
+    limits = jnp.array([[height], [width]], jnp.int32)
+    top, left = jax.random.randint(key, (2, batch), 0, limits, jnp.int32) - size // 2
+    row, column = jnp.arange(height)[None] - top[:, None], jnp.arange(width)[None] - left[:, None]
+    cut = ((row >= 0) & (row < size))[:, :, None] & ((column >= 0) & (column < size))[:, None]
+    return jnp.where(cut[..., None], 0, images).astype(images.dtype)
+
+
 def _reflect(index: jax.Array, size: int) -> jax.Array:
     """Folds indices from -(size - 1) to 2 * (size - 1) back at both ends of an axis."""
     index = jnp.abs(index)
@@ -81,7 +130,12 @@ def _gather(images: jax.Array, index: jax.Array, axis: int) -> jax.Array:
 
 
 # They are applied in this order.
-AUGMENTATIONS: dict[str, Augment] = {"flip": random_flip, "translate": random_translate}
+AUGMENTATIONS: dict[str, Augment] = {
+    "flip": random_flip,
+    "translate": random_translate,
+    "crop": random_crop,
+    "cutout": cutout,
+}
 
 
 def augment_schema() -> Schema:
