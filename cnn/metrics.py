@@ -28,7 +28,13 @@ def accuracy(logits: Float[Array, "B K"], labels: Integer[Array, " B"]) -> Bool[
     return jnp.argmax(logits, axis=-1) == labels
 
 
-METRICS: dict[str, MetricFn] = {"accuracy": accuracy}
+def top5_accuracy(logits: Float[Array, "B K"], labels: Integer[Array, " B"]) -> Bool[Array, " B"]:
+    """Whether at most four logits are larger than the label's."""
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    return jnp.sum(logits > own, axis=-1) < 5
+
+
+METRICS: dict[str, MetricFn] = {"accuracy": accuracy, "top5_accuracy": top5_accuracy}
 
 
 def find_metrics(names: Iterable[str]) -> tuple[MetricFn, ...]:
