@@ -34,7 +34,7 @@ from cnn.optimizers import (
     optimizer_schema,
     schedule_schema,
 )
-from cnn.registry import REQUIRED, Field, Schema, check_type, hint, shown
+from cnn.registry import REQUIRED, Field, Schema, check_type, shown
 from cnn.runtime.devices import PLATFORMS
 from cnn.runtime.disk import local_path
 
@@ -335,13 +335,16 @@ def check_config(config: ConfigDict) -> ConfigDict:
       UserError: names the field, its value and what it should be.
     """
     flat, known = flatten(config), fields(config)
-    for name in flat:
-        if flat[name] != {}:  # an empty section
+    for section, (default, _) in _BUILT.items():
+        if default is REQUIRED and f"{section}.name" not in flat:
+            raise _missing(f"{section}.name")
+    for name, value in flat.items():
+        if not isinstance(value, ConfigDict):  # an empty section
             _check_known(name, known)
     checked = {}
     for name, field in known.items():
         if name not in flat and field.default is REQUIRED:
-            raise UserError(f"config field {name} is missing; configs/baseline.py shows it")
+            raise _missing(name)
         value = check_type(name, field, flat[name]) if name in flat else field.default
         if isinstance(field, _RunField) and not field.valid(value):
             raise UserError(f"config field {name}={shown(value)} must {field.must}")
@@ -349,6 +352,10 @@ def check_config(config: ConfigDict) -> ConfigDict:
     complete = _unflatten(checked)
     _check_built(complete)
     return complete
+
+
+def _missing(name: str) -> UserError:
+    return UserError(f"config field {name} is missing; configs/baseline.py shows it")
 
 
 def _check_built(config: Any) -> None:
@@ -368,21 +375,19 @@ def _check_built(config: Any) -> None:
 
 
 def _check_known(name: str, known: Schema) -> None:
-    if name not in known:
-        section, _, leaf = name.rpartition(".")
-        near = difflib.get_close_matches(name, known, n=1)
-        siblings = [
-            other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section
-        ]
-        if near:
-            remedy = f"did you mean {near[0]}?"
-        elif section in _BUILT:
-            remedy = f"the {section} that is chosen has {', '.join(siblings)}"
-        else:
-            remedy = (
-                hint(leaf, siblings) if section and siblings else "configs/baseline.py lists them"
-            )
-        raise UserError(f"unknown config field {name}; {remedy}")
+    if name in known:
+        return
+    section, _, leaf = name.rpartition(".")
+    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+    if section and (near := difflib.get_close_matches(leaf, siblings, n=1)):
+        remedy = f"did you mean {section}.{near[0]}?"
+    elif section in _BUILT:
+        remedy = f"the {section} that is chosen has {', '.join(s for s in siblings if s != 'name')}"
+    elif near := difflib.get_close_matches(name, known, n=1):
+        remedy = f"did you mean {near[0]}?"
+    else:
+        remedy = "python train.py --help lists all fields"
+    raise UserError(f"unknown config field {name}; {remedy}")
 
 
 def to_json_dict(config: ConfigDict) -> dict[str, Any]:

@@ -147,7 +147,8 @@ def create_loss(name: str, **fields: Any) -> LossFn:
     >>> create_loss("cross_entropy", label_smoothing=0.1)
     CrossEntropy(label_smoothing=0.1)
     """
-    return LOSSES[name](**complete("loss", loss_schema(name), fields))
+    fields = complete("loss", loss_schema(name), fields)
+    return LOSSES[name](**fields)
 
 
 def evaluation_loss(loss_fn: LossFn) -> LossFn:

@@ -241,7 +241,7 @@ def test_another_name_brings_its_own_fields():
     }  # fmt: skip
     back = override(changed, ["--config.optimizer.name=adam"])
     assert "momentum" not in back.optimizer
-    with pytest.raises(UserError, match="the optimizer that is chosen has b1, b2"):
+    with pytest.raises(UserError, match="the optimizer that is chosen has learning_rate, b1, b2"):
         override(changed, ["--config.optimizer.name=adam", "--config.optimizer.nothing=1"])
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn.metrics import Metrics
+from cnn import UserError
+from cnn.metrics import METRICS, Metrics, find_metrics, top5_accuracy
 
 
 def test_constant_logits_have_the_metrics_one_computes_by_hand():
@@ -43,3 +44,28 @@ def test_cutting_a_run_into_other_pieces_gives_the_same_bits():
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts[20:])
     in_two = Metrics.merge([Metrics.merge(parts[:20]), stacked])
     assert in_two == Metrics.merge(parts)
+
+
+def test_top5_is_the_rank_of_the_label():
+    logits = jnp.tile(jnp.arange(10.0), (10, 1))
+    assert top5_accuracy(logits, jnp.arange(10)).tolist() == 5 * [False] + 5 * [True]
+    assert top5_accuracy(jnp.zeros((1, 10)), jnp.array([9])).tolist() == [True]
+
+
+def test_metrics_are_summed_by_name():
+    logits, labels = jnp.tile(jnp.arange(10.0), (2, 1)), jnp.array([9, 5])
+    metrics = Metrics.from_logits(jnp.ones(2), logits, labels, metric_fns=find_metrics(METRICS))
+    assert {name: float(value) for name, value in metrics.means().items()} == {
+        "loss": 1.0, "accuracy": 0.5, "top5_accuracy": 1.0
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"the metric mean must return a number for each image"):
+        Metrics.from_logits(jnp.ones(2), logits, labels, metric_fns=(mean,))
+
+
+def mean(logits, labels):
+    return logits.mean()
+
+
+def test_older_metrics_merge_with_more_of_them():
+    old, new = Metrics({"loss": 1.0}, 1), Metrics({"loss": 2.0, "accuracy": 1.0}, 1)
+    assert Metrics.merge([old, new]) == Metrics({"loss": 3.0, "accuracy": 1.0}, 2)

@@ -171,7 +171,7 @@ def _damage(prepared: Path) -> str | None:
     if is_file(prepared / CHECKSUMS):
         return verify_checksums(prepared, strict=False)
     # Datasets that stock TFDS prepared have no manifest and rely on the checks of the file format.
-    # Those report an describe_read_error file as damage, so each file is read here first.
+    # Those report an unreadable file as damage, so each file is read here first.
     for path in filter(is_file, sorted(prepared.iterdir())):
         read_through(path)
     return None

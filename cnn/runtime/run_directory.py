@@ -81,10 +81,13 @@ class RunDirectory:
           The result of a finished run, else None.
 
         Raises:
-          UserError: the folder cannot be written, or a file of the run is damaged.
+          UserError: the folder cannot be written, a file of the run is damaged, or another process
+            is training there.
         """
         if (finished := self.result()) is None:
             self.check_writable()
+            if self._lock_file.exists():  # else there is no folder yet, and none is made in vain
+                self.lock()
         self.records()
         return finished
 
