@@ -47,8 +47,10 @@ from cnn.runtime.progress import Progress
 from cnn.runtime.run_directory import RunDirectory
 from cnn.runtime.screen import log, log_warning, waiting, width
 from cnn.runtime.signals import GracefulShutdown
-from cnn.runtime.writers import EventFile, require_tensorboard
+from cnn.runtime.writers import TensorBoardWriter, require_tensorboard
 from cnn.steps import CrossEntropy, TrainState, train_step, train_steps
+
+_NO_EVENTS = "no more records are written for TensorBoard"
 
 
 def train_and_evaluate(
@@ -132,7 +134,8 @@ def _train(
             log(f"finished before: {result_text(finished, width())}")
             draw_pictures(state, plan, run, only_missing=True)
             if plan.config.tensorboard:  # it may be wanted only now
-                EventFile(run.path / "tensorboard", run.records(), log_warning)
+                with _at_most_a_warning(_NO_EVENTS):
+                    TensorBoardWriter(run.path / "tensorboard", run.records())
             log(see(run))
             return state, finished
         parts = _begin_part(plan, int(state.step), before)
@@ -268,7 +271,8 @@ class _Loop:
         metrics = Metrics(**before["epoch_metrics"]) if "epoch_metrics" in before else None
         events = None
         if config.tensorboard:
-            events = EventFile(run.path / "tensorboard", before.get("records", []), log_warning)
+            with _at_most_a_warning(_NO_EVENTS):
+                events = TensorBoardWriter(run.path / "tensorboard", before.get("records", []))
         with progress, GracefulShutdown() as signals:
             for epoch in range(first_step // plan.steps_per_epoch, config.num_epochs):
                 begun, before_step = time.monotonic(), int(state.step)
@@ -290,7 +294,10 @@ class _Loop:
                 record = self._record(epoch, metrics, tested, rate)
                 run.append(record)
                 if events:
-                    events.write(record)
+                    writer, events = events, None  # it is called no more if it fails
+                    with _at_most_a_warning(_NO_EVENTS):
+                        writer(record)
+                        events = writer
                 self._save(state, test_accuracy=record["test_accuracy"])
                 progress.epoch(record, time.monotonic() - begun)
                 self._stop = self._stop or signals.requested()
