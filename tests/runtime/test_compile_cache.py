@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_made_costs_one_line(folder, capsys):
     folder.parent.parent.write_text("a file")
     compile_in_cache()
     line = capsys.readouterr().err
-    assert line.startswith(f"cnn: cannot keep compiled functions in {folder} (")
+    assert line.startswith(f"warning: compiled programs cannot be cached in {folder} (")
     assert line.count("\n") == 1
 
 
@@ -137,7 +137,7 @@ def test_entries_that_cannot_be_written_cost_one_line(folder, capsys):
         jax.clear_caches()
         assert triple() == [0, 3, 6, 9]
     line = capsys.readouterr().err
-    assert line.startswith(f"cnn: cannot keep compiled functions in {folder} (FileNotFoundError")
+    assert line.startswith(f"warning: compiled programs cannot be cached in {folder} (FileNotFoundError")
     assert line.count("\n") == 1
 
 
@@ -149,7 +149,7 @@ def test_the_users_own_cache_that_cannot_be_used_costs_one_line(folder, tmp_path
         jax.clear_caches()
         triple()
     line = capsys.readouterr().err
-    assert line.startswith(f"cnn: cannot keep compiled functions in {tmp_path / 'own'} (")
+    assert line.startswith(f"warning: compiled programs cannot be cached in {tmp_path / 'own'} (")
     assert line.endswith("(JAX_COMPILATION_CACHE_DIR moves the cache)\n")
     assert line.count("\n") == 1
 
