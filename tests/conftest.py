@@ -1,14 +1,26 @@
 """Fixtures that several rooms share."""
 
 import os
+import runpy
+import signal
 import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 import cnn
-from tests.helpers import ENDLESS, short_config, start, steps_in, train_command, wait_for
+from tests.helpers import (
+    ENDLESS,
+    REPOSITORY,
+    short_config,
+    start,
+    steps_in,
+    train_command,
+    wait_for,
+    without_waits,
+)
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +39,29 @@ def batch():
     rng = np.random.default_rng(0)
     image = rng.normal(size=(8, 16, 16, 3)).astype(np.float32)
     return {"image": jax.numpy.asarray(image), "label": jax.numpy.arange(8) % 4}
+
+
+@pytest.fixture
+def in_process(monkeypatch, capfd):
+    """Runs train.py in this process; gives exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # is restored
+    handlers = {signum: signal.getsignal(signum) for signum in signal.valid_signals()}
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capfd.readouterr()
+        return code, without_waits(out), err
+
+    yield run
+    for signum, handler in handlers.items():
+        if signal.getsignal(signum) is not handler:
+            signal.signal(signum, handler)
 
 
 @pytest.fixture

@@ -4,10 +4,8 @@ import functools
 import io
 import json
 import os
-import runpy
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -64,21 +62,6 @@ def snapshot(world):
         if path.name != ".lock" and not path.match("tmp/tmp*tfds")
         for status in [path.lstat()]
     }
-
-
-@pytest.fixture
-def in_process(monkeypatch, capfd):
-    """Runs train.py; gives exit code, standard output and standard error."""
-
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
-        out, err = capfd.readouterr()
-        return stop.value.code, without_waits(out), err
-
-    return run
 
 
 def in_new_process(*flags):

@@ -1,0 +1,164 @@
+"""The command line of a run: a config, fields of it and a run directory; and what to type next."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from cnn.config import (
+    FIELDS,
+    as_flags,
+    check_config,
+    comments,
+    find_config,
+    flatten,
+    load_config,
+    override,
+)
+from cnn.notes import without_effect
+from cnn.registry import Field
+from cnn.runtime.cli import Parser, shell_command
+from cnn.runtime.disk import resolve_path
+from cnn.runtime.screen import log, shown
+
+_EPILOG = """\
+A field is set as --config.FIELD=VALUE or --config.FIELD VALUE; a boolean alone
+is true.
+
+examples:
+  python train.py --config digits      under a minute, nothing to download
+  python train.py --config.batch_size=128 --config.optimizer.learning_rate=2e-3
+  python train.py --config configs/digits.py --config.seed=1 --workdir runs/1
+"""
+_METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT", tuple: "TUPLE"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags:
+    """What the flags of a run ask for.
+
+    Attributes:
+      config: checked, with the fields that the flags set.
+      workdir: the run directory.
+      base: the config before the flags set fields of it.
+      name: the config as `--config` takes it.
+      program: the words of the command before its flags.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    base: ConfigDict
+    name: str
+    program: list[str]
+
+    def next_commands(self) -> str:
+        """Commands to type after the run: TensorBoard if it was written, and another seed."""
+        lines = []
+        if self.config.tensorboard:
+            lines.append("curves of all runs beside this one:")
+            lines.append(shell_command(["tensorboard"], ("--logdir", shown(self.workdir.parent))))
+        seed, workdir = _next_seed(flatten(self.config)["seed"], self.workdir)
+        changed = as_flags(override(self.config, [f"--config.seed={seed}"]), self.base)
+        flags = ("--config", self.name), ("--workdir", shown(workdir))
+        lines.append("next, another seed shows how much the result varies:")
+        lines.append(shell_command([*self.program, *changed], *flags))
+        return "\n".join(lines)
+
+
+def parse(argv: Sequence[str], description: str | None, home: Path) -> RunFlags:
+    """Reads the flags of a run; `--help` prints the fields of the config and exits.
+
+    Args:
+      argv: the words after the program's name.
+      description: of the program, for `--help`.
+      home: the folder with `configs/`, and by default with the run directory, in `checkpoints/`.
+
+    Raises:
+      UserError: an unknown flag or field, or a config that `check_config` refuses.
+    """
+    configs = home / "configs"
+    parser = _parser(description, configs)
+    flags, rest = parser.parse_known_args(argv)
+    path = find_config(flags.config, configs)
+    base = load_config(path)
+    if flags.help:
+        _add_fields(parser, base, comments((configs / "baseline.py").read_text()))
+        parser.print_help()
+        parser.exit()
+    if flags.workdir == "":
+        parser.error("--workdir is empty")
+    config = check_config(override(base, rest))
+    given = [flag.partition("=")[0].removeprefix("--config.") for flag in rest]
+    for line in without_effect(flatten(config), given):
+        log(f"note: {line}")
+    program = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
+    if [*program, *argv] != sys.orig_argv:  # it is called from Python
+        program = ["python", "train.py"]
+    return RunFlags(
+        config=config,
+        workdir=resolve_path(flags.workdir or home / "checkpoints" / path.stem),
+        base=base,
+        name=path.stem if path.parent == configs else str(path),
+        program=program,
+    )
+
+
+def _parser(description: str | None, configs: Path) -> Parser:
+    parser = Parser(
+        "python train.py",
+        description,
+        usage="train.py [--config CONFIG] [--workdir DIR] [--config.FIELD=VALUE ...]",
+        epilog=_EPILOG,
+        add_help=False,
+    )
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="show this help and exit; defaults are CONFIG's"
+    )
+    parser.add_argument(
+        "--config",
+        default="baseline",
+        metavar="CONFIG",
+        help="a Python file with a get_config() function, or the name of one in configs/: "
+        f"{', '.join(sorted(path.stem for path in configs.glob('*.py')))} (default: baseline)",
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="the run directory (default: checkpoints/CONFIG/ beside train.py)",
+    )
+    return parser
+
+
+def _fields(config: ConfigDict) -> dict[str, Field]:
+    """The fields that a config may set, by dotted name."""
+    del config
+    return {name: Field(field.kind) for name, field in FIELDS.items()}
+
+
+def _add_fields(parser: Parser, config: ConfigDict, meanings: dict[str, str]) -> None:
+    """Adds every field of the config to the help, in sections."""
+    values, groups = flatten(config), {}
+    for name, field in _fields(config).items():
+        section = name.rpartition(".")[0] or "run"
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        text = f"{meanings.get(name, '')} (default: {values.get(name, field.default)!r})".strip()
+        metavar = _METAVARS.get(field.type, "VALUE")
+        groups[section].add_argument(
+            f"--config.{name}", metavar=metavar, help=text.replace("%", "%%")
+        )
+
+
+def _next_seed(seed: int, workdir: Path) -> tuple[int, Path]:
+    """A seed for another run, and a directory for it that does not exist yet."""
+    stem = workdir.name.removesuffix(f"-seed{seed}")
+    while True:
+        seed = (seed + 1) % 2**32
+        place = workdir.parent / f"{stem}-seed{seed}"
+        if not os.path.exists(place):  # Path's own raises where a name is too long
+            return seed, place

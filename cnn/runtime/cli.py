@@ -1,0 +1,104 @@
+"""What command lines share: a strict parser, exit codes instead of tracebacks, a quiet screen."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jax.errors import JaxRuntimeError
+
+from cnn.errors import Interrupted, UserError, one_line
+from cnn.runtime.screen import width
+from cnn.runtime.streams import lenient_streams
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that accepts no abbreviated flags and keeps the lines of its texts.
+
+    Args:
+      prog: the command as one types it, such as "python train.py"; error messages name it.
+      description: for `--help`.
+      **options: of `ArgumentParser`.
+    """
+
+    def __init__(self, prog: str, description: str | None, **options: Any) -> None:
+        options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(prog, description=description, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `UserError` with the message and where the flags are listed."""
+        raise UserError(f"{message}; {self.prog} --help lists the flags")
+
+
+def run(
+    main: Callable[[list[str]], None], *, interrupted: str = "the same command continues the run"
+) -> None:
+    """Calls `main` with the flags of this process, and exits with a code if it fails.
+
+    `UserError`, `OSError` and a device that runs out of memory are one line on standard error and
+    exit code 2. `Interrupted` exits with 128 + its signal, and Ctrl-C with 130. Any other exception
+    is a bug and keeps its traceback. Output that cannot be written is dropped.
+
+    Args:
+      main: a program that takes the words after its name.
+      interrupted: what Ctrl-C means for the program's results.
+    """
+    # Orbax and TFDS log through absl what does not concern the user of a program.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _hide_pending_writes
+    with lenient_streams():
+        try:
+            main(sys.argv[1:])
+        except (UserError, OSError) as error:
+            _exit(2, f"error: {one_line(str(error))}")
+        except JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = one_line(str(error).splitlines()[0])
+            advice = "choose a smaller batch_size, eval_batch_size or model"
+            _exit(2, f"error: not enough memory ({reason}); {advice}")
+        except Interrupted as stop:
+            _exit(128 + stop.signal, str(stop))
+        except KeyboardInterrupt:
+            _exit(128 + signal.SIGINT, f"interrupted; {interrupted}")
+
+
+def _exit(code: int, line: str) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def _hide_pending_writes(unraisable: UnraisableHookArgs) -> None:
+    """Hides the "Event loop is closed" lines that TensorStore prints after a failed save.
+
+    There is one for each write that was pending. Other exceptions are shown as usual.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def shell_command(words: Sequence[str], *flags: Sequence[str]) -> str:
+    r"""A command for the shell, quoted, and broken into lines that fit the screen.
+
+    Args:
+      words: may be separated by a line break.
+      flags: each a flag and its value, which stay on one line.
+
+    >>> print(shell_command(["python", "train.py"], ("--workdir", "my run")))
+      python train.py --workdir 'my run'
+    """
+    lines = [""]
+    for part in (*map(shlex.quote, words), *map(shlex.join, flags)):
+        if lines[-1] and len(lines[-1]) + len(part) + 7 > width():
+            lines.append(part)
+        else:
+            lines[-1] = f"{lines[-1]} {part}".strip()
+    return "  " + " \\\n    ".join(lines)
