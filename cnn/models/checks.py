@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
 
 from cnn.errors import UserError
+from cnn.ops.convolution import IMPLEMENTATIONS
 from cnn.registry import shown
 
 # A larger number is a typing error that would exhaust the memory.
 _MAX_WIDTH = 2**16
+_CHOICES = {"padding": ("VALID", "SAME"), "conv_implementation": IMPLEMENTATIONS}
 
 
-def check_widths(model: nn.Module, **lowest: int) -> None:
-    """Checks fields that count channels or pixels.
+def check_fields(model: nn.Module, **lowest: int) -> None:
+    """Checks the ranges of a module's fields; those named like `_CHOICES` hold one of these.
 
     Args:
-      model: the module.
-      **lowest: the smallest allowed value, by field; the field holds an int or a sequence of them.
+      model: the module, in its `__post_init__`.
+      **lowest: the smallest allowed value of each field that holds a number of channels or pixels,
+        or a sequence of them.
 
     Raises:
-      UserError: a value is not a whole number from the lowest to 2**16.
+      UserError: a value is impossible.
     """
     for name, low in lowest.items():
         value = getattr(model, name)
@@ -33,17 +36,14 @@ def check_widths(model: nn.Module, **lowest: int) -> None:
             widths, must = (value,), f"lie between {low} and {_MAX_WIDTH}"
         if not all(_is_int(width) and low <= width <= _MAX_WIDTH for width in widths):
             raise UserError(f"model.{name}={shown(value)} must {must}")
+    for name, choices in _CHOICES.items():
+        if getattr(model, name, choices[0]) not in choices:
+            value = shown(getattr(model, name))
+            raise UserError(f"model.{name}={value} must be one of {', '.join(choices)}")
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def check_choice(model: nn.Module, name: str, choices: Collection[str]) -> None:
-    """Raises UserError unless a field is one of the choices."""
-    value = getattr(model, name)
-    if value not in choices:
-        raise UserError(f"model.{name}={shown(value)} must be one of {', '.join(choices)}")
 
 
 def check_image_rank(model: nn.Module, shape: tuple[int, ...]) -> None:
@@ -62,9 +62,10 @@ def check_blocks(model: Any, shape: tuple[int, ...], patch_size: int = 1) -> Non
       patch_size: the pixels a side that a stem before the blocks reduces to one.
 
     Raises:
-      UserError: a block has too few pixels for its pooling, or the kernel is larger than any
-        part of the image that it could cover.
+      UserError: images are not `[B, H, W, C]`, a block has too few pixels for its pooling, or the
+        kernel is larger than any part of the image that it could cover.
     """
+    check_image_rank(model, shape)
     size = f"images of {shape[1]}x{shape[2]} pixels"
     largest = 2 * max(shape[1:3]) - 1
     if model.kernel_size > largest:

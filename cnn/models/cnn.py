@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cnn.models.checks import check_blocks, check_choice, check_image_rank, check_widths
+from cnn.models.checks import check_blocks, check_fields
 from cnn.models.conv_pool import ConvPool
 from cnn.ops import convolution
 
@@ -51,9 +52,7 @@ class CNN(nn.Module):
 
     def __post_init__(self) -> None:
         self.padding = str(self.padding).upper()
-        check_widths(self, features=1, kernel_size=1, hidden_features=0)
-        check_choice(self, "padding", ("VALID", "SAME"))
-        check_choice(self, "conv_implementation", convolution.IMPLEMENTATIONS)
+        check_fields(self, features=1, kernel_size=1, hidden_features=0)
         super().__post_init__()
 
     @nn.compact
@@ -63,11 +62,10 @@ class CNN(nn.Module):
         Training changes nothing. Raises `UserError` if the images are too small for the blocks.
         """
         del train
-        check_image_rank(self, image.shape)
         check_blocks(self, image.shape)
         x = image.astype(self.dtype)
         for block, features in enumerate(self.features):
-            x = ConvPool(
+            conv = ConvPool(
                 features,
                 self.kernel_size,
                 self.padding,
@@ -75,16 +73,10 @@ class CNN(nn.Module):
                 dtype=self.dtype,
                 implementation=self.conv_implementation,
                 name=f"Conv_{block}",
-            )(x)
-            x = nn.relu(x)
+            )
+            x = nn.relu(conv(x))
         x = convolution.flatten(x)
+        dense = functools.partial(nn.Dense, kernel_init=_KERNEL_INIT, dtype=self.dtype)
         if self.hidden_features:
-            x = nn.Dense(
-                self.hidden_features,
-                kernel_init=_KERNEL_INIT,
-                dtype=self.dtype,
-                dot_general=convolution.dot_general,
-            )(x)
-            x = nn.relu(x)
-        x = nn.Dense(self.num_classes, kernel_init=_KERNEL_INIT, dtype=self.dtype)(x)
-        return x.astype(jnp.float32)
+            x = nn.relu(dense(self.hidden_features, dot_general=convolution.dot_general)(x))
+        return dense(self.num_classes)(x).astype(jnp.float32)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn.errors import UserError
-from cnn.models.checks import check_blocks, check_choice, check_image_rank, check_widths
+from cnn.models.checks import check_blocks, check_fields, check_image_rank
 from cnn.models.conv_pool import ConvPool
 from cnn.ops import convolution
 
@@ -57,10 +57,8 @@ class DctCNN(nn.Module):
 
     def __post_init__(self) -> None:
         self.padding = str(self.padding).upper()
-        check_widths(self, patch_size=1, patch_features=1, features=1, kernel_size=1)
-        check_widths(self, hidden_features=0)
-        check_choice(self, "padding", ("VALID", "SAME"))
-        check_choice(self, "conv_implementation", convolution.IMPLEMENTATIONS)
+        check_fields(self, patch_size=1, patch_features=1, features=1, kernel_size=1)
+        check_fields(self, hidden_features=0)
         super().__post_init__()
 
     @nn.compact
@@ -91,17 +89,15 @@ class DctCNN(nn.Module):
             )(x)
             x = nn.relu(norm()(x) if self.batch_norm else x)
         x = convolution.flatten(x)
+        dense = functools.partial(nn.Dense, kernel_init=_KERNEL_INIT, dtype=self.dtype)
         if self.hidden_features:
-            x = nn.Dense(
+            x = dense(
                 self.hidden_features,
                 use_bias=not self.batch_norm,
-                kernel_init=_KERNEL_INIT,
-                dtype=self.dtype,
                 dot_general=convolution.dot_general,
             )(x)
             x = nn.relu(norm()(x) if self.batch_norm else x)
-        x = nn.Dense(self.num_classes, kernel_init=_KERNEL_INIT, dtype=self.dtype)(x)
-        return x.astype(jnp.float32)
+        return dense(self.num_classes)(x).astype(jnp.float32)
 
     def _cosine_transform(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, C]` -> `[B, H // patch_size, W // patch_size, patch_features]`."""
