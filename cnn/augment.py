@@ -143,7 +143,8 @@ def augment_schema() -> Schema:
     fields = {}
     for name, fn in AUGMENTATIONS.items():
         own = list(schema(fn, without=_GIVEN).values())
-        fields[name] = Field(own[0].type, own[0].type()) if own else Field(bool, False)
+        kind = own[0].type if own else bool
+        fields[name] = Field(kind, kind(), (fn.__doc__ or "").partition("\n")[0])
     return fields
 
 

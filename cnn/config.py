@@ -16,7 +16,7 @@ import re
 import runpy
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from ml_collections import ConfigDict
 from cnn.augment import augment_schema, create_augment
 from cnn.data.pipeline import NORMALIZATIONS
 from cnn.errors import UserError
-from cnn.losses import create_loss, loss_schema
+from cnn.losses import LOSSES, create_loss, loss_schema
 from cnn.metrics import find_metrics
-from cnn.models import create_model, model_schema
+from cnn.models import MODELS, create_model, model_schema
 from cnn.optimizers import (
+    OPTIMIZERS,
+    SCHEDULES,
     create_optimizer,
     create_schedule,
     optimizer_schema,
@@ -48,28 +50,38 @@ class _RunField(Field):
 
 
 def _choice(default: Any, *names: str) -> _RunField:
-    return _RunField(str, default, lambda value: value in names, f"be one of {', '.join(names)}")
+    return _RunField(
+        str,
+        default,
+        valid=lambda value: value in names,
+        must=f"be one of {', '.join(names)}",
+    )
 
 
 def _at_least(low: int, default: Any = REQUIRED) -> _RunField:
     return _RunField(
-        int, default, lambda value: low <= value < 2**31, f"be {low} or more, and below 2**31"
+        int,
+        default,
+        valid=lambda value: low <= value < 2**31,
+        must=f"be {low} or more, and below 2**31",
     )
 
 
 _RUN_FIELDS: dict[str, _RunField] = {
-    "seed": _RunField(int, 0, lambda value: 0 <= value < 2**32, "lie between 0 and 2**32 - 1"),
-    "dataset.name": _RunField(str, REQUIRED, bool, "name a dataset"),
+    "seed": _RunField(
+        int, 0, valid=lambda value: 0 <= value < 2**32, must="lie between 0 and 2**32 - 1"
+    ),
+    "dataset.name": _RunField(str, valid=bool, must="name a dataset"),
     "dataset.normalization": _choice("scale", *NORMALIZATIONS),
     "batch_size": _at_least(1),
     "num_epochs": _RunField(
-        float, REQUIRED, lambda value: 0 < value < 2**31, "be more than 0, and below 2**31"
+        float, valid=lambda value: 0 < value < 2**31, must="be more than 0, and below 2**31"
     ),
     "metrics": _RunField(
-        tuple, ("accuracy",), lambda value: "accuracy" in value, 'hold "accuracy"'
+        tuple, ("accuracy",), valid=lambda value: "accuracy" in value, must='hold "accuracy"'
     ),
     "schedule.warmup_epochs": _RunField(
-        float, 0.0, lambda value: 0 <= value < 2**31, "be 0 or more, and below 2**31"
+        float, 0.0, valid=lambda value: 0 <= value < 2**31, must="be 0 or more, and below 2**31"
     ),
     "optimizer.learning_rate": _RunField(float),
     # They change the result by rounding at most, so a run may be resumed with other values.
@@ -84,12 +96,12 @@ _RUN_FIELDS: dict[str, _RunField] = {
     "runtime.compilation_cache": _RunField(bool, True),
     "runtime.tensorboard": _RunField(bool, False),
 }
-# What a config builds by name: the default name, and the fields of what has a name.
-_BUILT: dict[str, tuple[Any, Callable[[str], Schema]]] = {
-    "model": (REQUIRED, model_schema),
-    "loss": ("cross_entropy", loss_schema),
-    "optimizer": (REQUIRED, optimizer_schema),
-    "schedule": ("constant", schedule_schema),
+# What a config builds by name: the names, the default one, and the fields of what has a name.
+_BUILT: dict[str, tuple[Iterable[str], Any, Callable[[str], Schema]]] = {
+    "model": (MODELS, REQUIRED, model_schema),
+    "loss": (LOSSES, "cross_entropy", loss_schema),
+    "optimizer": (OPTIMIZERS, REQUIRED, optimizer_schema),
+    "schedule": (SCHEDULES, "constant", schedule_schema),
 }
 
 
@@ -104,8 +116,8 @@ def fields(config: ConfigDict) -> Schema:
     """
     flat = flatten(config)
     known: Schema = {}
-    for section, (default, schema) in _BUILT.items():
-        known[f"{section}.name"] = Field(str, default)
+    for section, (names, default, schema) in _BUILT.items():
+        known[f"{section}.name"] = Field(str, default, f"One of {', '.join(names)}.")
         name = flat.get(f"{section}.name", default)
         if isinstance(name, str):  # else it is missing, or the check of types refuses it
             known.update({f"{section}.{key}": field for key, field in schema(name).items()})
@@ -279,14 +291,14 @@ def as_flags(config: ConfigDict, base: ConfigDict) -> list[str]:
 
     Args:
       config: wanted.
-      base: has the same fields.
+      base: fields that it lacks have their defaults.
 
-    >>> base = ConfigDict({"model": {"features": (8,)}, "num_epochs": 3, "seed": 0})
-    >>> as_flags(ConfigDict({"model": {"features": (4,)}, "num_epochs": 3, "seed": 1}), base)
-    ['--config.model.features=(4,)', '--config.seed=1']
+    >>> as_flags(ConfigDict({"num_epochs": 3, "seed": 1}), ConfigDict({"num_epochs": 3}))
+    ['--config.seed=1']
     """
-    before = flatten(base)
-    return [f"--config.{n}={v}" for n, v in flatten(config).items() if v != before.get(n)]
+    defaults = {name: field.default for name, field in fields(config).items()}
+    before = {**defaults, **flatten(base)}
+    return [f"--config.{n}={v}" for n, v in flatten(config).items() if v != before[n]]
 
 
 def comments(source: str) -> dict[str, str]:
@@ -335,7 +347,7 @@ def check_config(config: ConfigDict) -> ConfigDict:
       UserError: names the field, its value and what it should be.
     """
     flat, known = flatten(config), fields(config)
-    for section, (default, _) in _BUILT.items():
+    for section, (_, default, _) in _BUILT.items():
         if default is REQUIRED and f"{section}.name" not in flat:
             raise _missing(f"{section}.name")
     for name, value in flat.items():

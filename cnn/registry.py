@@ -36,10 +36,12 @@ class Field:
     Attributes:
       type: bool, int, float, str or tuple; `object` takes any of them, and None.
       default: its value where a config does not set it; `REQUIRED` if there is none.
+      doc: what it means, for `--help`.
     """
 
     type: type
     default: Any = REQUIRED
+    doc: str = ""
 
     @property
     def description(self) -> str:
@@ -61,8 +63,9 @@ def schema(build: Callable[..., Any], *, without: Collection[str] = ()) -> Schem
       without: parameters that the caller fills in.
 
     >>> def make(size: int, rate: float = 1, *, names=("a", "b"), key=None): ...
-    >>> list(schema(make, without=["key"]).values())[1:]
-    [Field(type=<class 'float'>, default=1), Field(type=<class 'tuple'>, default=('a', 'b'))]
+    >>> fields = schema(make, without=["key"])
+    >>> {name: field.type.__name__ for name, field in fields.items()}
+    {'size': 'int', 'rate': 'float', 'names': 'tuple'}
     """
     # A linen module is a dataclass with two fields of linen's own.
     own = {"self", "parent", "name"} if inspect.isclass(build) else {"self"}

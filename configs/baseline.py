@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.metrics = ("accuracy",)
 
     config.model = ConfigDict()
-    # The network (cnn/models/); the fields below are this network's own.
+    # The network, of cnn/models/; the fields below are its own.
     config.model.name = "cnn"
     # Channels of each block (convolution, relu, 2x2 max-pooling).
     config.model.features = (32, 64)
@@ -49,14 +49,13 @@ def get_config() -> ConfigDict:
     config.model.conv_implementation = "auto"
 
     config.loss = ConfigDict()
-    # The training objective (cnn/losses.py).
+    # The training objective, of cnn/losses.py.
     config.loss.name = "cross_entropy"
     # 0 is plain cross-entropy.
     config.loss.label_smoothing = 0.0
 
     config.optimizer = ConfigDict()
-    # By the names of cnn/optimizers.py; further parameters of the optimizer, such as b1 and b2, may
-    # be set too.
+    # Of cnn/optimizers.py; its other parameters, such as b1 and b2, may be set too.
     config.optimizer.name = "adam"
     # The schedule's peak.
     config.optimizer.learning_rate = 1e-3
@@ -68,11 +67,12 @@ def get_config() -> ConfigDict:
     config.optimizer.grad_accumulation_steps = 1
 
     config.schedule = ConfigDict()
-    # "constant", or "cosine" and "linear", which fall to final_lr_fraction of the peak.
+    # "cosine" and "linear" fall to final_lr_fraction of the peak.
     config.schedule.name = "constant"
     # Linear rise from 0; fractions of an epoch are fine.
     config.schedule.warmup_epochs = 0.0
 
+    # Of the training images, by the names of cnn/augment.py; False and 0 switch one off.
     config.augment = ConfigDict()
     # Mirror each training image with probability 1/2, anew in each epoch.
     config.augment.flip = False

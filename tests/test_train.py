@@ -93,14 +93,14 @@ def test_a_config_is_found_by_its_name_and_the_next_command_works(train, tmp_pat
     assert first["num_epochs"] == second["num_epochs"] == 1
 
 
-def test_a_flag_without_effect_is_noted(train, tmp_path):
-    """Before anything is loaded."""
-    code, out, _ = train(
-        "--config=digits", "--config.optimizer.momentum=0.5", "--config.batch_size=2000",
-        "--workdir", tmp_path,
-    )  # fmt: skip
-    assert code == 2
-    assert out.startswith("note: optimizer.momentum has no effect: it belongs to")
+def test_a_flag_of_another_optimizer_is_refused(train, tmp_path):
+    flags = "--config=digits", "--config.optimizer.momentum=0.5", "--workdir", tmp_path / "run"
+    code, out, err = train(*flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: unknown config field optimizer.momentum; the optimizer that is")
+    code, out, _ = train(*flags, "--config.optimizer.name=sgd", "--config.num_epochs=1")
+    assert code == 0
+    assert "--config.optimizer.momentum=0.5" in out
 
 
 def test_digits_reach_97_percent_and_the_same_command_says_finished(run_train, tmp_path):
