@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     # (other images each time, as the order is new).
     config.batch_size = 32
     # Passes over the training images; a fraction ends within an epoch.
-    config.num_epochs = 10
+    config.num_epochs = 10.0
     # What is reported beside the loss, by the names of cnn/metrics.py.
     config.metrics = ("accuracy",)
 

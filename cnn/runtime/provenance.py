@@ -8,9 +8,14 @@ import hashlib
 import inspect
 import re
 import types
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_MAX_DEPTH = 12  # of functions within functions
+_OF_LINEN = ("parent", "name")  # fields of every linen module
 
 
 def describe_object(value: Any) -> dict[str, Any]:
@@ -22,21 +27,18 @@ def describe_object(value: Any) -> dict[str, Any]:
     Returns:
       `object`, the qualified name of the function or class; `source`, a digest of its source, or
       None if there is none to read; and `value`, what else can be seen of it: the fields of a
-      dataclass, the arguments of a partial function, the variables of a closure.
+      dataclass, the arguments of a partial function, the variables of a closure, at any depth.
 
-    >>> describe_object(functools.partial(round, ndigits=2))["value"]
-    "{'ndigits': 2}"
+    >>> describe_object(functools.partial(round, ndigits=2))
+    {'object': 'builtins.round', 'source': None, 'value': 'round(ndigits=2)'}
     """
-    named = value if isinstance(value, types.FunctionType | type) else type(value)
-    if isinstance(value, functools.partial):
-        inner = describe_object(value.func)
-        return {**inner, "value": _text({**dict(enumerate(value.args)), **value.keywords})}
-    if hasattr(value, "update") and hasattr(value, "init"):  # an optimizer: two closures
-        named = getattr(value, "update")  # noqa: B009 - for the type checker
+    named = value.func if isinstance(value, functools.partial) else value
+    if not isinstance(named, types.FunctionType | types.BuiltinFunctionType | type):
+        named = type(named)
     return {
-        "object": f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', named)}",
+        "object": f"{named.__module__}.{named.__qualname__}",
         "source": _source_digest(named),
-        "value": _value(value, named),
+        "value": _text(value, 0),
     }
 
 
@@ -48,22 +50,40 @@ def _source_digest(named: Any) -> str | None:
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
-def _value(value: Any, named: Any) -> str | None:
+def _text(value: Any, depth: int) -> str:
+    """A value without what differs from process to process; functions by what they close over."""
+    inner = functools.partial(_text, depth=depth + 1)
+    if depth > _MAX_DEPTH:
+        return "..."
+    if isinstance(value, functools.partial):
+        arguments = {**{str(i): v for i, v in enumerate(value.args)}, **value.keywords}
+        return f"{value.func.__name__}({_pairs(arguments, inner)})"
+    if isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        known = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+        return f"{value.__qualname__}({_pairs(known, inner)})"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value) if field.repr]
-        return _text({name: getattr(value, name, None) for name in names})
-    closure = getattr(named, "__closure__", None) or ()
-    names = named.__code__.co_freevars if closure else ()
-    return _text(dict(zip(names, map(_content, closure), strict=True))) if closure else None
+        names = [field.name for field in dataclasses.fields(value)]
+        fields = {n: getattr(value, n, None) for n in names if n not in _OF_LINEN}
+        return f"{type(value).__name__}({_pairs(fields, inner)})"
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return f"{type(value).__name__}({_pairs(value._asdict(), inner)})"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(inner, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{_pairs(value, inner)}}}"
+    if isinstance(value, np.ndarray) or hasattr(value, "__array__"):
+        array = np.asarray(value)
+        return f"{array.dtype}{list(array.shape)} {hashlib.sha256(array.tobytes()).hexdigest()[:8]}"
+    return _ADDRESS.sub("", repr(value))
 
 
-def _content(cell: Any) -> Any:
+def _pairs(values: Mapping[Any, Any], text: Any) -> str:
+    return ", ".join(f"{name}={text(value)}" for name, value in values.items())
+
+
+def _is_filled(cell: types.CellType) -> bool:
     try:
-        return cell.cell_contents
-    except ValueError:  # it is empty
-        return None
-
-
-def _text(values: dict[Any, Any]) -> str:
-    """Of values, without what differs from process to process."""
-    return _ADDRESS.sub("", repr(values))[:1000]
+        return cell.cell_contents is not cell
+    except ValueError:  # a variable that is not assigned yet
+        return False
