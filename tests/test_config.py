@@ -209,7 +209,7 @@ def test_an_override_of_a_field_that_the_file_lacks():
     changed = override(config, ["--config.model.hidden_features=8"])
     assert changed.model.hidden_features == 8
     config = ConfigDict({**config.to_dict(), "model": None})
-    with pytest.raises(UserError, match="unknown config field model.hidden_features"):
+    with pytest.raises(UserError, match=r"unknown config field model\.hidden_features"):
         override(config, ["--config.model.hidden_features=8"])
 
 

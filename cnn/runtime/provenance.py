@@ -66,8 +66,9 @@ def _text(value: Any, depth: int) -> str:
         names = [field.name for field in dataclasses.fields(value)]
         fields = {n: getattr(value, n, None) for n in names if n not in _OF_LINEN}
         return f"{type(value).__name__}({_pairs(fields, inner)})"
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return f"{type(value).__name__}({_pairs(value._asdict(), inner)})"
+    if isinstance(value, tuple) and (names := getattr(value, "_fields", None)):
+        fields = dict(zip(names, value, strict=True))
+        return f"{type(value).__name__}({_pairs(fields, inner)})"
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(inner, value))}]"
     if isinstance(value, Mapping):
