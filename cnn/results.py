@@ -1,4 +1,4 @@
-"""The end of a run: its final figures, for `result.json` and for people, and its pictures."""
+"""The figures of a run, for files and for people, and its pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cnn.data import Split
 from cnn.data.pipeline import DeviceSplit
 from cnn.errors import one_line
 from cnn.experiment import Experiment
-from cnn.metrics import wilson_interval
+from cnn.metrics import Metrics, wilson_interval
 from cnn.runtime.checkpoints import digest
 from cnn.runtime.plots import plot_curves, plot_samples
 from cnn.runtime.progress import format_duration
@@ -26,6 +26,40 @@ from cnn.steps import TrainState, predict_step
 
 _NUM_SAMPLES = 24
 _CURVES, _SAMPLES = "curves.png", "samples.png"
+
+
+def epoch_record(
+    experiment: Experiment,
+    step: int,
+    trained: Metrics,
+    tested: Metrics,
+    records: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """One line of `metrics.jsonl`, but for the speed.
+
+    Training figures are means over the steps of the epoch, each before its update. The train loss
+    is the training objective; the test loss is without label smoothing.
+
+    Args:
+      experiment: of the run.
+      step: the number of steps made.
+      trained: of the epoch's steps.
+      tested: of all test images.
+      records: of the epochs before.
+    """
+    begun = records[-1]["step"] if records else 0
+    skipped = step - begun - int(trained.count) // experiment.config.batch_size
+    before = sum(record["skipped_steps"] for record in records)
+    rate = experiment.learning_rate(step - before - skipped)
+    return {
+        "step": step,
+        "epoch": experiment.epoch(step),
+        **{f"train_{name}": value for name, value in trained.means().items()},
+        **{f"test_{name}": value for name, value in tested.means().items()},
+        "test_count": tested.count,
+        **({} if rate is None else {"learning_rate": rate}),
+        "skipped_steps": skipped,
+    }
 
 
 def final_result(

@@ -9,42 +9,39 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 import optax
 
 from cnn.augment import Augment
-from cnn.config import check_config, config_diff, to_json_dict
+from cnn.config import check_config, to_json_dict
 from cnn.data import Dataset
-from cnn.errors import Interrupted, UserError, one_line
+from cnn.divergence import DivergenceChecks
+from cnn.errors import Interrupted, UserError
 from cnn.evaluation import evaluate
 from cnn.execution import compile_train_steps
 from cnn.experiment import Experiment, create_experiment, describe
 from cnn.losses import LossFn, evaluation_loss
 from cnn.metrics import Metrics, MetricsAccumulator
-from cnn.results import draw_pictures, final_result, list_files, result_text
+from cnn.results import draw_pictures, epoch_record, final_result, list_files, result_text
+from cnn.resume import check_same_config, environments_of_parts, restore
 from cnn.runtime.checkpoints import CheckpointManager, digest
 from cnn.runtime.compile_cache import compilation_cache
 from cnn.runtime.devices import select_devices
 from cnn.runtime.disk import describe_disk_error, is_disk_error
-from cnn.runtime.environment import begun_at, changes, environment
 from cnn.runtime.jax_settings import pinned_settings
 from cnn.runtime.progress import Progress
 from cnn.runtime.run_directory import RunDirectory
-from cnn.runtime.screen import log, log_warning, waiting, width
+from cnn.runtime.screen import log, waiting, warning_on_failure, width
 from cnn.runtime.signals import GracefulShutdown
-from cnn.runtime.writers import TensorBoardWriter, require_tensorboard
+from cnn.runtime.writers import TensorBoardWriter, Writer, require_tensorboard
 from cnn.steps import TrainState
-
-Writer = Callable[[Mapping[str, Any]], Any]
 
 
 def train_and_evaluate(
@@ -92,7 +89,7 @@ def train_and_evaluate(
         # Before the data is loaded; what a script passes is compared in `_restore`.
         sections = {"model": model, "optimizer": tx, "loss": loss_fn, "augment": augment}
         passed = [n for n, v in {**sections, "dataset": dataset}.items() if v is not None]
-        _check_same_config(run, to_json_dict(config), but=passed)
+        check_same_config(run, to_json_dict(config), but=passed)
         runtime = config.runtime
         with waiting("starting the devices"):
             devices = select_devices(
@@ -120,15 +117,15 @@ def _run(
     if finished is None:
         run.lock()
     config = {**to_json_dict(experiment.config), **experiment.given}
-    _check_same_config(run, config)
+    check_same_config(run, config)
     with CheckpointManager(run.checkpoints) as checkpoints:
-        state, saved = _restore(experiment, run, checkpoints, state, config)
+        state, saved = restore(experiment, run, checkpoints, state, config)
         is_complete = finished is not None and int(state.step) == experiment.num_steps
         if not is_complete:
             run.lock()  # a finished run whose last checkpoint is damaged is trained again
             run.delete_result()
             saved = {"config": config, "dataset": experiment.dataset.fingerprint, **saved}
-            saved["environments"] = _environments(experiment, int(state.step), saved)
+            saved["environments"] = environments_of_parts(experiment, int(state.step), saved)
             started -= saved.get("wall_seconds", 0.0)
             state, records = _train(experiment, run, checkpoints, state, saved, writers, started)
             finished = final_result(state, experiment, records, time.monotonic() - started)
@@ -142,7 +139,7 @@ def _run(
     log(f"finished{' before' if is_complete else ''}: {result_text(finished, width())}")
     draw_pictures(state, experiment, run, only_missing=is_complete)
     if is_complete and experiment.config.runtime.tensorboard:  # it may be wanted only now
-        with _warning_on_failure("no records are written for TensorBoard"):
+        with warning_on_failure("no records are written for TensorBoard"):
             TensorBoardWriter(run.path / "tensorboard", run.records())
     log(list_files(run))
     return state, finished
@@ -172,18 +169,18 @@ def _train(
       The final state, and one record per epoch.
     """
     config, pipeline = experiment.config, experiment.pipeline
+    checks = DivergenceChecks(experiment, checkpoints)
     records, metrics = list(saved.get("records", [])), _restored_metrics(saved)
 
     def save(**about: Any) -> None:
-        _check_finite_weights(experiment, checkpoints, state)
+        checks.check_weights(state)
         wall_seconds = time.monotonic() - started
         kept = {name: saved[name] for name in ("config", "dataset", "environments")}
         checkpoints.save(state, {**kept, "wall_seconds": wall_seconds, "records": records, **about})
 
     def fetch(accumulator: MetricsAccumulator, keep_newest: int = 0) -> Metrics:
         metrics = accumulator.fetch(keep_newest)
-        if accumulator.skipped and config.runtime.on_nonfinite == "stop":
-            raise _nonfinite_error(experiment, checkpoints, accumulator.skipped[0])
+        checks.check_steps(accumulator)
         return metrics
 
     if "records" not in saved:
@@ -193,11 +190,11 @@ def _train(
             save()
             checkpoints.wait_until_finished()
     run.begin(saved["config"], records)
-    with _warning_on_failure("environment.json is not written"):
+    with warning_on_failure("environment.json is not written"):
         *earlier, now = saved["environments"]
         run.write("environment.json", {**now, "earlier": earlier})
     if config.runtime.tensorboard:
-        with _warning_on_failure("no records are written for TensorBoard"):
+        with warning_on_failure("no records are written for TensorBoard"):
             writers.append(TensorBoardWriter(run.path / "tensorboard", records))
     with waiting("copying the images to the devices"):
         jax.block_until_ready((pipeline.train, pipeline.test))
@@ -233,7 +230,7 @@ def _train(
                     progress.show(step, metrics)
                 save(epoch_metrics=dataclasses.asdict(metrics))
             else:
-                rate = progress.images_per_second(step)
+                speed = {"images_per_second": progress.images_per_second(step)}
                 progress.evaluating(step)
                 with progress.first_time("compiling the evaluation", step):
                     tested = evaluate(
@@ -241,12 +238,13 @@ def _train(
                         pipeline.test,
                         batch_size=config.runtime.eval_batch_size,
                     )
-                record = _epoch_record(experiment, checkpoints, step, metrics, tested, records)
-                records.append({**record, "images_per_second": rate})
-                run.append(records[-1])
-                _write(records[-1], writers)
-                save(test_accuracy=records[-1]["test_accuracy"])
-                progress.epoch(records[-1])
+                checks.check_epoch(step, metrics, tested)
+                record = epoch_record(experiment, step, metrics, tested, records) | speed
+                records.append(record)
+                run.append(record)
+                _write(record, writers)
+                save(test_accuracy=record["test_accuracy"])
+                progress.epoch(record)
                 metrics = None
             _stop_if_requested(shutdown, checkpoints, experiment, step)
     with waiting("saving the last checkpoint"):
@@ -259,47 +257,11 @@ def _restored_metrics(saved: dict[str, Any]) -> Metrics | None:
     return Metrics(**saved["epoch_metrics"]) if "epoch_metrics" in saved else None
 
 
-def _epoch_record(
-    experiment: Experiment,
-    checkpoints: CheckpointManager,
-    step: int,
-    trained: Metrics,
-    tested: Metrics,
-    records: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    """One line of `metrics.jsonl`, but for the speed.
-
-    Training figures are means over the steps of the epoch, each before its update. The train loss
-    is the training objective; the test loss is without label smoothing.
-    """
-    begun = records[-1]["step"] if records else 0
-    skipped = step - begun - int(trained.count) // experiment.config.batch_size
-    if not trained.count:
-        raise _divergence_error(
-            experiment, checkpoints, "no step of the epoch gave a finite loss and gradients", step
-        )
-    if not math.isfinite(tested.loss):
-        raise _divergence_error(
-            experiment, checkpoints, f"the test loss became {tested.loss}", step
-        )
-    before = sum(record["skipped_steps"] for record in records)
-    rate = experiment.learning_rate(step - before - skipped)
-    return {
-        "step": step,
-        "epoch": experiment.epoch(step),
-        **{f"train_{name}": value for name, value in trained.means().items()},
-        **{f"test_{name}": value for name, value in tested.means().items()},
-        "test_count": tested.count,
-        **({} if rate is None else {"learning_rate": rate}),
-        "skipped_steps": skipped,
-    }
-
-
 def _write(record: dict[str, Any], writers: list[Writer]) -> None:
     """Passes a record to the writers; one that fails is dropped with a warning."""
     for writer in list(writers):
         name = getattr(writer, "__name__", type(writer).__name__)
-        with _warning_on_failure(f"the writer {name} gets no more records"):
+        with warning_on_failure(f"the writer {name} gets no more records"):
             writers.remove(writer)
             writer(record)
             writers.append(writer)
@@ -316,108 +278,6 @@ def _stop_if_requested(
             f"{experiment.num_steps:,}, which is saved; the same command resumes there",
             signum,
         )
-
-
-def _check_finite_weights(
-    experiment: Experiment, checkpoints: CheckpointManager, state: TrainState
-) -> None:
-    weights = jax.tree.leaves(jax.device_get((state.params, state.model_state)))
-    if not all(np.isfinite(leaf).all() for leaf in weights):
-        step = int(state.step)
-        what = f"the parameters after step {step:,} are not finite"
-        raise _divergence_error(experiment, checkpoints, what, step)
-
-
-def _nonfinite_error(
-    experiment: Experiment, checkpoints: CheckpointManager, step: int
-) -> UserError:
-    return _divergence_error(
-        experiment,
-        checkpoints,
-        f"step {step:,} gave a loss or gradients that are not finite",
-        step,
-        "--config.runtime.on_nonfinite=skip leaves such steps out and resumes from it; else ",
-    )
-
-
-def _divergence_error(
-    experiment: Experiment, checkpoints: CheckpointManager, what: str, step: int, remedy: str = ""
-) -> UserError:
-    checkpoints.wait_until_finished()
-    rate = experiment.learning_rate(step)
-    at = "" if rate is None else f", at a learning rate of {rate:g}"
-    return UserError(
-        f"{what}{at} in epoch {-(-step // experiment.steps_per_epoch)}; the last good checkpoint "
-        f"is step {checkpoints.latest_step()}; {remedy}lower the rate, or set "
-        f"optimizer.grad_clip_norm or schedule.warmup_epochs, in another --workdir"
-    )
-
-
-def _check_same_config(run: RunDirectory, config: dict[str, Any], but: Sequence[str] = ()) -> None:
-    """Refuses to resume a run of another config; some sections are left out of the comparison."""
-    if (before := run.config()) is None:
-        return
-    kept = ({k: v for k, v in one.items() if k not in but} for one in (before, config))
-    if changed := config_diff(*kept):
-        raise UserError(
-            f"{run.path} holds a run of another config ({'; '.join(changed)}); "
-            f"choose another --workdir, or delete that one"
-        )
-
-
-def _restore(
-    experiment: Experiment,
-    run: RunDirectory,
-    checkpoints: CheckpointManager,
-    state: TrainState,
-    config: dict[str, Any],
-) -> tuple[TrainState, dict[str, Any]]:
-    """The latest whole checkpoint's state and record; the fresh state and {} before the first."""
-    with waiting("restoring the latest checkpoint"):
-        restored = checkpoints.restore_latest(state, log_warning)
-    if restored is None:
-        if run.has_begun:
-            raise UserError(
-                f"{run.path} holds a run, but {checkpoints.directory} no checkpoint of it; put "
-                f"them back, or choose another --workdir"
-            )
-        return state, {}
-    state, saved = restored
-    if changed := config_diff(saved["config"], config):
-        raise UserError(
-            f"the checkpoints in {run.path} are of another config ({'; '.join(changed)}); choose "
-            f"another --workdir"
-        )
-    if saved["dataset"] != experiment.dataset.fingerprint:
-        raise UserError(
-            f"the run was trained on other {experiment.dataset.name} images than those found now; "
-            f"restore the data or choose another --workdir"
-        )
-    return state, saved
-
-
-def _environments(experiment: Experiment, step: int, saved: dict[str, Any]) -> list[dict[str, Any]]:
-    """The environments of the run's parts, that of this process last."""
-    now, parts = None, saved.get("environments", [])
-    with _warning_on_failure("the environment is not recorded"):
-        now = environment(experiment.mesh)
-    if now and parts and (changed := changes(parts[-1], now)):
-        log(
-            f"note: resuming in another environment ({'; '.join(changed)}): same state, but later "
-            f"steps may differ by rounding"
-        )
-    if "records" in saved and step < experiment.num_steps:
-        log(f"resuming at step {step:,} of {experiment.num_steps:,}")
-    return begun_at(step, now, parts)
-
-
-@contextlib.contextmanager
-def _warning_on_failure(what: str) -> Iterator[None]:
-    """Turns any error within it into a warning, for what is never worth a run."""
-    try:
-        yield
-    except Exception as error:
-        log_warning(one_line(f"{what} ({error or type(error).__name__})"))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""How any Optax optimizer is called: the extra arguments that it takes, and what its state may be."""
+"""How any Optax optimizer is called: its extra arguments and its first state."""
 
 from __future__ import annotations
 

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+from cnn.errors import one_line
+
 _T = TypeVar("_T")
 _MOST_COLUMNS = 79
 _PATIENCE = 0.5  # seconds that need no explanation
@@ -78,6 +80,19 @@ def log_warning(text: str) -> None:
     """Prints a warning to standard error, above the live line."""
     label = "warning:"
     _print(f"{styled(label, 'yellow') if is_live(sys.stderr) else label} {text}", sys.stderr)
+
+
+@contextlib.contextmanager
+def warning_on_failure(what: str) -> Iterator[None]:
+    """Turns any error within it into a warning, for what is never worth a run.
+
+    Args:
+      what: the consequence, such as "the environment is not recorded".
+    """
+    try:
+        yield
+    except Exception as error:
+        log_warning(one_line(f"{what} ({error or type(error).__name__})"))
 
 
 def live(text: str) -> None:
