@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num, PRNGKeyArray
 
+from cnn.arrays import AnyArray
 from cnn.errors import UserError
 from cnn.registry import Field, Schema, complete, schema
 
@@ -28,7 +29,7 @@ Augment = Callable[..., jax.Array]
 _GIVEN = ("key", "images", "epoch", "index")
 
 
-def random_flip(key: PRNGKeyArray, images: Num[Array, "B H W C"]) -> Num[Array, "B H W C"]:
+def random_flip(key: PRNGKeyArray, images: Num[AnyArray, "B H W C"]) -> Num[Array, "B H W C"]:
     """Mirrors each image left-right with probability 1/2.
 
     >>> images = jnp.tile(jnp.array([1, 2, 3], jnp.uint8).reshape(1, 1, 3, 1), (50, 1, 1, 1))
@@ -42,7 +43,7 @@ def random_flip(key: PRNGKeyArray, images: Num[Array, "B H W C"]) -> Num[Array, 
 
 
 def random_translate(
-    key: PRNGKeyArray, images: Num[Array, "B H W C"], pixels: int
+    key: PRNGKeyArray, images: Num[AnyArray, "B H W C"], pixels: int
 ) -> Num[Array, "B H W C"]:
     """Shifts each image by -pixels to pixels in both directions, each shift with equal probability.
 
@@ -68,7 +69,7 @@ def random_translate(
 
 
 def random_crop(
-    key: PRNGKeyArray, images: Num[Array, "B H W C"], padding: int
+    key: PRNGKeyArray, images: Num[AnyArray, "B H W C"], padding: int
 ) -> Num[Array, "B H W C"]:
     """Pads each image by `padding` black pixels on all sides, and crops it to its size at random.
 
@@ -93,7 +94,7 @@ def random_crop(
     return jnp.where(inside[..., None], images, 0).astype(images.dtype)
 
 
-def cutout(key: PRNGKeyArray, images: Num[Array, "B H W C"], size: int) -> Num[Array, "B H W C"]:
+def cutout(key: PRNGKeyArray, images: Num[AnyArray, "B H W C"], size: int) -> Num[Array, "B H W C"]:
     """Makes a square of `size` x `size` pixels of each image black.
 
     Its centre is any pixel with equal probability, so that it may extend beyond the image (DeVries
@@ -116,13 +117,13 @@ def cutout(key: PRNGKeyArray, images: Num[Array, "B H W C"], size: int) -> Num[A
     return jnp.where(cut[..., None], 0, images).astype(images.dtype)
 
 
-def _reflect(index: jax.Array, size: int) -> jax.Array:
+def _reflect(index: AnyArray, size: int) -> jax.Array:
     """Folds indices from -(size - 1) to 2 * (size - 1) back at both ends of an axis."""
     index = jnp.abs(index)
     return jnp.minimum(index, 2 * (size - 1) - index)
 
 
-def _gather(images: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+def _gather(images: AnyArray, index: AnyArray, axis: int) -> jax.Array:
     """Each image's rows (axis 1) or columns (axis 2) in an order of its own, `int[B, size]`."""
     others = tuple(other for other in (1, 2, 3) if other != axis)
     index = jnp.expand_dims(index, others)
@@ -175,7 +176,7 @@ def create_augment(**settings: Any) -> Augment | None:
 def _create_augment(settings: tuple[tuple[str, Any], ...]) -> Augment:
     names = list(AUGMENTATIONS)
 
-    def augment(key: jax.Array, images: jax.Array, **given: Any) -> jax.Array:
+    def augment(key: AnyArray, images: Any, **given: Any) -> jax.Array:
         # A prefix of the split stays the same when augmentations are added behind it.
         keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
         for name, value in settings:
@@ -187,7 +188,7 @@ def _create_augment(settings: tuple[tuple[str, Any], ...]) -> Augment:
 
 
 def apply_augment(
-    fn: Augment, key: jax.Array, images: jax.Array, *arguments: Any, **given: Any
+    fn: Augment, key: AnyArray, images: AnyArray, *arguments: Any, **given: Any
 ) -> jax.Array:
     """Calls an augmentation, with those of `epoch` and `index` that it takes by keyword."""
     known = inspect.signature(fn).parameters

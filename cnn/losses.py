@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Integer
 
+from cnn.arrays import AnyArray
 from cnn.errors import UserError
 from cnn.registry import Schema, complete, schema, select
 
@@ -52,7 +53,7 @@ class CrossEntropy:
         return CrossEntropy()
 
     def __call__(
-        self, logits: Float[Array, "B K"], labels: Integer[Array, " B"]
+        self, logits: Float[AnyArray, "B K"], labels: Integer[AnyArray, " B"]
     ) -> Float[Array, " B"]:
         """A label outside 0..K-1 gives NaN."""
         logits = logits.astype(jnp.float32)
@@ -77,7 +78,7 @@ class SigmoidCrossEntropy:
     per_example: ClassVar[bool] = True
 
     def __call__(
-        self, logits: Float[Array, "B K"], labels: Integer[Array, " B"]
+        self, logits: Float[AnyArray, "B K"], labels: Integer[AnyArray, " B"]
     ) -> Float[Array, " B"]:
         """A label outside 0..K-1 gives NaN."""
         logits = logits.astype(jnp.float32)
@@ -108,7 +109,7 @@ class FocalLoss:
             raise UserError(f"loss.gamma={self.gamma} must be 0 or more, and finite")
 
     def __call__(
-        self, logits: Float[Array, "B K"], labels: Integer[Array, " B"]
+        self, logits: Float[AnyArray, "B K"], labels: Integer[AnyArray, " B"]
     ) -> Float[Array, " B"]:
         """A label outside 0..K-1 gives NaN."""
         losses = CrossEntropy()(logits, labels)
@@ -119,7 +120,7 @@ class FocalLoss:
         return wrong**self.gamma * losses
 
 
-def _nan_unless_class(losses: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
+def _nan_unless_class(losses: AnyArray, labels: AnyArray, num_classes: int) -> jax.Array:
     # Indexing would take a negative label for a class counted from the end. The number of classes
     # may exceed what a short integer type of labels holds.
     wide = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))

@@ -17,18 +17,21 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Integer
 
+from cnn.arrays import AnyArray
 from cnn.errors import UserError
 from cnn.registry import select
 
 MetricFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def accuracy(logits: Float[Array, "B K"], labels: Integer[Array, " B"]) -> Bool[Array, " B"]:
+def accuracy(logits: Float[AnyArray, "B K"], labels: Integer[AnyArray, " B"]) -> Bool[Array, " B"]:
     """Whether the largest logit is the label's; the first of equal ones counts as the largest."""
     return jnp.argmax(logits, axis=-1) == labels
 
 
-def top5_accuracy(logits: Float[Array, "B K"], labels: Integer[Array, " B"]) -> Bool[Array, " B"]:
+def top5_accuracy(
+    logits: Float[AnyArray, "B K"], labels: Integer[AnyArray, " B"]
+) -> Bool[Array, " B"]:
     """Whether at most four logits are larger than the label's."""
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     return jnp.sum(logits > own, axis=-1) < 5
@@ -67,10 +70,10 @@ class Metrics(struct.PyTreeNode):
     @classmethod
     def from_logits(
         cls,
-        losses: jax.Array,
-        logits: jax.Array,
-        labels: jax.Array,
-        mask: jax.Array | None = None,
+        losses: Any,
+        logits: Any,
+        labels: Any,
+        mask: Any = None,
         *,
         metric_fns: tuple[MetricFn, ...] = (accuracy,),
     ) -> Metrics:

@@ -21,6 +21,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh
 from jaxtyping import Array, Float
 
+from cnn.arrays import AnyArray
 from cnn.errors import UserError
 from cnn.losses import CrossEntropy, LossFn
 from cnn.metrics import MetricFn, Metrics, accuracy, check_labels, check_logits, describe_array
@@ -42,7 +43,7 @@ from cnn.ops.microbatch import (
     map_microbatches,
 )
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, AnyArray]
 
 
 class TrainState(struct.PyTreeNode):
@@ -61,11 +62,11 @@ class TrainState(struct.PyTreeNode):
       skip_nonfinite: whether a step changes nothing if its loss or gradients are not finite.
     """
 
-    step: jax.Array
+    step: AnyArray
     params: Any
     model_state: Any
     opt_state: optax.OptState
-    key: jax.Array
+    key: AnyArray
     apply_fn: Callable[..., Any] = struct.field(pytree_node=False)
     tx: optax.GradientTransformation = struct.field(pytree_node=False)
     loss_fn: LossFn = struct.field(pytree_node=False)
@@ -91,7 +92,7 @@ class TrainState(struct.PyTreeNode):
 def create_train_state(
     model: nn.Module,
     tx: optax.GradientTransformation,
-    key: jax.Array,
+    key: AnyArray,
     image_shape: tuple[int, int, int],
     *,
     loss_fn: LossFn = CrossEntropy(),
@@ -146,7 +147,7 @@ def static_arguments(
 
 
 def initialize(
-    key: jax.Array,
+    key: AnyArray,
     *,
     apply_fn: ModuleApply,
     tx: optax.GradientTransformation,
@@ -270,7 +271,7 @@ def _batch_gradients(
     return grads, metrics, model_state, finite
 
 
-def _is_finite(loss: jax.Array, grads: Any, *, in_one_piece: bool) -> jax.Array:
+def _is_finite(loss: AnyArray, grads: Any, *, in_one_piece: bool) -> jax.Array:
     """`bool[]`: whether the loss and the squared norm of the gradients are finite.
 
     A product takes half the time on a CPU that testing each number does. It is infinite for a
@@ -296,7 +297,7 @@ def _apply_gradients(
     metrics: Metrics,
     model_state: Any,
     *,
-    where: jax.Array,
+    where: AnyArray,
 ) -> TrainState:
     """The state after the optimizer's update; with `skip_nonfinite` only `where` it is finite."""
 
@@ -322,9 +323,7 @@ def _apply_gradients(
     )
 
 
-def _select_update(
-    condition: jax.Array, update: Callable[[Any], Any], grads: Any, kept: Any
-) -> Any:
+def _select_update(condition: AnyArray, update: Callable[[Any], Any], grads: Any, kept: Any) -> Any:
     """`update(grads)` if the condition holds, else `kept`."""
     if jax.default_backend() != "cpu":  # a GPU would wait for the host to take a branch
         return jax.tree.map(lambda new, old: jnp.where(condition, new, old), update(grads), kept)
@@ -335,7 +334,7 @@ def _select_update(
 
 
 def train_steps(
-    state: TrainState, batches: Batch, num_steps: jax.Array | int
+    state: TrainState, batches: Batch, num_steps: AnyArray | int
 ) -> tuple[TrainState, Metrics]:
     """`train_step` for each of several batches in turn, in one call, without the host in between.
 
@@ -369,7 +368,7 @@ def train_steps(
 
     @explicit_mesh.automatic_axes(_like_state)
     def run(state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
-        def batch(i: jax.Array | int) -> Batch:
+        def batch(i: AnyArray | int) -> Batch:
             return jax.tree.map(lambda x: x[i], dict(batches))
 
         # Made of the arguments: within `shard_map` it varies over the devices, as the metrics will.
@@ -378,7 +377,7 @@ def train_steps(
         names = ("loss", *(fn.__name__ for fn in state.metric_fns))
         metrics = Metrics(sums=dict.fromkeys(names, none.astype(jnp.float32)), count=none)
 
-        def step(i: jax.Array, before: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+        def step(i: AnyArray, before: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, metrics = before
             state, now = train_step(state, batch(i))
             return state, jax.tree.map(lambda filled, one: filled.at[i].set(one), metrics, now)
@@ -420,7 +419,7 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
 
 
 @explicit_mesh.automatic_axes(lambda mesh, _, image: explicit_mesh.rows_like(image, mesh))
-def predict_step(state: TrainState, image: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
+def predict_step(state: TrainState, image: Float[AnyArray, "B H W C"]) -> Float[Array, "B K"]:
     """The logits of images that are normalized.
 
     `jax.export` takes it for any platform, whatever the present one, and with a symbolic B.
@@ -436,17 +435,17 @@ def predict_step(state: TrainState, image: Float[Array, "B H W C"]) -> Float[Arr
     return _predict(state, image)
 
 
-def _predict(state: TrainState, image: jax.Array) -> jax.Array:
-    def logits(image: jax.Array) -> jax.Array:
+def _predict(state: TrainState, image: Any) -> jax.Array:
+    def logits(image: AnyArray) -> jax.Array:
         logits = state.apply_fn(state.variables, image, train=False)
         check_logits(logits, image.shape[0])
         return logits.astype(jnp.float32)
 
-    def on_cpu(image: jax.Array) -> jax.Array:
+    def on_cpu(image: AnyArray) -> jax.Array:
         plan = _microbatch_plan(state, image) if _is_per_example_model(state) else WHOLE
         return map_microbatches(logits, image, plan)
 
-    def elsewhere(image: jax.Array) -> jax.Array:
+    def elsewhere(image: AnyArray) -> jax.Array:
         with convolution.native_operators():
             return logits(image)
 
@@ -502,7 +501,7 @@ def _is_per_example_model(state: TrainState) -> bool:
     return is_per_example(getattr(fn, "module", getattr(fn, "__self__", None)))
 
 
-def _microbatch_plan(state: TrainState, image: jax.Array, num_params: int = 0) -> MicrobatchPlan:
+def _microbatch_plan(state: TrainState, image: AnyArray, num_params: int = 0) -> MicrobatchPlan:
     plan = MicrobatchPlan.for_batch(image, num_params)
     if plan != WHOLE and has_native_convolution(state, image.shape):
         return WHOLE

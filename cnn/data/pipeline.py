@@ -19,6 +19,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 
+from cnn.arrays import AnyArray
 from cnn.augment import Augment, apply_augment
 from cnn.data.dataset import Dataset, Split
 from cnn.errors import UserError
@@ -71,7 +72,7 @@ class DeviceSplit(struct.PyTreeNode):
         return cls(*jax.device_put((split.images, split.labels, mean, std), where))
 
     def get_batch(
-        self, index: jax.Array, transform: Callable[[jax.Array], jax.Array] | None = None
+        self, index: AnyArray, transform: Callable[[jax.Array], jax.Array] | None = None
     ) -> dict[str, jax.Array]:
         """Gathers and normalizes images: `int32[...]` -> `image` `[..., H, W, C]`, `label` `[...]`.
 
@@ -84,7 +85,7 @@ class DeviceSplit(struct.PyTreeNode):
             return explicit_mesh.rows_like(index, mesh, axes=jnp.ndim(index))
 
         @explicit_mesh.automatic_axes(shardings)
-        def get(split: DeviceSplit, index: jax.Array) -> dict[str, jax.Array]:
+        def get(split: DeviceSplit, index: AnyArray) -> dict[str, jax.Array]:
             images = split.images[index]
             if transform is not None:
                 images = transform(images)
@@ -94,20 +95,20 @@ class DeviceSplit(struct.PyTreeNode):
 
 
 def normalize(
-    images: UInt8[Array, "*leading C"], mean: Float[Array, " C"], std: Float[Array, " C"]
+    images: UInt8[AnyArray, "*leading C"], mean: Float[AnyArray, " C"], std: Float[AnyArray, " C"]
 ) -> Float[Array, "*leading C"]:
     """(pixel / 255 - mean) / std.
 
     >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), jnp.array([0.5]), jnp.array([0.25]))
     Array([[[[2.]]]], dtype=float32)
     """
-    scaled = images.astype(jnp.float32) / 255.0
+    scaled = jnp.asarray(images).astype(jnp.float32) / 255.0
     mean, std = (jnp.expand_dims(one, range(images.ndim - 1)) for one in (mean, std))
     return (scaled - mean) / std
 
 
 def epoch_permutation(
-    key: PRNGKeyArray, epoch: jax.Array | int, num_examples: int
+    key: PRNGKeyArray, epoch: AnyArray | int, num_examples: int
 ) -> Int32[Array, " N"]:
     """The order of the images in an epoch, a pure function of key and epoch.
 
@@ -120,7 +121,7 @@ def epoch_permutation(
 
 # Compiled whole, not operator by operator.
 @functools.partial(jax.jit, static_argnames="num_examples")
-def _epoch_permutation(key: jax.Array, epoch: jax.Array | int, num_examples: int) -> jax.Array:
+def _epoch_permutation(key: AnyArray, epoch: AnyArray | int, num_examples: int) -> jax.Array:
     # Of an array of a known type: of a number the result would be int64 in JAX's 64-bit mode.
     examples = jnp.arange(num_examples, dtype=jnp.int32)
     return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
@@ -135,8 +136,8 @@ def stream_key(seed: int, stream: int) -> PRNGKeyArray:
 
 
 @jax.jit
-def _fold_in(words: jax.Array, stream: jax.Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), stream)
+def _fold_in(words: AnyArray, stream: AnyArray) -> jax.Array:
+    return jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"), stream)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -273,7 +274,7 @@ class Pipeline:
     def _augment_key(self) -> jax.Array:
         return stream_key(self.seed, _AUGMENT)
 
-    def _make_batches(self, order: jax.Array, step: int) -> dict[str, jax.Array]:
+    def _make_batches(self, order: AnyArray, step: int) -> dict[str, jax.Array]:
         return _make_batches(
             self.train,
             order,
@@ -289,9 +290,9 @@ class Pipeline:
 @functools.partial(jax.jit, static_argnames=("num_steps", "batch_size", "augment", "sharding"))
 def _make_batches(
     train: DeviceSplit,
-    order: jax.Array,
-    key: jax.Array,
-    step: jax.Array | int,
+    order: AnyArray,
+    key: AnyArray,
+    step: AnyArray | int,
     *,
     num_steps: int,
     batch_size: int,
@@ -320,7 +321,7 @@ def _make_batches(
     if augment is None:
         return train.get_batch(index)
 
-    def transform(images: jax.Array) -> jax.Array:
+    def transform(images: AnyArray) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, step + i))(jnp.arange(num_steps))
         apply = functools.partial(apply_augment, augment, epoch=step // steps_per_epoch)
         return jax.vmap(lambda key, images, index: apply(key, images, index=index))(
