@@ -21,7 +21,7 @@ from cnn.arrays import AnyArray
 from cnn.errors import UserError
 from cnn.registry import Schema, complete, schema, select
 
-LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+LossFn = Callable[[Any, Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from cnn.arrays import AnyArray
 from cnn.errors import UserError
 from cnn.registry import select
 
-MetricFn = Callable[[jax.Array, jax.Array], jax.Array]
+MetricFn = Callable[[Any, Any], jax.Array]
 
 
 def accuracy(logits: Float[AnyArray, "B K"], labels: Integer[AnyArray, " B"]) -> Bool[Array, " B"]:

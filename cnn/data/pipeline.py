@@ -137,7 +137,9 @@ def stream_key(seed: int, stream: int) -> PRNGKeyArray:
 
 @jax.jit
 def _fold_in(words: AnyArray, stream: AnyArray) -> jax.Array:
-    return jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"), stream)
+    return jax.random.fold_in(
+        jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"), stream
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
