@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 
@@ -113,7 +114,15 @@ def has_convolution(fn: Callable[..., Any], *args: Any) -> bool:
       fn: of arrays.
       *args: pytrees of arrays or their shapes.
     """
-    return "conv_general_dilated[" in str(jax.make_jaxpr(fn)(*args))
+    return _convolves(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _convolves(jaxpr: Jaxpr) -> bool:
+    return any(
+        eqn.primitive is jax.lax.conv_general_dilated_p
+        or any(map(_convolves, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def map_microbatches(fn: Callable[[Any], jax.Array], batch: Any, plan: MicrobatchPlan) -> jax.Array:
