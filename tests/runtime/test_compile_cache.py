@@ -137,7 +137,9 @@ def test_entries_that_cannot_be_written_cost_one_line(folder, capsys):
         jax.clear_caches()
         assert triple() == [0, 3, 6, 9]
     line = capsys.readouterr().err
-    assert line.startswith(f"warning: compiled programs cannot be cached in {folder} (FileNotFoundError")
+    assert line.startswith(
+        f"warning: compiled programs cannot be cached in {folder} (FileNotFoundError"
+    )
     assert line.count("\n") == 1
 
 
