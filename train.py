@@ -161,10 +161,7 @@ def _add_fields(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> No
 
 
 def _hush(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Silent on writes that outlive the failed save they are part of.
-
-    TensorStore, which writes for Orbax, tells of each to an event loop that is gone.
-    """
+    """Hides the "Event loop is closed" of TensorStore's pending writes after a failed save."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 

@@ -195,8 +195,8 @@ def _begin_part(plan: Experiment, step: int, before: dict[str, Any]) -> list[dic
         now = environment(plan.mesh)
     if now and parts and (changed := changes(parts[-1], now)):
         log(
-            f"note: the run continues from the same bits in another environment "
-            f"({'; '.join(changed)}); what follows may be rounded in another way"
+            f"note: resuming on {', '.join(changed)}: same state, but later steps may differ by "
+            f"rounding"
         )
     if before and step < plan.num_steps:
         log(f"resuming at step {step:,} of {plan.num_steps:,}")
