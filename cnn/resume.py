@@ -73,8 +73,8 @@ def environments_of_parts(
         now = environment(experiment.mesh)
     if now and parts and (changed := changes(parts[-1], now)):
         log(
-            f"note: resuming in another environment ({'; '.join(changed)}): same state, but later "
-            f"steps may differ by rounding"
+            f"note: resuming on {', '.join(changed)}: same state, but later steps may differ by "
+            f"rounding"
         )
     if "records" in saved and step < experiment.num_steps:
         log(f"resuming at step {step:,} of {experiment.num_steps:,}")

@@ -644,8 +644,8 @@ def test_run_directories_found_late(refused, world, files, telling):
 ENVIRONMENTS = [
     ({"JAX_NUM_CPU_DEVICES": "abc"}, "", "for JAX flag jax_num_cpu_devices; look at"),
     ({"JAX_ENABLE_X64": "perhaps"}, "", "JAX_ENABLE_X64"),
-    ({"XLA_FLAGS": "junk"}, "", "XLA_FLAGS=junk is neither flags, which begin with --, nor a file"),
-    ({"XLA_FLAGS": "--xla_x=1"}, "", "XLA does not take XLA_FLAGS=--xla_x=1 (Unknown flag"),
+    ({"XLA_FLAGS": "junk"}, "", "XLA_FLAGS=junk is neither a list of flags, which begin"),
+    ({"XLA_FLAGS": "--xla_x=1"}, "", "XLA rejects XLA_FLAGS=--xla_x=1 (Unknown flag"),
     ({"JAX_PLATFORMS": "nonsense"}, "", "platform=auto: JAX finds no device here"),
     ({"JAX_PLATFORMS": "cuda"}, "", "platform=auto: JAX finds no device here"),
     ({"HOME": "/proc/nowhere", "TMPDIR": "/proc/nowhere"}, "--config.seed=x", "'x' is not"),

@@ -102,18 +102,18 @@ def begun_at(
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The differences between two environments that may change bits, as "name: old -> new".
+    """The differences between two environments that may change bits, as "name new (was old)".
 
     Fields that only one of them has are ignored.
 
     >>> before = {"devices": ["cpu", "cpu"], "packages": {"jax": "0.10.1", "numpy": "2.4"}}
     >>> now = {"devices": ["cpu"], "packages": {"jax": "0.10.2", "numpy": "2.4"}}
     >>> changes(before, now)
-    ['devices: 2 x cpu -> 1 x cpu', 'jax: 0.10.1 -> 0.10.2']
+    ['1 x cpu (was 2 x cpu)', 'jax 0.10.2 (was 0.10.1)']
     """
     old, new = _flat(before), _flat(now)
     return [
-        f"{name}: {old[name]} -> {new[name]}"
+        f"{name} {new[name]} (was {old[name]})".removeprefix("devices ")
         for name in old
         if name in new and old[name] != new[name]
     ]
@@ -129,7 +129,7 @@ def _flat(environment: dict[str, Any]) -> dict[str, Any]:
             values.update(value)
         elif name in environment:
             values[name] = value
-    return values
+    return {name: "unset" if value in (None, "") else value for name, value in values.items()}
 
 
 def _settings() -> dict[str, Any]:

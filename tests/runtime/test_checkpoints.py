@@ -68,20 +68,20 @@ def test_the_two_latest_and_the_best_are_kept(tmp_path, trained, restarts):
     assert names(tmp_path) == [1, 3, 4]
 
 
-def test_two_damaged_ones_are_told_of_and_moved_aside(tmp_path, trained):
+def test_two_damaged_ones_are_reported_and_moved_aside(tmp_path, trained):
     with CheckpointManager(tmp_path) as checkpoints:
         for state, accuracy in zip(trained[1:4], [0.9, 0.1, 0.2], strict=True):
             checkpoints.save(state, {"test_accuracy": accuracy})
     for step in (2, 3):
         (tmp_path / str(step) / "record.json").unlink()
-    told = []
+    warnings = []
     with CheckpointManager(tmp_path) as checkpoints:
-        restored, record = checkpoints.restore_latest(new_state(seed=9), told.append)
+        restored, record = checkpoints.restore_latest(new_state(seed=9), warnings.append)
         assert checkpoints.all_steps() == [1]
         checkpoints.save(trained[3], {})  # in the place of the one that was damaged
     assert digest(restored) == digest(trained[1])
     assert record["test_accuracy"] == 0.9
-    assert [line.split(" is damaged")[0] for line in told] == [
+    assert [line.split(" is damaged")[0] for line in warnings] == [
         f"checkpoint {tmp_path / str(step)}" for step in (3, 2)
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"1", "3", "2.damaged", "3.damaged"}
@@ -448,9 +448,9 @@ def test_what_cannot_be_opened_is_no_damage(tmp_path, trained, monkeypatch, numb
         return _open(path, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "open", open_)
-    checkpoints, told = CheckpointManager(tmp_path), []
+    checkpoints, warnings = CheckpointManager(tmp_path), []
     for act in (
-        lambda: checkpoints.restore_latest(new_state(), told.append),
+        lambda: checkpoints.restore_latest(new_state(), warnings.append),
         lambda: checkpoints.read(2),
         checkpoints.best_step,
     ):
@@ -458,7 +458,7 @@ def test_what_cannot_be_opened_is_no_damage(tmp_path, trained, monkeypatch, numb
             act()
         assert f"{refused} ({os.strerror(number)}): nothing was changed" in str(error.value)
         assert "damaged" not in str(error.value)
-    assert not told
+    assert not warnings
     assert everything(tmp_path) == before
     with checkpoints:  # what may be the best is not deleted
         checkpoints.save(trained[3], {})
@@ -540,13 +540,13 @@ def test_a_reader_moves_nothing(tmp_path, trained):
         for state in trained[1:4]:
             checkpoints.save(state, {"test_accuracy": 0.5})
     (tmp_path / "3" / "record.json").unlink()
-    before, told = everything(tmp_path), []
+    before, warnings = everything(tmp_path), []
     reader = CheckpointManager(tmp_path)
-    reader.restore_latest(new_state(), told.append)
-    assert len(told) == 1
+    reader.restore_latest(new_state(), warnings.append)
+    assert len(warnings) == 1
     assert (reader.latest_step(), reader.best_step()) == (2, 2)
     assert everything(tmp_path) == before
     with CheckpointManager(tmp_path) as writer:
-        writer.restore_latest(new_state(), told.append)
+        writer.restore_latest(new_state(), warnings.append)
         writer.save(trained[3], {"test_accuracy": 0.7})
     assert (reader.latest_step(), reader.best_step()) == (3, 3), "it is whole again"

@@ -17,9 +17,9 @@ from tests.helpers import short_config
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The cache's folder, where nobody has told JAX of another one; compiled functions forgotten.
+    """The cache's folder, where JAX has no other one; compiled programs are forgotten.
 
-    The tests share a cache of JAX's own (see `conftest.py`), which would go before.
+    The tests share a cache of JAX's own (see `conftest.py`), which would take precedence.
     """
     own = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

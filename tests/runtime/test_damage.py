@@ -1,4 +1,4 @@
-"""A checkpoint that is not as it was written: named, never used, and gone on from another."""
+"""A damaged checkpoint is reported and never used; the run resumes from another."""
 
 import json
 import random
@@ -47,7 +47,7 @@ def truncate(path):
 
 
 def damages(path):
-    """Each way to damage a file, in words and as a function."""
+    """Each way to damage a file: its name and a function."""
     size = path.stat().st_size
     yield "removed", lambda path: path.unlink()
     if size:

@@ -41,10 +41,10 @@ def test_settings_that_change_rounding_are_changes(monkeypatch, now):
         other = environment(data_mesh(jax.devices()[:1], 8))
     before = {**now, "cores": 0, "settings": {**now["settings"], "XLA_FLAGS": ""}}
     assert changes(before, other) == [
-        "devices: 2 x cpu -> 1 x cpu",
-        f"cores: 0 -> {usable_cores()}",
-        "jax_default_matmul_precision: None -> bfloat16",
-        "XLA_FLAGS:  -> --xla_a=1 --xla_b=1",
+        "1 x cpu (was 2 x cpu)",
+        f"cores {usable_cores()} (was 0)",
+        "jax_default_matmul_precision bfloat16 (was unset)",
+        "XLA_FLAGS --xla_a=1 --xla_b=1 (was unset)",
     ]
     assert other["variables"]["XLA_FLAGS"].startswith("--xla_b=1")
 

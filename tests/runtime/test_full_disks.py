@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or gone while a run goes on; the same command goes on after."""
+"""Disks that are full, read-only or gone during a run; the same command resumes it afterwards."""
 
 import errno
 import json
@@ -111,7 +111,7 @@ def test_a_full_disk(tmp_path, whole):
 
 @needs_mount
 def test_a_disk_that_is_full_from_the_start(tmp_path, whole):
-    """It is told before any step is trained."""
+    """It is reported before any step is trained."""
     fill = 'head -c 20m /dev/zero > "$1/others" || true'
     first, second, kept = on_a_small_disk(tmp_path, fill, 'rm "$1/others"')
     assert "No space left on device" in complaint(first)

@@ -1,4 +1,4 @@
-"""Pictures are the same whatever matplotlib is told, and names are shown as they are."""
+"""Pictures do not depend on matplotlib's settings, and names are shown as they are."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and preemption notices: the step ends, it is saved, and the run goes on."""
+"""SIGTERM, Ctrl-C and preemption notices: the step ends, it is saved, and the run resumes."""
 
 import contextlib
 import json
@@ -193,7 +193,6 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(config, tmp_path, monkeypa
     def signal_after(made, state):
         if len(made) == calls:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.2)  # for the thread that listens
 
     with monkeypatch.context() as patch:
         watch_calls(patch, after=signal_after)
@@ -208,7 +207,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(config, tmp_path, monkeypa
 
 
 def test_a_signal_during_the_last_evaluation(config, tmp_path, monkeypatch, whole):
-    """It is told that the run stops, so it stops, before the pictures are drawn."""
+    """The user saw that the run stops, so it stops before the pictures are drawn."""
     original = cnn.training.evaluate
 
     def evaluate(state, *args, **kwargs):
