@@ -28,6 +28,14 @@ from cnn.runtime.provenance import describe_object
 from cnn.runtime.screen import waiting
 from cnn.steps import TrainState, initialize, static_arguments
 
+# What a script may pass -> the config section that it replaces.
+SECTIONS = {
+    "model": "model",
+    "tx": "optimizer",
+    "loss_fn": "loss",
+    "augment": "augment",
+    "dataset": "dataset",
+}
 _INIT = 0  # the stream of random keys of the initialization; `cnn.data.pipeline` has the others
 # For programs that take longer to compile than to run: a third of the time on a CPU, for the same
 # numbers.
@@ -176,14 +184,10 @@ def create_experiment(
       UserError: if the dataset cannot be loaded, or is too small for the batch, the augmentation or
         the schedule.
     """
+    passed = {"model": model, "tx": tx, "loss_fn": loss_fn, "augment": augment}
     given = {
-        name: describe_object(value)
-        for name, value in (
-            ("model", model),
-            ("optimizer", tx),
-            ("loss", loss_fn),
-            ("augment", augment),
-        )
+        SECTIONS[name]: describe_object(value)
+        for name, value in passed.items()
         if value is not None
     }
     if dataset is None:

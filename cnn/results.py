@@ -13,15 +13,23 @@ import numpy as np
 
 from cnn.data import Split
 from cnn.data.pipeline import DeviceSplit
-from cnn.errors import one_line
+from cnn.errors import UserError, one_line
 from cnn.experiment import Experiment
 from cnn.metrics import Metrics, wilson_interval
 from cnn.runtime.checkpoints import digest
 from cnn.runtime.plots import plot_curves, plot_samples
 from cnn.runtime.progress import format_duration
 from cnn.runtime.run_directory import RunDirectory
-from cnn.runtime.screen import log_warning, shown, waiting
+from cnn.runtime.screen import (
+    log,
+    log_warning,
+    shown,
+    waiting,
+    warning_on_failure,
+    width,
+)
 from cnn.runtime.table import percent
+from cnn.runtime.writers import TensorBoardWriter
 from cnn.steps import TrainState, predict_step
 
 _NUM_SAMPLES = 24
@@ -92,7 +100,7 @@ def final_result(
     }
 
 
-def result_text(result: Mapping[str, Any], width: int) -> str:
+def _result_text(result: Mapping[str, Any], width: int) -> str:
     """The figures of a finished run, for people.
 
     Args:
@@ -113,7 +121,41 @@ def result_text(result: Mapping[str, Any], width: int) -> str:
     return "\n  ".join(lines) + "\n" + (whole if len(whole) <= width else short)
 
 
-def draw_pictures(
+def present_result(
+    state: TrainState,
+    experiment: Experiment,
+    run: RunDirectory,
+    result: Mapping[str, Any],
+    *,
+    is_new: bool,
+) -> None:
+    """Prints the result of a finished run and draws its pictures.
+
+    Args:
+      state: after the last step.
+      experiment: of the run.
+      run: its directory.
+      result: what `result.json` holds.
+      is_new: whether this process has finished the run; else only what is missing is drawn.
+
+    Raises:
+      UserError: the state is not the one of the result.
+    """
+    if not is_new and digest(state) != result["digest"]:
+        raise UserError(
+            f"the latest checkpoint of {run.path} is not the state of its result.json; "
+            f"choose another --workdir"
+        )
+    log(f"finished{'' if is_new else ' before'}: {_result_text(result, width())}")
+    _draw_pictures(state, experiment, run, only_missing=not is_new)
+    if not is_new and experiment.config.runtime.tensorboard:  # it may be wanted only now
+        with warning_on_failure("no records are written for TensorBoard"):
+            TensorBoardWriter(run.path / "tensorboard", run.records())
+    names = ("result.json", "metrics.jsonl", _CURVES, _SAMPLES)
+    log(f"see {shown(run.path)}: {', '.join(n for n in names if (run.path / n).exists())}")
+
+
+def _draw_pictures(
     state: TrainState, experiment: Experiment, run: RunDirectory, *, only_missing: bool = False
 ) -> None:
     """Draws the pictures of a finished run. A failure is a warning: it never costs the result.
@@ -141,12 +183,6 @@ def draw_pictures(
             f"{one_line(str(error), limit=200)}); the result is complete, and the same command "
             f"draws what is missing"
         )
-
-
-def list_files(run: RunDirectory) -> str:
-    """Where the files of a finished run are, for people."""
-    names = ("result.json", "metrics.jsonl", _CURVES, _SAMPLES)
-    return f"see {shown(run.path)}: {', '.join(n for n in names if (run.path / n).exists())}"
 
 
 def _draw(path: Path, state: TrainState, experiment: Experiment, run: RunDirectory) -> None:

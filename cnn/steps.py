@@ -227,7 +227,15 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         metrics = Metrics.from_logits(losses, logits, batch["label"], metric_fns=state.metric_fns)
         return losses.astype(jnp.float32).sum() / batch_size, (metrics, model_state)
 
-    grads, metrics, model_state, finite = _batch_gradients(loss_fn, state, batch)
+    def gradients(batch: Batch) -> tuple[Any, Metrics, Any]:
+        grads, (metrics, model_state) = jax.grad(loss_fn, has_aux=True)(state.params, batch)
+        return grads, metrics, model_state
+
+    plan = _gradient_plan(state, batch)  # the whole batch at once, unless declared independent
+    index = jnp.arange(batch_size, dtype=jnp.int32)
+    parts = {"image": batch["image"], "label": batch["label"], "index": index}
+    grads, metrics, model_state = accumulate_microbatches(gradients, parts, plan)
+    finite = _is_finite(metrics.sums["loss"], grads, in_one_piece=plan != WHOLE)
     state = _apply_gradients(loss_fn, state, batch, grads, metrics, model_state, where=finite)
     return state, jax.tree.map(lambda one: jnp.where(finite, one, 0), metrics)
 
@@ -248,27 +256,12 @@ def _forward(state: TrainState, params: Any, batch: Batch) -> tuple[jax.Array, A
     return logits.astype(jnp.float32), selected(model_state, state.model_state)
 
 
-def _batch_gradients(
-    loss_fn: Callable[..., Any], state: TrainState, batch: Batch
-) -> tuple[Any, Metrics, Any, jax.Array]:
-    """Gradients, metrics and collections of a batch, and whether loss and gradients are finite."""
-    image, label = batch["image"], batch["label"]
-    plan = WHOLE
-    # Batch statistics must come from the whole batch.
-    if not state.model_state and is_per_example_state(state):
-        num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        plan = _microbatch_plan(state, image, num_params)
-    index = jnp.arange(label.shape[0], dtype=jnp.int32)
-
-    def gradients(batch: Batch) -> Any:
-        grads, (metrics, model_state) = jax.grad(loss_fn, has_aux=True)(state.params, batch)
-        return grads, metrics, model_state
-
-    grads, metrics, model_state = accumulate_microbatches(
-        gradients, {"image": image, "label": label, "index": index}, plan
-    )
-    finite = _is_finite(metrics.sums["loss"], grads, in_one_piece=plan != WHOLE)
-    return grads, metrics, model_state, finite
+def _gradient_plan(state: TrainState, batch: Batch) -> MicrobatchPlan:
+    """How a CPU splits a batch; batch statistics must come from the whole of it."""
+    if state.model_state or not is_per_example_state(state):
+        return WHOLE
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return _microbatch_plan(state, batch["image"], num_params)
 
 
 def _is_finite(loss: AnyArray, grads: Any, *, in_one_piece: bool) -> jax.Array:

@@ -26,12 +26,12 @@ from cnn.divergence import DivergenceChecks
 from cnn.errors import Interrupted, UserError
 from cnn.evaluation import evaluate
 from cnn.execution import compile_train_steps
-from cnn.experiment import Experiment, create_experiment, describe
+from cnn.experiment import SECTIONS, Experiment, create_experiment, describe
 from cnn.losses import LossFn, evaluation_loss
 from cnn.metrics import Metrics, MetricsAccumulator
-from cnn.results import draw_pictures, epoch_record, final_result, list_files, result_text
+from cnn.results import epoch_record, final_result, present_result
 from cnn.resume import check_same_config, environments_of_parts, restore
-from cnn.runtime.checkpoints import CheckpointManager, digest
+from cnn.runtime.checkpoints import CheckpointManager
 from cnn.runtime.compile_cache import compilation_cache
 from cnn.runtime.devices import select_devices
 from cnn.runtime.disk import describe_disk_error, is_disk_error
@@ -82,66 +82,47 @@ def train_and_evaluate(
     """
     started = time.monotonic()
     config = check_config(config)
+    runtime = config.runtime
+    given = {"model": model, "tx": tx, "loss_fn": loss_fn, "augment": augment, "dataset": dataset}
     with RunDirectory(workdir) as run, pinned_settings(), _explained_disk_errors(run):
         finished = run.check()
-        if config.runtime.tensorboard:
+        if runtime.tensorboard:
             require_tensorboard()
-        # Before the data is loaded; what a script passes is compared in `_restore`.
-        sections = {"model": model, "optimizer": tx, "loss": loss_fn, "augment": augment}
-        passed = [n for n, v in {**sections, "dataset": dataset}.items() if v is not None]
-        check_same_config(run, to_json_dict(config), but=passed)
-        runtime = config.runtime
+        # Before the data is loaded; what a script passes is compared when it is.
+        sections = [SECTIONS[name] for name, value in given.items() if value is not None]
+        check_same_config(run, to_json_dict(config), but=sections)
         with waiting("starting the devices"):
             devices = select_devices(
                 runtime.platform, runtime.num_devices, deterministic=runtime.deterministic
             )
-        experiment = create_experiment(
-            config, devices, dataset=dataset, model=model, tx=tx, loss_fn=loss_fn, augment=augment
-        )
+        experiment = create_experiment(config, devices, **given)
+        recorded = {**to_json_dict(config), **experiment.given}
         with compilation_cache(runtime.compilation_cache):
             with waiting("initializing the model"):
                 state = experiment.initial_state()
             log(describe(experiment, state.variables, len(devices), width=width()))
-            return _run(experiment, run, state, finished, list(writers), started)
-
-
-def _run(
-    experiment: Experiment,
-    run: RunDirectory,
-    state: TrainState,
-    finished: dict[str, Any] | None,
-    writers: list[Writer],
-    started: float,
-) -> tuple[TrainState, dict[str, Any]]:
-    """Restores the latest checkpoint, trains from there, and writes the result."""
-    if finished is None:
-        run.lock()
-    config = {**to_json_dict(experiment.config), **experiment.given}
-    check_same_config(run, config)
-    with CheckpointManager(run.checkpoints) as checkpoints:
-        state, saved = restore(experiment, run, checkpoints, state, config)
-        is_complete = finished is not None and int(state.step) == experiment.num_steps
-        if not is_complete:
-            run.lock()  # a finished run whose last checkpoint is damaged is trained again
-            run.delete_result()
-            saved = {"config": config, "dataset": experiment.dataset.fingerprint, **saved}
-            saved["environments"] = environments_of_parts(experiment, int(state.step), saved)
-            started -= saved.get("wall_seconds", 0.0)
-            state, records = _train(experiment, run, checkpoints, state, saved, writers, started)
-            finished = final_result(state, experiment, records, time.monotonic() - started)
-            run.write("result.json", finished)
-    assert finished is not None
-    if is_complete and digest(state) != finished["digest"]:
-        raise UserError(
-            f"the latest checkpoint of {run.path} is not the state of its result.json; "
-            f"choose another --workdir"
-        )
-    log(f"finished{' before' if is_complete else ''}: {result_text(finished, width())}")
-    draw_pictures(state, experiment, run, only_missing=is_complete)
-    if is_complete and experiment.config.runtime.tensorboard:  # it may be wanted only now
-        with warning_on_failure("no records are written for TensorBoard"):
-            TensorBoardWriter(run.path / "tensorboard", run.records())
-    log(list_files(run))
+            check_same_config(run, recorded)
+            if finished is None:
+                run.lock()
+            with CheckpointManager(run.checkpoints) as checkpoints:
+                state, saved = restore(experiment, run, checkpoints, state, recorded)
+                is_complete = finished is not None and int(state.step) == experiment.num_steps
+                if not is_complete:
+                    run.lock()  # a finished run whose last checkpoint is damaged is trained again
+                    run.delete_result()
+                    saved = {"config": recorded, "dataset": experiment.dataset.fingerprint, **saved}
+                    saved["environments"] = environments_of_parts(
+                        experiment, int(state.step), saved
+                    )
+                    started -= saved.get("wall_seconds", 0.0)
+                    state, records = _train(
+                        experiment, run, checkpoints, state, saved, list(writers), started
+                    )
+                    seconds = time.monotonic() - started
+                    finished = final_result(state, experiment, records, seconds)
+                    run.write("result.json", finished)
+            assert finished is not None
+            present_result(state, experiment, run, finished, is_new=not is_complete)
     return state, finished
 
 

@@ -232,7 +232,7 @@ def test_a_config_that_was_json_in_between_is_the_same(tmp_path):
 
 
 def test_another_name_brings_its_own_fields():
-    """Fields of the config that the new one lacks are left out; a flag that it lacks is an error."""
+    """The config's fields that it lacks are left out; a flag that it lacks is an error."""
     config = load_config(BASELINE)
     changed = override(config, ["--config.optimizer.momentum=0.5", "--config.optimizer.name=sgd"])
     assert check_config(changed).optimizer.to_dict() == {

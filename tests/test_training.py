@@ -351,7 +351,8 @@ def test_a_run_goes_on_with_other_devices(config, tmp_path, monkeypatch, capsys)
     _, result = train_and_evaluate(config, tmp_path)
     said = capsys.readouterr().out
     assert (
-        "note: resuming on 4 x cpu (was 2 x cpu): same state, but later steps may differ by rounding"
+        "note: resuming on 4 x cpu (was 2 x cpu): same state, but later steps may differ by "
+        "rounding"
     ) in said
     environment = json.loads((tmp_path / "environment.json").read_text())
     (before,) = environment.pop("earlier")
