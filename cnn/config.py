@@ -371,8 +371,14 @@ def _missing(name: str) -> UserError:
 
 
 def _check_built(config: Any) -> None:
-    """Builds what can be built without data, for its own checks."""
-    create_model(num_classes=2, **config.model.to_dict())
+    """Builds what can be built without data, for its own checks.
+
+    A model's own spelling of a string, such as that of `padding`, becomes the config's.
+    """
+    model = create_model(num_classes=2, **config.model.to_dict())
+    for name, value in config.model.items():
+        if name != "name" and isinstance(own := getattr(model, name), str) and own != value:
+            config.model[name] = own
     create_loss(**config.loss.to_dict())
     create_augment(**config.augment.to_dict())
     find_metrics(config.metrics)

@@ -245,6 +245,12 @@ def test_another_name_brings_its_own_fields():
         override(changed, ["--config.optimizer.name=adam", "--config.optimizer.nothing=1"])
 
 
+@pytest.mark.parametrize("padding", ["same", "Same", "SAME"])
+def test_padding_has_one_spelling(padding):
+    config = override(load_config(BASELINE), [f"--config.model.padding={padding}"])
+    assert check_config(config).model.padding == "SAME"
+
+
 def test_defaults_fill_a_short_config():
     config = ConfigDict(
         {
