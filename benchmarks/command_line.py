@@ -1,35 +1,39 @@
-"""What the command lines of the benchmarks have in common."""
+"""Flags that several benchmarks share, and the command as their results name it."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from cnn import UserError
+from cnn.runtime import cli
 
 _Item = TypeVar("_Item")
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises `UserError` for a mistake, with one line."""
+class Parser(cli.Parser):
+    """The parser of a benchmark, with the flag `--out`.
 
-    def __init__(self, script: str, description: str | None) -> None:
-        super().__init__(
-            prog=script,
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+    Args:
+      module: the benchmark, as `python -m` takes it.
+      description: for `--help`.
+      out: the folder for results if `--out` does not name another.
+    """
+
+    def __init__(self, module: str, description: str | None, out: Path) -> None:
+        super().__init__(f"python -m {module}", description)
+        self.add_argument(
+            "--out", type=Path, default=out, metavar="DIR", help="(results/ beside the benchmark)"
         )
-
-    def error(self, message: str) -> NoReturn:
-        """For argparse, and for what only the script itself can check."""
-        raise UserError(f"{message}; python benchmarks/{self.prog} --help lists the flags")
 
 
 def items(text: str, convert: Callable[[str], _Item]) -> list[_Item]:
-    """What stands between the commas, each once."""
+    """The values between the commas, without repetitions.
+
+    >>> items("3, 1,3", int)
+    [3, 1]
+    """
     return list(dict.fromkeys(convert(item.strip()) for item in text.split(",")))
 
 
@@ -47,37 +51,24 @@ def positive(kind: Callable[[str], _Item]) -> Callable[[str], _Item]:
             raise ValueError
         return value
 
-    convert.__name__ = "positive number"  # argparse names it when it refuses
+    convert.__name__ = "positive number"  # argparse's message names the type
     return convert
 
 
-def command(script: str, argv: Sequence[str]) -> str:
-    """The command without the place where results go: that is a path of this machine."""
+def command(module: str, argv: Sequence[str]) -> str:
+    """The command without `--out`, whose value is a path of the machine.
+
+    >>> command("benchmarks.peers", ["--quick", "--out", "/tmp/results"])
+    'python -m benchmarks.peers --quick'
+    """
     kept, skip = [], False
     for word in argv:
         if not (skip or word.startswith("--out")):
             kept.append(word)
         skip = word == "--out"
-    return " ".join([f"python benchmarks/{script}", *kept])
+    return " ".join([f"python -m {module}", *kept])
 
 
 def log(line: str) -> None:
-    """Progress, apart from the results."""
+    """Prints a line of progress to standard error; results go to standard output."""
     print(line, file=sys.stderr, flush=True)
-
-
-def run(main: Callable[[Sequence[str]], None], *, interrupted: str) -> None:
-    """`main(flags)`; what a person got wrong is one line and exit status 2.
-
-    Args:
-      main: of a script.
-      interrupted: what is told after Ctrl-C.
-    """
-    try:
-        main(sys.argv[1:])
-    except (UserError, OSError) as error:
-        log(f"error: {error}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        log(f"interrupted; {interrupted}")
-        sys.exit(130)

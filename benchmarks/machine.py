@@ -1,4 +1,4 @@
-"""On what a benchmark ran: processor, memory, versions. No path and no host name."""
+"""The machine of a benchmark: processor, memory, versions; no path and no host name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _VECTOR_UNITS = ("avx512f", "avx2", "avx")
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory, load, versions, date."""
+    """Processor, cores that this process may use, memory, load, versions and date."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
@@ -31,7 +31,7 @@ def describe() -> dict[str, Any]:
 
 
 def sentence(machine: dict[str, Any]) -> str:
-    """The same in a line for people."""
+    """What `describe` found, as one line."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     unit = f" ({machine['vector_unit']})" if machine["vector_unit"] else ""
     return (
@@ -52,7 +52,7 @@ def _vector_unit() -> str:
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
-    # TensorFlow's CPU build is a distribution of another name.
+    # TensorFlow's CPU build is the distribution tensorflow-cpu.
     found = {}
     for package in packages:
         for distribution in (package, f"{package}-cpu"):

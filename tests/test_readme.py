@@ -35,9 +35,21 @@ def test_the_script_runs_as_printed(tmp_path):
     assert accuracies[-1] > 90
 
 
-def test_files_that_the_readme_names_exist():
-    for name in re.findall(r"(?:configs|tests|docs)/[\w./]+\.\w+", README):
+PAGES = [
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/NOTES.md")),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    for name in re.findall(
+        r"\b(?:benchmarks|cnn|configs|docs|tests)/[\w./]+\.\w+", page.read_text()
+    ):
         assert (REPOSITORY / name).exists(), name
+    for module in re.findall(r"python -m (benchmarks\.[\w.]+\w)", page.read_text()):
+        file = REPOSITORY / module.replace(".", "/")
+        assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), module
 
 
 @pytest.mark.slow

@@ -1,43 +1,52 @@
-"""Compares this repository on a CPU with textbook Flax, PyTorch and Keras, in one run.
+"""Compares this repository on a CPU with textbook Flax, PyTorch and Keras.
 
     pip install -e '.[bench]'
-    python benchmarks/peers.py
+    python -m benchmarks.peers
 
-All train the same networks from the same weights on the same batches; that their losses agree is
-checked first. Each contender has a process of its own, and one at a time works: in turns, several
-rounds, each round begun by another. The figures are medians over the rounds.
+All contenders train the same networks from the same weights on the same batches. Their losses are
+compared first; a contender that computes something else is an error. Each contender has a process
+of its own. The processes take turns, so that one works at a time, and each round starts with
+another contender. The figures are medians over the rounds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cli
-import machine
-from contenders import CONTENDERS, MATMUL, REFERENCE, Contender, choose
-from contenders.problem import NETWORKS, PHASES
-from rotation import Series, run_block
-from tables import comparison, everybody, plot
-
+from benchmarks import machine, report
+from benchmarks.command_line import Parser, command, items, log, names, positive
+from benchmarks.peers.contenders.problem import NETWORKS
+from benchmarks.peers.lineup import GROUPS, MATMUL, REFERENCE, Contender, choose
+from benchmarks.peers.rotation import Series, run_block
+from benchmarks.peers.tables import all_variants, comparison, plot
+from benchmarks.workers import QUICK_ENV
 from cnn import UserError
+from cnn.runtime import cli
 
+_MODULE = "benchmarks.peers"
 _RESULTS = Path(__file__).resolve().parent / "results"
 # Network -> phase -> batch sizes.
 _ROWS = {
-    "seed": {"train": (32, 128, 512), "infer": (512, 1000)},
+    "baseline": {"train": (32, 128, 512), "infer": (512, 1000)},
     "net94": {"train": (128,), "infer": (512,)},
+    "resnet18": {"train": (32, 128)},
 }
+_DEFAULT_NETWORKS = ("baseline", "net94")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to run, from the flags."""
+    """What to run, from the flags.
 
-    contenders: list[Contender]
+    Attributes:
+      contenders: by network.
+      blocks: (network, batch size) -> phases: what one set of processes measures.
+    """
+
+    contenders: dict[str, list[Contender]]
     blocks: dict[tuple[str, int], list[str]]
     rounds: int
     seconds: float
@@ -45,28 +54,31 @@ class Settings:
 
 
 def _batches(text: str) -> list[int]:
-    return cli.items(text, cli.positive(int))
+    return items(text, positive(int))
 
 
 def _settings(argv: Sequence[str]) -> Settings:
-    parser = cli.Parser("peers.py", __doc__)
-    groups = ",".join(dict.fromkeys(contender.group for contender in CONTENDERS))
+    parser = Parser(_MODULE, __doc__, _RESULTS)
     add = parser.add_argument
-    add("--rounds", type=cli.positive(int), metavar="N", help="samples of each (7)")
-    add("--seconds", type=cli.positive(float), metavar="S", help="of a sample (1.5)")
-    add("--networks", type=cli.names, metavar="A,B", help=f"of {','.join(NETWORKS)} (all)")
+    add("--rounds", type=positive(int), metavar="N", help="samples of each (7)")
+    add("--seconds", type=positive(float), metavar="S", help="of a sample (1.5)")
+    known, default = ",".join(NETWORKS), ",".join(_DEFAULT_NETWORKS)
+    add("--networks", type=names, metavar="A,B", help=f"of {known} ({default})")
     add("--batches", type=_batches, metavar="N,M", help="batch sizes, instead of each network's")
-    add("--contenders", type=cli.names, metavar="A,B", help=f"of {groups}, or a variant (all)")
+    groups = ",".join(GROUPS)
+    add("--contenders", type=names, metavar="A,B", help=f"of {groups}, or a variant (all)")
     add("--quick", action="store_true", help="seconds instead of minutes; the figures mean little")
-    add("--out", type=Path, default=_RESULTS, metavar="DIR", help="(benchmarks/results)")
     flags = parser.parse_args(argv)
-    networks = flags.networks or (["seed"] if flags.quick else list(NETWORKS))
+    networks = flags.networks or (["baseline"] if flags.quick else _DEFAULT_NETWORKS)
     for network in networks:
         if network not in NETWORKS:
             parser.error(f"unknown network {network!r}; known: {', '.join(NETWORKS)}")
     batches = flags.batches or ([16] if flags.quick else None)
+    chosen = choose(flags.contenders or GROUPS)
+    if flags.quick:
+        chosen = [dataclasses.replace(one, env={**one.env, **QUICK_ENV}) for one in chosen]
     return Settings(
-        contenders=choose(flags.contenders or groups.split(",")),
+        contenders={network: _taking_part(chosen, network) for network in networks},
         blocks=_blocks(networks, batches),
         rounds=flags.rounds or (2 if flags.quick else 7),
         seconds=flags.seconds or (0.05 if flags.quick else 1.5),
@@ -74,42 +86,45 @@ def _settings(argv: Sequence[str]) -> Settings:
     )
 
 
+def _taking_part(contenders: Sequence[Contender], network: str) -> list[Contender]:
+    found = [one for one in contenders if network in one.networks]
+    if all(one.group == MATMUL for one in found):
+        raise UserError(f"none of these --contenders runs {network}; add {REFERENCE}")
+    return found
+
+
 def _blocks(
     networks: Sequence[str], batches: Sequence[int] | None
 ) -> dict[tuple[str, int], list[str]]:
-    """(network, batch size) -> phases: what one set of processes measures."""
     blocks: dict[tuple[str, int], list[str]] = {}
     for network in networks:
-        for phase in PHASES:
-            for batch_size in batches or _ROWS[network][phase]:
+        for phase, sizes in _ROWS[network].items():
+            for batch_size in batches or sizes:
                 blocks.setdefault((network, batch_size), []).append(phase)
     return blocks
 
 
-def _write(
-    settings: Settings, about: dict[str, Any], series: Sequence[Series], command: str
-) -> str:
+def _write(settings: Settings, about: dict[str, Any], series: Sequence[Series], line: str) -> str:
     """Writes `peers.json`, `peers.md` and `peers.png`; returns the Markdown."""
     text = "\n".join(
         [
-            f"`{command}`\n",
+            f"`{line}`\n",
             f"{machine.sentence(about)}.\n",
             f"Medians of {settings.rounds} rounds of {settings.seconds:g} s, strictly in turns; in "
-            "brackets the lowest and highest round. The best variant of each peer counts.\n",
+            "parentheses the lowest and highest round. The best variant of each peer counts.\n",
             f"{comparison(series)}\n",
             "All variants:\n",
-            f"{everybody(series)}\n",
+            f"{all_variants(series)}\n",
         ]
     )
     record = {
-        "command": command,
+        "command": line,
         "machine": about,
         "rounds": settings.rounds,
         "seconds": settings.seconds,
         "series": [dataclasses.asdict(one) for one in series],
     }
-    (settings.out / "peers.json").write_text(json.dumps(record, indent=1) + "\n")
-    (settings.out / "peers.md").write_text(text)
+    report.write(settings.out, "peers", text, record)
     plot(series, settings.out / "peers.png")
     return text
 
@@ -117,25 +132,23 @@ def _write(
 def main(argv: Sequence[str]) -> None:
     """Flags -> blocks of rows -> results, written after each block."""
     settings = _settings(argv)
-    names = [one.name for one in settings.contenders if one.group != MATMUL]
-    if not names:
-        raise UserError("matmul alone compares nothing; add contenders")
-    settings.out.mkdir(parents=True, exist_ok=True)
     about = machine.describe()
     series: list[Series] = []
     text = ""
     for (network, batch_size), phases in settings.blocks.items():
+        contenders = settings.contenders[network]
+        names = [one.name for one in contenders if one.group != MATMUL]
         series += run_block(
-            settings.contenders,
+            contenders,
             network,
             batch_size,
             phases,
             reference=REFERENCE if REFERENCE in names else names[0],
             rounds=settings.rounds,
             seconds=settings.seconds,
-            log=cli.log,
+            log=log,
         )
-        text = _write(settings, about, series, cli.command("peers.py", argv))
+        text = _write(settings, about, series, command(_MODULE, argv))
     print(text)
 
 

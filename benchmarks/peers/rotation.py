@@ -1,49 +1,45 @@
-"""Runs contenders in processes of their own, one at a time, in turns."""
+"""Runs contenders in worker processes that take turns."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from contenders import MATMUL, Contender, matmul
 
+from benchmarks import workers
+from benchmarks.peers.contenders import matmul
+from benchmarks.peers.lineup import MATMUL, Contender
 from cnn import UserError
 
-# Thread pools spin for some milliseconds after their last work. Waiting them out before the
-# next sample costs no contender anything; a passive wait policy would.
+# Thread pools spin for some milliseconds after their last work. This pause lets them go to sleep
+# before the next sample, at no cost to any contender; a passive wait policy would cost some.
 _PAUSE_SECONDS = 0.3
-# Two updates show in three losses. After more, Adam's first ones (a sign, whatever the size of a
-# gradient) have turned the rounding of gradients near zero into 3e-4 of a loss.
+# Three losses show two updates. After more, Adam's first updates (the sign of a gradient, whatever
+# its size) have turned the rounding of gradients near zero into 3e-4 of a loss.
 _CHECKED_STEPS = 3
-# Of these losses, relative, and of the first logits, relative to the largest. Float32 in another
-# order of summation gives 1e-5; another weight layout or reduction, and in the seed's network a
-# learning rate 1 % off, gives more than 1e-3.
+# Relative bound on differences of these losses, and of the first logits, relative to the largest.
+# Float32 in another order of summation gives 1e-5. Another weight layout or reduction, and for the
+# baseline a learning rate 1 % off, give more than 1e-3.
 TOLERANCE = 1e-4
-_WORKER = Path(__file__).resolve().parent / "contenders" / "worker.py"
 
 
 @dataclasses.dataclass
 class Series:
-    """What one contender did in one row of the table.
+    """The samples of one contender for one row of the table.
 
     Attributes:
-      network: of the row.
       phase: "train" or "infer".
       batch_size: images per step.
       contender: its name.
-      group: its group.
-      unit: of the rates: images/s, for the matrix product GFLOP/s.
+      unit: of the rates: images/s, or GFLOP/s for the matrix product.
       rates: one per round.
       peak_mib: resident memory of its process after the row's last sample.
     """
@@ -59,22 +55,21 @@ class Series:
 
 
 class WorkerProcess:
-    """A contender's process; a context manager, so that none is left behind."""
+    """The process of a contender; as a context manager it ends with the block."""
 
     def __init__(self, contender: Contender, network: str, batch_size: int) -> None:
         self.contender = contender
-        env = {**os.environ, **contender.env}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
         self._process = subprocess.Popen(
-            [
-                *(sys.executable, str(_WORKER)),
-                *(contender.group, contender.variant, network, str(batch_size)),
-            ],
+            workers.command(
+                "benchmarks.peers.worker",
+                *(contender.group, contender.variant, network, batch_size),
+            ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={name: value for name, value in env.items() if value is not None},
+            env=workers.environment(contender.env),
         )
 
     def __enter__(self) -> WorkerProcess:
@@ -102,7 +97,7 @@ class WorkerProcess:
         """Sends a command and waits for its answer.
 
         Raises:
-          UserError: if the worker died, with the last line that it wrote.
+          UserError: the worker died; the message has the last line that it wrote.
         """
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
@@ -117,22 +112,22 @@ class WorkerProcess:
             return json.loads(line)
         self._process.wait()
         self._log.seek(0)
-        lines = self._log.read().strip().splitlines() or ["no message"]
-        raise UserError(f"contender {self.contender.name} failed: {lines[-1]}")
+        line = workers.last_line(self._log.read())
+        raise UserError(f"contender {self.contender.name} failed: {line}")
 
 
 def check_agreement(answers: dict[str, dict[str, Any]], reference: str) -> float:
-    """Whether all contenders compute the same.
+    """Checks that all contenders compute the same.
 
     Args:
       answers: contender -> its `logits` and `losses`.
-      reference: the contender that the others are held against.
+      reference: the contender that the others are compared with.
 
     Returns:
       The largest relative difference of a loss.
 
     Raises:
-      UserError: if one differs by more than `TOLERANCE`, or is not finite.
+      UserError: a value differs by more than `TOLERANCE`, or is not finite.
     """
     largest = 0.0
     for name, answer in answers.items():
@@ -161,43 +156,43 @@ def run_block(
     seconds: float,
     log: Callable[[str], None],
 ) -> list[Series]:
-    """Starts fresh workers, checks that they agree, and lets them run in turns.
+    """Starts workers, checks that they agree, and samples them in turns.
 
     Args:
-      contenders: who takes part.
-      network: which network.
+      contenders: those that take part.
+      network: of `problem.NETWORKS`.
       batch_size: images per step.
-      phases: of "train" and "infer".
+      phases: "train", "infer" or both.
       reference: the contender that the others must agree with.
-      rounds: samples per contender and phase; each round begins with another contender.
+      rounds: samples per contender and phase; each round starts with another contender.
       seconds: of a sample.
       log: takes a line of progress.
 
     Raises:
-      UserError: if a contender fails or disagrees.
+      UserError: a contender fails or disagrees.
     """
     with contextlib.ExitStack() as stack:
         log(f"{network}, batch {batch_size}: starting {len(contenders)} processes")
-        workers = [
+        processes = [
             stack.enter_context(WorkerProcess(contender, network, batch_size))
             for contender in contenders
         ]
         answers = {
             worker.contender.name: worker.ask("check", steps=_CHECKED_STEPS)
-            for worker in workers
+            for worker in processes
             if worker.contender.group != MATMUL
         }
         largest = check_agreement(answers, reference)
         log(f"the losses of {_CHECKED_STEPS} steps agree within {largest:.1e}")
         series = []
         for phase in phases:
-            taking_part = [worker for worker in workers if phase in worker.contender.phases]
+            taking_part = [worker for worker in processes if phase in worker.contender.phases]
             series += _run_phase(taking_part, network, batch_size, phase, rounds, seconds, log)
         return series
 
 
 def _run_phase(
-    workers: Sequence[WorkerProcess],
+    processes: Sequence[WorkerProcess],
     network: str,
     batch_size: int,
     phase: str,
@@ -206,19 +201,19 @@ def _run_phase(
     log: Callable[[str], None],
 ) -> list[Series]:
     series = {}
-    for worker in workers:
+    for worker in processes:
         one = worker.contender
         unit = "GFLOP/s" if one.group == MATMUL else "images/s"
         series[one.name] = Series(network, phase, batch_size, one.name, one.group, unit, [])
     for turn in range(rounds):
-        first = turn % len(workers)
-        for worker in (*workers[first:], *workers[:first]):
+        first = turn % len(processes)
+        for worker in (*processes[first:], *processes[:first]):
             time.sleep(_PAUSE_SECONDS)
             answer = worker.ask("sample", phase=phase, seconds=seconds)
             per_step = matmul.FLOP / 1e9 if worker.contender.group == MATMUL else batch_size
             series[worker.contender.name].rates.append(answer["steps_per_second"] * per_step)
         rates = ", ".join(f"{name} {one.rates[-1]:,.0f}" for name, one in series.items())
         log(f"{network}, {phase}, batch {batch_size}, round {turn + 1}/{rounds}: {rates}")
-    for worker in workers:
+    for worker in processes:
         series[worker.contender.name].peak_mib = worker.ask("memory")["peak_mib"]
     return list(series.values())

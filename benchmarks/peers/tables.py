@@ -1,4 +1,4 @@
-"""What the samples say: medians and spread, a Markdown table, a plot."""
+"""Tables and a plot of the samples."""
 
 from __future__ import annotations
 
@@ -7,39 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from contenders import MATMUL
-from contenders.problem import FLOP
 from matplotlib.figure import Figure
-from rotation import Series
+
+from benchmarks.peers.contenders.problem import FLOP
+from benchmarks.peers.lineup import MATMUL
+from benchmarks.peers.rotation import Series
+from benchmarks.report import Spread, table
 
 _PEERS = ("textbook", "keras", "pytorch")
 _BAR_COLORS = {"ours": "#1b7837", "textbook": "#c51b7d", "keras": "#d6604d", "pytorch": "#f4a582"}
 
 
-class Spread(NamedTuple):
-    """Median and extremes of some samples."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Spread:
-        """Of at least one sample.
-
-        >>> Spread.of([3.0, 1.0, 2.0])
-        Spread(median=2.0, low=1.0, high=3.0)
-        """
-        return cls(statistics.median(samples), min(samples), max(samples))
-
-    def text(self, digits: int = 0) -> str:
-        """Median, and the extremes in brackets."""
-        median, low, high = (f"{value:,.{digits}f}" for value in self)
-        return f"{median} ({low} to {high})"
-
-
 class Row(NamedTuple):
-    """What is compared with each other: one network, phase and batch size."""
+    """One comparison: a network, a phase and a batch size."""
 
     network: str
     phase: str
@@ -65,14 +45,14 @@ def best(series: Sequence[Series], group: str) -> Series | None:
 
 
 def ratio(mine: Series, other: Series) -> Spread:
-    """How many times faster: of the medians; the extremes are those of single rounds."""
+    """How many times faster: the ratio of medians, and the extremes of single rounds."""
     by_round = [a / b for a, b in zip(mine.rates, other.rates, strict=True)]
     medians = statistics.median(mine.rates) / statistics.median(other.rates)
     return Spread(medians, min(by_round), max(by_round))
 
 
 def matmul_share(one: Series, yardstick: Series) -> float:
-    """Fraction of the matrix product's rate, by the multiplications that the network needs."""
+    """Fraction of the matrix product's rate, counting the arithmetic of direct convolutions."""
     flop = FLOP[one.network, one.phase]
     return statistics.median(one.rates) * flop / 1e9 / statistics.median(yardstick.rates)
 
@@ -80,20 +60,21 @@ def matmul_share(one: Series, yardstick: Series) -> float:
 def comparison(series: Sequence[Series]) -> str:
     """A Markdown table: a row per network, phase and batch size; the best variant of each peer."""
     head = ["network", "phase", "batch", "ours, images/s", "matmul, GFLOP/s", "ours / matmul"]
-    lines = [_line([*head, *(f"ours / {peer}" for peer in _PEERS)])]
-    lines.append(_line(["---"] * (len(head) + len(_PEERS))))
+    cells = []
     for row, members in rows(series).items():
         ours, yardstick = best(members, "ours"), best(members, MATMUL)
-        cells = [row.network, row.phase, str(row.batch_size)]
-        cells.append(Spread.of(ours.rates).text() if ours else "-")
-        cells.append(f"{Spread.of(yardstick.rates).text()}" if yardstick else "-")
         share = matmul_share(ours, yardstick) if ours and yardstick else None
-        cells.append("-" if share is None else f"{share:.0%}")
-        for peer in _PEERS:
-            other = best(members, peer)
-            cells.append(_ratio_cell(ours, other) if ours and other else "-")
-        lines.append(_line(cells))
-    return "\n".join(lines)
+        others = [best(members, peer) for peer in _PEERS]
+        cells.append(
+            [
+                *(row.network, row.phase, str(row.batch_size)),
+                Spread.of(ours.rates).text() if ours else "-",
+                Spread.of(yardstick.rates).text() if yardstick else "-",
+                "-" if share is None else f"{share:.0%}",
+                *(_ratio_cell(ours, other) if ours and other else "-" for other in others),
+            ]
+        )
+    return table([*head, *(f"ours / {peer}" for peer in _PEERS)], cells)
 
 
 def _ratio_cell(ours: Series, other: Series) -> str:
@@ -101,26 +82,24 @@ def _ratio_cell(ours: Series, other: Series) -> str:
     return ratio(ours, other).text(2) + (f" {variant}" if variant else "")
 
 
-def everybody(series: Sequence[Series]) -> str:
-    """A Markdown table of all variants."""
+def all_variants(series: Sequence[Series]) -> str:
+    """A Markdown table with a row for each variant."""
     head = ["network", "phase", "batch", "contender", "median (lowest to highest)"]
-    lines = [_line([*head, "of matmul", "peak MiB"])]
-    lines.append(_line(["---"] * (len(head) + 2)))
+    cells = []
     for row, members in rows(series).items():
         yardstick = best(members, MATMUL)
         for one in members:
             is_yardstick = one.group == MATMUL
             share = matmul_share(one, yardstick) if yardstick and not is_yardstick else None
-            cells = [row.network, row.phase, str(row.batch_size), one.contender]
-            cells.append(f"{Spread.of(one.rates).text()} {one.unit}")
-            cells.append("-" if share is None else f"{share:.0%}")
-            cells.append(f"{one.peak_mib:,.0f}")
-            lines.append(_line(cells))
-    return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+            cells.append(
+                [
+                    *(row.network, row.phase, str(row.batch_size), one.contender),
+                    f"{Spread.of(one.rates).text()} {one.unit}",
+                    "-" if share is None else f"{share:.0%}",
+                    f"{one.peak_mib:,.0f}",
+                ]
+            )
+    return table([*head, "of matmul", "peak MiB"], cells)
 
 
 def plot(series: Sequence[Series], path: Path) -> None:

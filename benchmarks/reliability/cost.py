@@ -1,15 +1,14 @@
-"""What safety costs: the guard against numbers that are not finite, checkpoints, digests.
+"""Measures what safety costs: the guard against non-finite steps, checkpoints, digests.
 
-    python benchmarks/reliability.py
+    python -m benchmarks.reliability.cost
 
-All in one process on the CPU. What has an "off" is timed with it and without in turns, in short
-samples side by side whose order alternates, and what counts is the median over these pairs.
+All in one process on the CPU. What can be left out is timed with and without it, in pairs of short
+samples whose order alternates; the figure is the median over these pairs.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import tempfile
 import time
@@ -18,18 +17,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import cli
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
 import cnn
+from benchmarks import machine
+from benchmarks.command_line import Parser, command, log, positive
+from benchmarks.report import table, write
+from benchmarks.workers import REPOSITORY
 from cnn.config import resolved
+from cnn.runtime import cli
 
-_HERE = Path(__file__).resolve().parent
+_MODULE = "benchmarks.reliability.cost"
 _IMAGE_SHAPE, _NUM_CLASSES = (32, 32, 3), 10
 _BATCH_SIZE, _NUM_EPOCHS = 32, 10  # of the baseline
 _OPTIMIZER = optax.adam(1e-3)
@@ -39,17 +41,17 @@ Sampler = Callable[[], float]
 
 
 class Sizes(NamedTuple):
-    """How much of everything.
+    """Sizes of the measurements.
 
     Attributes:
-      batches: images per step, for the guard: few, then the baseline's, then others.
+      batches: images per step for the guard: few, then the baseline's, then others.
       sample: images in a sample of the guard.
-      train: images to train on between saves.
+      train: training images.
       test: images of an evaluation.
-      piece: steps in a sample of the saves; a save should take less.
+      piece: steps in a sample of the saves; a save should take less time.
       features: of the network's convolutions.
-      hidden_features: width of its dense layer, and that of the large network.
-      times: samples of what has no "off"; of a whole epoch there are three or fewer.
+      hidden: width of its dense layer, and of that of the large network.
+      times: samples where there are no pairs; of a whole epoch three or fewer.
     """
 
     batches: tuple[int, ...]
@@ -67,13 +69,13 @@ _QUICK = Sizes((2, 4), 40, 640, 100, 20, (2,), (8, 16), 2)
 
 
 class Pairs(NamedTuple):
-    """Seconds with something and without it, round by round."""
+    """Seconds with and without something, by round."""
 
     on: list[float]
     off: list[float]
 
     def overheads(self) -> list[float]:
-        """Fractions of the time without.
+        """Extra seconds as fractions of the time without.
 
         >>> Pairs([3.0, 2.0], [2.0, 2.0]).overheads()
         [0.5, 0.0]
@@ -81,7 +83,7 @@ class Pairs(NamedTuple):
         return [on / off - 1 for on, off in zip(self.on, self.off, strict=True)]
 
     def differences(self) -> list[float]:
-        """Seconds more.
+        """Extra seconds.
 
         >>> Pairs([3.0, 2.0], [2.0, 2.5]).differences()
         [1.0, -0.5]
@@ -90,30 +92,30 @@ class Pairs(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Median of some samples, and how sure it is.
+    """Median of some samples, and its confidence interval.
 
     Attributes:
       median: of the samples.
-      sure: an interval that holds the true median with 95 %, by the ranks of the samples alone;
-        for fewer than six samples, which cannot say so much, their extremes.
+      sure: 95 % confidence interval of the median, from the ranks of the samples; their extremes if
+        there are fewer than six, which is too few for such an interval.
       middle: first and third quartile.
-      count: of the samples.
+      n: number of samples.
     """
 
     median: float
     sure: tuple[float, float]
     middle: tuple[float, float]
-    count: int
+    n: int
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Summary:
         """Of at least two samples.
 
         >>> Summary.of([5.0, 1.0, 2.0, 4.0, 3.0])
-        Summary(median=3.0, sure=(1.0, 5.0), middle=(2.0, 4.0), count=5)
+        Summary(median=3.0, sure=(1.0, 5.0), middle=(2.0, 4.0), n=5)
         """
         ranked, count = sorted(samples), len(samples)
-        # How many lie below the true median is binomial: about normal.
+        # The number of samples below the true median is binomial, hence nearly normal.
         below = max(int(count / 2 - 0.98 * count**0.5) - 1, 0)
         low, median, high = statistics.quantiles(ranked, n=4, method="inclusive")
         return cls(median, (ranked[below], ranked[-1 - below]), (low, high), count)
@@ -123,10 +125,10 @@ class Row(NamedTuple):
     """A line of the table.
 
     Attributes:
-      what: was measured.
-      unit: "%", "ms" or "s".
+      what: the quantity.
+      unit: "%", "us", "ms" or "s".
       found: in that unit.
-      goal: the most that the median may be; None where there is no goal.
+      goal: the largest acceptable median; None if there is no goal.
     """
 
     what: str
@@ -139,44 +141,43 @@ class Row(NamedTuple):
         """Whether the median is within the goal."""
         return None if self.goal is None else self.found.median <= self.goal
 
-    def text(self) -> str:
-        """For a Markdown table."""
+    def cells(self) -> list[str]:
+        """Of a Markdown table."""
         digits = 3 if self.unit == "s" else 2
         low, high = (f"{value:,.{digits}f}" for value in self.found.sure)
         first, third = (f"{value:,.{digits}f}" for value in self.found.middle)
-        cells = [
+        return [
             self.what,
             f"{self.found.median:,.{digits}f} {self.unit}",
-            f"{low} to {high}" if self.found.count > 5 else "",
-            f"{first} to {third}" if self.found.count > 1 else "",
-            f"{self.found.count}",
+            f"{low} to {high}" if self.found.n > 5 else "",
+            f"{first} to {third}" if self.found.n > 1 else "",
+            f"{self.found.n}",
             "" if self.goal is None else f"<= {self.goal:g} {self.unit}",
             {None: "", True: "yes", False: "no"}[self.met],
         ]
-        return f"| {' | '.join(cells)} |"
 
 
 def in_turns(pairs: Mapping[str, tuple[Sampler, Sampler]], rounds: int) -> dict[str, Pairs]:
-    """A sample of each (with, without) per round, the one right after the other."""
+    """Takes one sample of each (with, without) per round, one right after the other."""
     found = {name: Pairs([], []) for name in pairs}
     for turn in range(rounds):
         for name, samplers in pairs.items():
             for which in (0, 1) if turn % 2 else (1, 0):
                 found[name][which].append(samplers[which]())
         if (turn + 1) % 20 == 0 or turn + 1 == rounds:
-            cli.log(f"{', '.join(pairs)}: round {turn + 1}/{rounds}")
+            log(f"{', '.join(pairs)}: round {turn + 1}/{rounds}")
     return found
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """Until the result is there."""
+    """Seconds until the result is computed."""
     began = time.perf_counter()
     jax.block_until_ready(work())
     return time.perf_counter() - began
 
 
 def _state(mesh: Mesh, sizes: Sizes, *, large: bool = False) -> cnn.TrainState:
-    """With Adam, as a run begins."""
+    """The first state of a run with Adam."""
     model = cnn.CNN(_NUM_CLASSES, features=sizes.features, hidden_features=sizes.hidden[large])
     state = cnn.create_train_state(model, _OPTIMIZER, jax.random.key(0), _IMAGE_SHAPE)
     return jax.device_put(state.replace(lanes=mesh.size), cnn.replicated_sharding(mesh))
@@ -187,18 +188,18 @@ def _num_params(state: cnn.TrainState) -> int:
 
 
 def trainer(guard: bool) -> Callable[..., tuple[cnn.TrainState, cnn.Metrics]]:
-    """`cnn.train_steps` compiled as train.py does it, with or without the guard."""
+    """`cnn.train_steps`, compiled as `train.py` does, with or without the guard."""
 
     def no_guard(loss: jax.Array, grads: Any, *, in_one_piece: bool) -> jax.Array:
-        return jnp.array(True)  # XLA folds away what hangs on it
+        return jnp.array(True)  # XLA removes what depends on it
 
-    # A function of its own: of one and the same, JAX would remember what it traced.
+    # A new function each time: JAX caches traces by function.
     def steps(
         state: cnn.TrainState, batches: Any, count: jax.Array | int
     ) -> tuple[cnn.TrainState, cnn.Metrics]:
         if guard:
             return cnn.train_steps(state, batches, count)
-        with mock.patch("cnn.steps._is_finite", no_guard):  # while it is traced
+        with mock.patch("cnn.steps._is_finite", no_guard):  # while tracing
             return cnn.train_steps(state, batches, count)
 
     return jax.jit(steps, donate_argnames="state")
@@ -207,7 +208,7 @@ def trainer(guard: bool) -> Callable[..., tuple[cnn.TrainState, cnn.Metrics]]:
 def guard_samplers(
     devices: list[Any], sizes: Sizes, batch_size: int, steps: int
 ) -> tuple[Sampler, Sampler]:
-    """Seconds of some steps from the initial state, with the guard and without it."""
+    """Times some steps from the initial state, with and without the guard."""
     mesh, rng = cnn.data_mesh(devices, batch_size), np.random.default_rng(0)
     batches = jax.device_put(
         {
@@ -236,20 +237,14 @@ def guard_samplers(
 def _batches(
     split: cnn.DeviceSplit, order: jax.Array, start: int, *, steps: int, sharding: NamedSharding
 ) -> dict[str, jax.Array]:
-    """Some batches in the order of an epoch; those that reach beyond its end are moved back."""
+    """The next batches of an epoch; a slice that reaches beyond its end starts earlier."""
     index = jax.lax.dynamic_slice_in_dim(order, start, steps * _BATCH_SIZE)
     index = index.reshape(steps, _BATCH_SIZE)
     return split.take(jax.lax.with_sharding_constraint(index, sharding))
 
 
 class Training:
-    """The baseline's training and its saves, on random images.
-
-    Args:
-      devices: to train on.
-      sizes: of the splits, and how many steps a piece has.
-      checkpoints: where the saves go.
-    """
+    """The baseline's training and its saves, on random images."""
 
     def __init__(
         self, devices: list[Any], sizes: Sizes, checkpoints: cnn.CheckpointManager
@@ -263,20 +258,20 @@ class Training:
         )
         self._step, self._epoch = 0, -1
         self._train_steps = trainer(guard=True)
-        splits = [
+        train, test = (
             _random_split(count, seed) for seed, count in enumerate((sizes.train, sizes.test))
-        ]
+        )
         names = tuple(map(str, range(_NUM_CLASSES)))
         scale = np.ones(_IMAGE_SHAPE[-1:], np.float32)
-        data = cnn.Dataset("random", *splits, names, scale, scale, fingerprint="")
+        data = cnn.Dataset("random", train, test, names, scale, scale, fingerprint="")
         self._train, self._test = (
             cnn.DeviceSplit.place(split, data, "scale", cnn.replicated_sharding(self.mesh))
-            for split in splits
+            for split in (train, test)
         )
-        self._config = resolved(cnn.load_config(_HERE.parent / "configs" / "baseline.py"))
+        self._config = resolved(cnn.load_config(REPOSITORY / "configs" / "baseline.py"))
 
     def advance(self, steps: int) -> None:
-        """Trains so many steps, and returns when the last is done."""
+        """Trains a number of steps, and returns when the last is done."""
         last, results = self._step + steps, []
         while self._step < last:
             epoch, place = divmod(self._step, self.steps_per_epoch)
@@ -296,12 +291,12 @@ class Training:
         jax.block_until_ready(self.state)
 
     def epoch(self) -> None:
-        """As many steps as an epoch has, and the evaluation."""
+        """Trains the steps of one epoch, and evaluates."""
         self.advance(self.steps_per_epoch)
         cnn.evaluate(self.state, self._test)
 
     def save(self) -> None:
-        """Starts a save as `cnn.training` does: a look at the parameters, and ten records."""
+        """Starts a save as `cnn.training` does: it checks the parameters and has ten records."""
         weights = jax.tree.leaves(jax.device_get((self.state.params, self.state.model_state)))
         if not all(np.isfinite(leaf).all() for leaf in weights):
             raise cnn.UserError("the parameters are not finite")
@@ -321,24 +316,24 @@ class Training:
         self._checkpoints.save(self.state, record)
 
     def save_alone(self) -> None:
-        """A save, to its end."""
+        """Saves, and waits until the checkpoint is written."""
         self.save()
         self._checkpoints.wait_until_finished()
 
     def with_save(self) -> None:
-        """A save that is written while a piece is trained, to the end of both."""
+        """Saves, trains a piece while the checkpoint is written, and waits for both."""
         self.save()
         self.advance(self._sizes.piece)
         self._checkpoints.wait_until_finished()
 
     def without_save(self) -> None:
-        """A piece alone."""
+        """Trains a piece."""
         self.advance(self._sizes.piece)
 
     def restore(self) -> cnn.TrainState:
         """The state of the latest checkpoint, verified."""
         directory = self._checkpoints.directory
-        if (found := cnn.CheckpointManager(directory).restore_latest(self.state, cli.log)) is None:
+        if (found := cnn.CheckpointManager(directory).restore_latest(self.state, log)) is None:
             raise cnn.UserError(f"there is no checkpoint in {directory}")
         return found[0]
 
@@ -350,12 +345,12 @@ def _random_split(count: int, seed: int) -> cnn.Split:
 
 
 def saves_share(first: float, each: float, epoch: float) -> float:
-    """Percent of a run's training, evaluations and saves that is for the saves.
+    """Share of the saves in the time of a run, in percent.
 
     Args:
-      first: seconds of the save before the first epoch, which is waited for.
+      first: seconds of the save before the first epoch, for which the run waits.
       each: seconds that a save after an epoch costs.
-      epoch: seconds of an epoch without it.
+      epoch: seconds of an epoch without a save.
     """
     saves = first + _NUM_EPOCHS * each
     return 100 * saves / (saves + _NUM_EPOCHS * epoch)
@@ -364,7 +359,7 @@ def saves_share(first: float, each: float, epoch: float) -> float:
 def measure_guard(devices: list[Any], sizes: Sizes, rounds: int) -> Iterator[tuple[Row, Any]]:
     """The rows of the guard, each with its samples.
 
-    What it costs does not depend on the batch, and stands out from a step of few images.
+    The cost does not depend on the batch, and is largest relative to steps of few images.
     """
     steps = {
         size: min(_MOST_STEPS_PER_CALL, max(1, sizes.sample // size)) for size in sizes.batches
@@ -411,7 +406,7 @@ def measure_saves(training: Training, sizes: Sizes, rounds: int) -> Iterator[tup
 
 
 def measure_rest(training: Training, sizes: Sizes) -> Iterator[tuple[Row, list[float]]]:
-    """The rows of what is read or hashed, each with its samples."""
+    """The rows of digests and of restoring, each with its samples."""
     for state in (training.state, _state(training.mesh, sizes, large=True)):
         found = [_seconds(functools.partial(cnn.digest, state)) for _ in range(sizes.times)]
         name = f"digest, {_num_params(state):,} parameters and Adam's moments"
@@ -421,40 +416,37 @@ def measure_rest(training: Training, sizes: Sizes) -> Iterator[tuple[Row, list[f
 
 
 def _single(value: float) -> Summary:
-    """Of what was measured once."""
+    """Of one sample."""
     return Summary(value, (value, value), (value, value), 1)
 
 
-def report(rows: Sequence[Row], about: dict[str, Any], command: str) -> str:
+def report(rows: Sequence[Row], about: dict[str, Any], line: str) -> str:
     """A page in Markdown."""
     head = ["what", "median", "95 % interval of the median", "middle half", "n", "goal", "met"]
     return "\n".join(
         [
-            f"`{command}`\n",
+            f"`{line}`\n",
             f"{machine.sentence(about)}.\n",
-            "The seed's network, Adam. Guard and saves: with and without in turns, in one process; "
-            "what a pair of neighbouring samples differs by. Goals are for the median.\n",
-            "Guard: each sample trains the same steps from the same state in one call. It does the "
-            "same work whatever the batch, and shows best beside steps of few images. Saves: a "
+            "The baseline, Adam. Guard and saves: differences between neighbouring samples with "
+            "and without, in turns, in one process. Goals apply to the median.\n",
+            "Guard: each sample trains the same steps from the same state in one call. The guard "
+            "does the same work for any batch, so steps of few images show it best. Saves: a "
             "sample is a piece of the baseline's training on random images of CIFAR-10's size; "
-            "with a save, it starts the save, trains the piece while that is written, and waits "
-            "for both. The share of a run sets that cost for each of its epochs, and the first "
-            "save, against whole epochs timed without saves.\n",
-            f"| {' | '.join(head)} |",
-            f"| {' | '.join(['---'] * len(head))} |",
-            *(row.text() for row in rows),
+            "with a save, the piece is trained while the checkpoint is written, and the sample "
+            "ends after both. The share of a run is this cost for each epoch, and the first save, "
+            "relative to whole epochs without saves.\n",
+            table(head, [row.cells() for row in rows]),
             "",
         ]
     )
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures, writes `reliability.json` and `reliability.md`."""
-    parser = cli.Parser("reliability.py", __doc__)
+    """Measures, and writes `cost.json` and `cost.md`."""
+    parser = Parser(_MODULE, __doc__, Path(__file__).resolve().parent / "results")
     add = parser.add_argument
-    add("--rounds", type=cli.positive(int), metavar="N", help="pairs of samples, 2 or more (120)")
+    add("--rounds", type=positive(int), metavar="N", help="pairs of samples, 2 or more (120)")
     add("--quick", action="store_true", help="small sizes; the figures mean little")
-    add("--out", type=Path, default=_HERE / "results", metavar="DIR", help="(benchmarks/results)")
     flags = parser.parse_args(argv)
     rounds, sizes = flags.rounds or (2 if flags.quick else 120), _QUICK if flags.quick else _FULL
     if rounds < 2:
@@ -462,7 +454,7 @@ def main(argv: Sequence[str]) -> None:
     about = machine.describe()
     devices = cnn.select_devices("cpu")
     flags.out.mkdir(parents=True, exist_ok=True)
-    # Beside the results, as a run's checkpoints are: elsewhere there may be no disk behind it.
+    # Beside the results, where there is a disk; the folder for temporary files may be in memory.
     with (
         tempfile.TemporaryDirectory(prefix=".reliability-", dir=flags.out) as folder,
         cnn.CheckpointManager(folder) as checkpoints,
@@ -473,18 +465,17 @@ def main(argv: Sequence[str]) -> None:
             *measure_saves(training, sizes, rounds),
             *measure_rest(training, sizes),
         ]
-    command = cli.command("reliability.py", argv)
+    line = command(_MODULE, argv)
     record = {
-        "command": command,
+        "command": line,
         "machine": about,
         "rows": [
             {**row._asdict(), "found": row.found._asdict(), "met": row.met, "seconds": samples}
             for row, samples in found
         ],
     }
-    (flags.out / "reliability.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = report([row for row, _ in found], about, command)
-    (flags.out / "reliability.md").write_text(text)
+    text = report([row for row, _ in found], about, line)
+    write(flags.out, "cost", text, record)
     print(text, end="")
 
 

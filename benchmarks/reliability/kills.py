@@ -1,17 +1,16 @@
-"""Kills a training process again and again, and holds what it ends in against a run left alone.
+"""Kills a training process again and again, and compares its outcome with an undisturbed run.
 
-    python benchmarks/kills.py --kills 100
+    python -m benchmarks.reliability.kills --kills 100
 
-A real `train.py` with shuffling, augmentation, batch statistics, two CPU devices and a save every
-few steps gets SIGKILL at moments drawn anew each time: at a random time, while it starts, while a
-checkpoint is written or one is deleted, after a record, while it draws the last pictures. The same
-command starts it again, until it finishes. Then the digest, the records and the final figures must
-be those of the run left alone, to the last bit; and the next run begins, until all kills are done.
+`train.py` with shuffling, augmentation, batch statistics, two CPU devices and a save every few
+steps gets SIGKILL at random moments: at any time, while it starts, while a checkpoint is written or
+deleted, after a record, while it draws the last pictures. The same command starts it again, until
+it finishes. Then digest, records and final figures must equal those of the undisturbed run, to the
+last bit. Further runs follow until all kills are done.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import json
@@ -25,36 +24,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import cli
-import machine
-
+from benchmarks import machine
+from benchmarks.command_line import Parser, command, log, positive
+from benchmarks.report import table, write
+from benchmarks.workers import REPOSITORY
 from cnn import CheckpointManager, UserError
+from cnn.runtime import cli
 
-_REPOSITORY = Path(__file__).resolve().parents[1]
+_MODULE = "benchmarks.reliability.kills"
 _TIMING = ("images_per_second", "wall_seconds")
 _FLAGS = (
-    f"--config={_REPOSITORY / 'configs' / 'digits.py'}",
+    f"--config={REPOSITORY / 'configs' / 'digits.py'}",
     "--config.num_epochs=4",
     "--config.checkpoint_every_steps=5",
     "--config.model.batch_norm=true",
     "--config.augment.flip=true",
     "--config.augment.translate=1",
 )
-# Where the cores are fewer, too: what is tested is a batch spread over devices.
+# Also on a machine with one core: the batch is to be sharded.
 _TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 _LIMIT_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """One kill: its moment, the newest checkpoint then, and what it interrupted.
+    """One kill, and the state of the run directory after it.
 
     Attributes:
       moment: one of `MOMENTS`.
       seconds: after the start of the process.
       step: of the newest complete checkpoint; None before the first.
-      saving: whether a checkpoint was left half-written.
-      deleting: whether one was left half-deleted.
+      saving: whether a checkpoint is half-written.
+      deleting: whether a checkpoint is half-deleted.
     """
 
     moment: str
@@ -65,7 +66,7 @@ class Kill:
 
 
 def _appears(pattern: str) -> Callable[[Path], Callable[[], bool]]:
-    """A moment: something new matches a pattern in the run directory."""
+    """The moment when something new in the run directory matches a pattern."""
 
     def watch(run: Path) -> Callable[[], bool]:
         before = {*run.glob(pattern)}
@@ -94,19 +95,19 @@ MOMENTS: dict[str, Callable[[Path], Callable[[], bool]]] = {
 }
 
 
-def command(run: Path) -> list[str]:
-    """What a person would type."""
-    return [sys.executable, str(_REPOSITORY / "train.py"), *_FLAGS, "--workdir", str(run)]
+def train_command(run: Path) -> list[str]:
+    """The command that trains, and that resumes, the run in a directory."""
+    return [sys.executable, str(REPOSITORY / "train.py"), *_FLAGS, "--workdir", str(run)]
 
 
 def finish(run: Path) -> str:
-    """Runs the command to its end; gives what it printed.
+    """Runs the command to its end; returns its output.
 
     Raises:
-      UserError: if it fails.
+      UserError: it fails.
     """
     done = subprocess.run(
-        command(run), env={**os.environ, **_TWO_DEVICES}, capture_output=True, text=True,
+        train_command(run), env={**os.environ, **_TWO_DEVICES}, capture_output=True, text=True,
         timeout=_LIMIT_SECONDS,
     )  # fmt: skip
     if done.returncode:
@@ -115,16 +116,19 @@ def finish(run: Path) -> str:
 
 
 def kill(run: Path, moment: str, delay: float) -> Kill | None:
-    """Starts the command and kills it; None if it had finished before.
+    """Starts the command and kills it; None if it finishes before.
 
     Args:
-      run: the work directory.
+      run: the run directory.
       moment: one of `MOMENTS`.
-      delay: seconds to wait first: after the start, or once the moment has come.
+      delay: seconds from that moment to the kill.
+
+    Raises:
+      UserError: the run fails by itself.
     """
     reached, began, come = MOMENTS[moment](run), time.monotonic(), None
     with subprocess.Popen(
-        command(run), env={**os.environ, **_TWO_DEVICES}, stdout=subprocess.DEVNULL,
+        train_command(run), env={**os.environ, **_TWO_DEVICES}, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         while process.poll() is None:
@@ -134,11 +138,11 @@ def kill(run: Path, moment: str, delay: float) -> Kill | None:
                 process.kill()
                 break
             time.sleep(0.001)
-        _, said = process.communicate()
+        _, stderr = process.communicate()
     if process.returncode == 0:
         return None
     if process.returncode > 0:
-        raise UserError(f"the run failed with exit code {process.returncode}: {said.strip()}")
+        raise UserError(f"the run failed with exit code {process.returncode}: {stderr.strip()}")
     folder = run / "checkpoints"
     return Kill(
         moment,
@@ -150,7 +154,7 @@ def kill(run: Path, moment: str, delay: float) -> Kill | None:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What must not depend on when a run was killed."""
+    """Result, records and checkpoints of a run, without its timing."""
     result = json.loads((run / "result.json").read_text())
     lines = (run / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -164,15 +168,15 @@ def outcome(run: Path) -> dict[str, Any]:
 def torture(
     folder: Path, moments: Sequence[tuple[str, float]], log: Callable[[str], None]
 ) -> list[Kill]:
-    """Kills runs at these moments, one after the other, and checks each run that ends.
+    """Kills runs at these moments, one after the other, and checks each run that finishes.
 
     Args:
       folder: for the run directories.
-      moments: moment and delay of each kill; a run that finishes first makes way for another.
+      moments: moment and delay of each kill; if a run finishes before, the next run gets the kill.
       log: takes a line of progress.
 
     Raises:
-      UserError: if a run ends in anything else than the one left alone, or fails.
+      UserError: a run fails, or its outcome differs from that of the undisturbed run.
     """
     finish(folder / "whole")
     expected, kills, left, number = outcome(folder / "whole"), [], list(moments), 0
@@ -195,7 +199,7 @@ def torture(
 
 
 def draw(count: int, seed: int, whole_seconds: float) -> list[tuple[str, float]]:
-    """Moments and delays, half of them at any time of a run of so many seconds."""
+    """Draws moments and delays; half of them at any time of a run of `whole_seconds`."""
     rng = random.Random(seed)
     others = [name for name in MOMENTS if name != "time"]
     drawn = []
@@ -209,17 +213,15 @@ def draw(count: int, seed: int, whole_seconds: float) -> list[tuple[str, float]]
 def report(kills: Sequence[Kill], where: dict[str, Any], command_line: str) -> str:
     """A page in Markdown."""
     counts = collections.Counter(one.moment for one in kills)
-    rows = [f"| {name} | {counts[name]} |" for name in MOMENTS]
+    rows = [[name, str(counts[name])] for name in MOMENTS]
     return "\n".join(
         [
             f"`{command_line}`: {len(kills)} kills with SIGKILL survived; every run ended in the "
-            f"digest, records and figures of the run left alone.",
+            f"digest, records and figures of the undisturbed run.",
             "",
             machine.sentence(where),
             "",
-            "| moment | kills |",
-            "|---|---|",
-            *rows,
+            table(["moment", "kills"], rows),
             "",
             f"{sum(one.saving for one in kills)} left a checkpoint half-written, "
             f"{sum(one.deleting for one in kills)} one half-deleted, "
@@ -230,12 +232,12 @@ def report(kills: Sequence[Kill], where: dict[str, Any], command_line: str) -> s
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draws the moments, kills, writes `kills.json` and `kills.md`."""
-    parser = cli.Parser("kills.py", __doc__)
-    parser.add_argument("--kills", type=cli.positive(int), default=100)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    flags: argparse.Namespace = parser.parse_args(argv)
+    """Draws the moments, kills, and writes `kills.json` and `kills.md`."""
+    parser = Parser(_MODULE, __doc__, Path(__file__).resolve().parent / "results")
+    add = parser.add_argument
+    add("--kills", type=positive(int), default=100, metavar="N", help="(100)")
+    add("--seed", type=int, default=0, metavar="N", help="of the moments (0)")
+    flags = parser.parse_args(argv)
     where = machine.describe()
     with tempfile.TemporaryDirectory() as folder:
         finish(Path(folder) / "warm-up")  # compiles, so that the next is as fast as the others
@@ -243,12 +245,11 @@ def main(argv: Sequence[str]) -> None:
         finish(Path(folder) / "timed")
         seconds = time.monotonic() - began
         moments = draw(flags.kills, flags.seed, seconds)
-        kills = torture(Path(folder), moments, cli.log)
-    line = cli.command("kills.py", argv)
-    flags.out.mkdir(parents=True, exist_ok=True)
+        kills = torture(Path(folder), moments, log)
+    line = command(_MODULE, argv)
+    text = report(kills, where, line)
     found = {"command": line, "machine": where, "kills": [dataclasses.asdict(k) for k in kills]}
-    (flags.out / "kills.json").write_text(json.dumps(found, indent=1) + "\n")
-    (flags.out / "kills.md").write_text(text := report(kills, where, line))
+    write(flags.out, "kills", text, found)
     print(text, end="")
 
 

@@ -1,4 +1,4 @@
-"""What the visits to a sweep's points say: Markdown tables, and a panel per axis."""
+"""Markdown tables of a sweep, and a plot with a panel per axis."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from sweep import Axis, Point, Visit
-from tables import Spread
+
+from benchmarks import report
+from benchmarks.report import Spread
+from benchmarks.scaling.sweep import Axis, Point, Visit
 
 _TIME_COLOR, _MEMORY_COLOR, _WORK_COLOR = "#1b7837", "#762a83", "0.6"
-# A panel spans at least so large a factor of time, lest noise look like a bend.
+# A panel spans at least this factor of time, so that noise does not look like a bend.
 _LEAST_SPAN = 8.0
 _COLUMNS = 4
 
@@ -25,8 +27,8 @@ class Row:
     """All visits to a point of an axis.
 
     Attributes:
-      value: on the axis.
-      point: there.
+      value: of the property that the axis varies.
+      point: at this value.
       visits: one per round; at least one.
     """
 
@@ -51,19 +53,19 @@ class Row:
 
     @property
     def gflops(self) -> float:
-        """The network's multiplications and additions, in thousand millions a second."""
+        """Multiplications and additions of direct convolutions, in GFLOP/s."""
         return self.rate.median * self.point.flop / 1e9
 
-    def cut(self) -> str:
-        """How `cnn/ops/microbatch.py` cuts the batch."""
-        lanes, blocks = self.visits[-1].lanes, self.visits[-1].blocks
-        return f"{lanes} x {blocks} x {self.point.batch_size // (lanes * blocks)}"
+    def split(self) -> str:
+        """How the batch is split: shards x microbatches x images."""
+        shards, microbatches = self.visits[-1].num_shards, self.visits[-1].num_microbatches
+        return f"{shards} x {microbatches} x {self.point.batch_size // (shards * microbatches)}"
 
 
 def make_rows(
     axes: Mapping[str, Axis], visits: Mapping[Point, Sequence[Visit]]
 ) -> dict[str, list[Row]]:
-    """The rows of each axis, as far as their points have been visited."""
+    """The rows of each axis whose points have been visited."""
     return {
         name: [
             Row(value, point, visits[point])
@@ -75,7 +77,7 @@ def make_rows(
 
 
 def start_mib(rows: Mapping[str, Sequence[Row]]) -> float:
-    """What every process takes before its first array."""
+    """Median peak memory of the processes before their first array."""
     return statistics.median(
         visit.start_mib for same in rows.values() for row in same for visit in row.visits
     )
@@ -83,33 +85,29 @@ def start_mib(rows: Mapping[str, Sequence[Row]]) -> float:
 
 def table(name: str, axis: Axis, rows: Sequence[Row]) -> str:
     """A Markdown table of an axis, under a heading."""
-    head = [name, "images/s", "us per image", "x row before", "ms per step", "GFLOP/s", "cut"]
+    head = [name, "images/s", "us per image", "x row before", "ms per step", "GFLOP/s", "split"]
     head.append("peak MiB")
     once = any(row.point.num_images for row in rows)
     if once:
         head += ["ms to place", "ms to order"]
-    lines = [f"### {name}: {axis.title}", "", _line(head), _line(["---"] * len(head))]
+    rows_of_cells = []
     before: Row | None = None
     for row in rows:
         microseconds = row.microseconds.median
         cells = [f"{row.value:,}", row.rate.text(), row.microseconds.text(1)]
         cells.append(f"{microseconds / before.microseconds.median:.2f}" if before else "-")
         cells.append(f"{microseconds * row.point.batch_size / 1e3:,.1f}")
-        cells += [f"{row.gflops:,.0f}", row.cut(), row.peak_mib.text()]
+        cells += [f"{row.gflops:,.0f}", row.split(), row.peak_mib.text()]
         if once:
             cells.append(Spread.of([visit.place_ms for visit in row.visits]).text(1))
             cells.append(Spread.of([visit.order_ms for visit in row.visits]).text(1))
-        lines.append(_line(cells))
+        rows_of_cells.append(cells)
         before = row
-    return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"### {name}: {axis.title}\n\n{report.table(head, rows_of_cells)}"
 
 
 def plot(axes: Mapping[str, Axis], rows: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """A panel per axis: time per image, what it were at equal speed, and peak memory."""
+    """A panel per axis: time per image, measured and at constant FLOP/s, and peak memory."""
     shown = {name: same for name, same in rows.items() if same}
     cells = len(shown) + 1  # the last is for the legend
     columns = min(_COLUMNS, cells)
@@ -138,7 +136,7 @@ def _draw_time(panel: Axes, rows: Sequence[Row]) -> dict[str, Any]:
     values = [row.value for row in rows]
     times = [row.microseconds for row in rows]
     medians = [time.median for time in times]
-    # Through the point of highest speed, so that the gap above the line is what is lost.
+    # Through the point of highest speed: the gap above this line is lost speed.
     fastest = max(row.gflops for row in rows)
     work = [row.point.flop / 1e3 / fastest for row in rows]
     work_line = panel.plot(values, work, color=_WORK_COLOR, linestyle="--")[0]
@@ -173,7 +171,7 @@ def _draw_time(panel: Axes, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _short(value: int) -> str:
-    """Of few letters, for a crowded axis."""
+    """Short, for an axis with many values."""
     return f"{value // 1000}k" if value % 1000 == 0 else str(value)
 
 

@@ -1,4 +1,4 @@
-"""What `scaling.py` measures: axes, the points on them, and a process for each visit to a point."""
+"""Axes, the points on them, and a process for each visit to a point."""
 
 from __future__ import annotations
 
@@ -6,36 +6,34 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from contenders import JAX_ENV
-
+from benchmarks import workers
 from cnn import UserError
 
 CHANNELS = 3
 NUM_CLASSES = 10
 HIDDEN = 64
 _KERNEL_SIZE = 3
-_WORKER = Path(__file__).resolve().parent / "sweep_worker.py"
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One training step to time: what of the network, the batch and the machine it uses.
+    """One training step to time: network, batch and machine.
 
-    The rest is `cnn.CNN`'s default, that is, the seed's network.
+    Fields of `cnn.CNN` that are not named here have its defaults, those of the baseline.
 
     Attributes:
       cores: CPU cores that the process may use.
-      devices: JAX devices on them.
+      devices: JAX devices on these cores.
       batch_size: images per step.
       features: output channels of each block.
       padding: of the convolutions.
       pixels: height and width of an image.
-      num_images: in the dataset from which each step gathers its batch; 0: a few batches lie
-        ready on the devices.
+      num_images: size of the dataset from which each step gathers its batch; 0: each step takes
+        one of a few batches that are on the devices before.
     """
 
     cores: int
@@ -48,7 +46,7 @@ class Point:
 
     @property
     def flop(self) -> int:
-        """Multiplications and additions to train on one image, as `FLOP` of `peers.py` counts.
+        """Multiplications and additions to train on one image.
 
         Three times the forward pass, less the input gradient of the first convolution.
         """
@@ -63,11 +61,11 @@ class Point:
 
 
 class Axis(NamedTuple):
-    """Points that differ in one thing.
+    """Points that differ in one property.
 
     Attributes:
-      title: what that is, for people.
-      points: its value -> the point.
+      title: of the property.
+      points: value of the property -> point.
     """
 
     title: str
@@ -75,30 +73,30 @@ class Axis(NamedTuple):
 
 
 def make_axes(cores: int, *, quick: bool) -> dict[str, Axis]:
-    """All axes by name; each is the same default point with one thing changed.
+    """All axes by name; each varies one property of the same default point.
 
     Args:
       cores: of this machine.
-      quick: two points of each axis, and a smaller batch.
+      quick: take two points of each axis, and a smaller batch.
     """
-    seed = Point(cores, cores, batch_size=16 if quick else 128)
-    deep = dataclasses.replace(seed, padding="SAME")  # else a fourth block would not fit
+    default = Point(cores, cores, batch_size=16 if quick else 128)
+    deep = dataclasses.replace(default, padding="SAME")  # VALID has no pixels left for block 4
     some = sorted({2**n for n in range(cores.bit_length()) if 2**n < cores} | {cores})
 
     def batch(n: int) -> Point:
-        return dataclasses.replace(seed, batch_size=n)
+        return dataclasses.replace(default, batch_size=n)
 
     def width(n: int) -> Point:
-        return dataclasses.replace(seed, features=(n, 2 * n))
+        return dataclasses.replace(default, features=(n, 2 * n))
 
     def depth(n: int) -> Point:
         return dataclasses.replace(deep, features=(32,) * n)
 
     def pixels(n: int) -> Point:
-        return dataclasses.replace(seed, pixels=n)
+        return dataclasses.replace(default, pixels=n)
 
     def dataset(n: int) -> Point:
-        return dataclasses.replace(seed, num_images=n)
+        return dataclasses.replace(default, num_images=n)
 
     sizes = (1_000, 2_000, 5_000, 10_000, 20_000, 50_000)
     axes = {
@@ -108,19 +106,19 @@ def make_axes(cores: int, *, quick: bool) -> dict[str, Axis]:
             {n: width(n) for n in (8, 16, 32, 64, 128, 256)},
         ),
         "depth": Axis("blocks of 32 features, SAME padding", {n: depth(n) for n in (1, 2, 3, 4)}),
-        # 10 is the least that two blocks without padding can take.
+        # 10 is the smallest size for two blocks without padding.
         "pixels": Axis(
             "height and width of the images", {n: pixels(n) for n in (10, 16, 24, 32, 48, 64, 128)}
         ),
         "devices": Axis(
             "JAX devices, on all cores",
-            {n: dataclasses.replace(seed, devices=n) for n in some},
+            {n: dataclasses.replace(default, devices=n) for n in some},
         ),
     }
     if hasattr(os, "sched_setaffinity"):  # Linux only
         axes["cores"] = Axis(
             "cores, a device on each",
-            {n: dataclasses.replace(seed, cores=n, devices=n) for n in some},
+            {n: dataclasses.replace(default, cores=n, devices=n) for n in some},
         )
     axes["dataset"] = Axis("images in the dataset", {n: dataset(n) for n in sizes})
     if quick:
@@ -133,57 +131,61 @@ def make_axes(cores: int, *, quick: bool) -> dict[str, Axis]:
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """What one process found at a point.
+    """The measurements of one process at a point.
 
     Attributes:
-      images_per_second: trained.
+      images_per_second: of training.
       start_mib: peak resident memory before the first array: Python, JAX and its threads.
       peak_mib: peak resident memory after the last step.
-      lanes: parts of the batch that were computed side by side; see `cnn/ops/microbatch.py`.
-      blocks: parts of a lane that were computed one after the other.
-      place_ms: to copy the dataset to the devices.
-      order_ms: to draw the order of an epoch.
+      num_shards: parts of the batch that are computed in parallel; see `cnn.ops.microbatch`.
+      num_microbatches: parts of a shard that are computed one after the other.
+      place_ms: milliseconds to copy the dataset to the devices.
+      order_ms: milliseconds to draw the order of an epoch.
     """
 
     images_per_second: float
     start_mib: float
     peak_mib: float
-    lanes: int
-    blocks: int
+    num_shards: int
+    num_microbatches: int
     place_ms: float = 0.0
     order_ms: float = 0.0
 
 
-def visit(point: Point, seconds: float, cache: Path) -> Visit:
+def visit(
+    point: Point, seconds: float, cache: Path, changes: Mapping[str, str | None] | None = None
+) -> Visit:
     """Measures a point once, in a process of its own.
 
-    A process, because the number of devices is fixed in one, and its peak memory never falls.
+    A process cannot change its number of devices, and its peak memory never falls.
 
     Args:
       point: to measure.
       seconds: of timed steps.
-      cache: directory where processes leave what they have compiled.
+      cache: directory for compiled programs, which later visits find there.
+      changes: environment variables of the process, such as `workers.QUICK_ENV`.
 
     Raises:
-      UserError: if the process fails, with the last line that it wrote.
+      UserError: the process fails; the message has the last line that it wrote.
     """
     env = {
-        **os.environ,
-        **JAX_ENV,
+        **workers.JAX_ENV,
+        **(changes or {}),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        # Else the last line of an error is advice on tracebacks.
+        # Otherwise the last line of an error is advice on tracebacks.
         "JAX_TRACEBACK_FILTERING": "off",
-        # Where it is one per core, `cnn.use_all_cpu_cores` sees to it.
+        # `cnn.use_all_cpu_cores` makes one per core.
         "JAX_NUM_CPU_DEVICES": None if point.devices == point.cores else str(point.devices),
     }
     done = subprocess.run(
-        [sys.executable, str(_WORKER), json.dumps(dataclasses.asdict(point)), str(seconds)],
+        workers.command(
+            "benchmarks.scaling.worker", json.dumps(dataclasses.asdict(point)), seconds
+        ),
         capture_output=True,
         text=True,
-        env={name: value for name, value in env.items() if value is not None},
+        env=workers.environment(env),
     )
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise UserError(f"{point} failed: {lines[-1]}")
+        raise UserError(f"{point} failed: {workers.last_line(done.stderr)}")
     return Visit(**json.loads(done.stdout))

@@ -1,6 +1,6 @@
-"""One visit to a point of a sweep: trains, and prints a line of JSON. Started by `scaling.py`.
+"""One visit to a point of a sweep: trains, and prints a line of JSON.
 
-python sweep_worker.py POINT SECONDS
+Usage: python -m benchmarks.scaling.worker POINT SECONDS, with the fields of `Point` as JSON.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from contenders.worker import calibrate, peak_mib, steps_per_second
 from jax.sharding import Mesh, NamedSharding
-from sweep import CHANNELS, NUM_CLASSES, Point, Visit
 
 import cnn
+from benchmarks.scaling.sweep import CHANNELS, NUM_CLASSES, Point, Visit
+from benchmarks.workers import calibrate, peak_mib, steps_per_second
 from cnn.ops.microbatch import Cut
 
 _MIN_STEPS = 3
-# Of images that lie ready: so many that no sample learns them by heart (gradients so small that
-# some processors slow down), and about the same at every point, so that they bend no curve.
+# Of batches on the devices: enough images that a sample does not overfit them (gradients so small
+# that some processors slow down), and about the same memory at every point.
 _READY_BYTES = 32 << 20
 _MIN_READY = 2
 
@@ -34,7 +34,7 @@ Batch = dict[str, jax.Array]
 
 
 def main(point: Point, seconds: float) -> Visit:
-    """Measures a point, from the start of JAX on."""
+    """Measures a point."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: point.cores])
     cnn.use_all_cpu_cores()
@@ -58,8 +58,8 @@ def main(point: Point, seconds: float) -> Visit:
         images_per_second=rate * point.batch_size,
         start_mib=start_mib,
         peak_mib=peak_mib(),
-        lanes=cut.lanes,
-        blocks=cut.blocks,
+        num_shards=cut.lanes,
+        num_microbatches=cut.blocks,
         **once,
     )
 
@@ -76,7 +76,7 @@ def _state(point: Point, mesh: Mesh) -> cnn.TrainState:
 
 
 def _trainer(state: cnn.TrainState, batches: Iterator[Batch]) -> Callable[[int], None]:
-    """A function that trains so many steps more, to the end of the last."""
+    """A function that trains a number of steps, to the end of the last."""
     step = jax.jit(cnn.train_step, donate_argnums=0)
 
     def run(steps: int) -> None:
@@ -110,10 +110,10 @@ def _ready(point: Point, mesh: Mesh, rng: np.random.Generator) -> list[Batch]:
 def _from_dataset(
     point: Point, mesh: Mesh, rng: np.random.Generator
 ) -> tuple[Iterator[Batch], dict[str, float]]:
-    """Batches gathered on the devices, a call for each, epochs in one order.
+    """Batches gathered on the devices, one per call, in the same order each epoch.
 
-    The milliseconds of what is done once per run (placing) and once per epoch (ordering) come
-    with them, and are not part of a step.
+    Also returns the milliseconds for placing the dataset (once per run) and for drawing an order
+    (once per epoch), which are not part of a step.
     """
     count, everywhere = point.num_images, cnn.replicated_sharding(mesh)
     split = cnn.Split(
@@ -121,7 +121,7 @@ def _from_dataset(
         rng.integers(NUM_CLASSES, size=count, dtype=np.int32),
     )
     names = tuple(map(str, range(NUM_CLASSES)))
-    half = np.full(CHANNELS, 0.5, np.float32)  # of random pixels; computing it takes memory
+    half = np.full(CHANNELS, 0.5, np.float32)  # of random pixels; computing it would take memory
     data = cnn.Dataset("random", split, split, names, half, half, fingerprint="")
     placed, place_ms = _timed(
         lambda: cnn.DeviceSplit.place(data.train, data, "standardize", everywhere)
@@ -147,7 +147,7 @@ def _take(
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """A result, and the milliseconds until it was there."""
+    """A result, and the milliseconds until it was computed."""
     start = time.perf_counter()
     result = jax.block_until_ready(work())
     return result, 1e3 * (time.perf_counter() - start)

@@ -1,10 +1,10 @@
-"""Times whole processes, cold start included: `train.py` with some configs, and the Keras script.
+"""Times whole processes from a cold start: `train.py` with some configs, and the Keras script.
 
     pip install -e '.[bench]'
-    python benchmarks/whole_runs.py
+    python -m benchmarks.whole_runs
 
-One process at a time, in turns over the seeds. A clock outside reads off when each epoch's line
-arrives, and so when the test accuracy first reaches 63.44 %. Finished runs are kept in
+One process runs at a time, in turns over the seeds. A clock outside the process reads when the line
+of each epoch arrives, hence when the test accuracy first reaches 63.44 %. Finished runs are kept in
 `whole_runs.jsonl`; the same command continues after them, unless the code they ran has changed.
 """
 
@@ -22,37 +22,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cli
-import machine
-import numpy as np
-from runs import KERAS, TARGET, Run, finished, load_runs, summary, timed
+from benchmarks import machine, report
+from benchmarks.command_line import Parser, positive
+from benchmarks.whole_runs.runs import (
+    KERAS,
+    TARGET,
+    Run,
+    finished,
+    load_runs,
+    summary,
+    timed,
+    write_arrays,
+)
+from benchmarks.workers import REPOSITORY
+from cnn import UserError
+from cnn.runtime import cli
 
-from cnn import UserError, load_dataset
-
-_REPOSITORY = Path(__file__).resolve().parents[1]
-_KERAS_SCRIPT = _REPOSITORY / "benchmarks" / "keras_script.py"
+_MODULE = "benchmarks.whole_runs"
+_KERAS_SCRIPT = Path(__file__).resolve().parent / "keras_script.py"
+_RESULTS = Path(__file__).resolve().parent / "results"
 _DEFAULT_RUNS = f"{KERAS},configs/baseline.py,configs/fast_cpu.py"
 
 
-def write_arrays(path: Path) -> None:
-    """CIFAR-10 for the Keras script, as its own download cache would hold it."""
-    data = load_dataset("cifar10")
-    np.savez(
-        path,
-        train_images=data.train.images,
-        train_labels=data.train.labels,
-        test_images=data.test.images,
-        test_labels=data.test.labels,
-    )
-
-
 def code_digest(run: str, about: dict[str, Any]) -> str:
-    """Of the files, the versions and the processor that decide what a run does."""
+    """Digest of the files, the versions and the processor on which a run depends."""
     files = [_KERAS_SCRIPT]
     if run != KERAS:
-        # Other configs build on the baseline's.
-        files = [Path(run), _REPOSITORY / "configs" / "baseline.py", _REPOSITORY / "train.py"]
-        files += sorted((_REPOSITORY / "cnn").rglob("*.py"))
+        # Other configs start from the baseline's.
+        files = [Path(run), REPOSITORY / "configs" / "baseline.py", REPOSITORY / "train.py"]
+        files += sorted((REPOSITORY / "cnn").rglob("*.py"))
     place = [about["cpu"], about["cores"], about["versions"]]
     digest = hashlib.sha256(json.dumps(place).encode())
     for file in files:
@@ -61,31 +59,27 @@ def code_digest(run: str, about: dict[str, Any]) -> str:
 
 
 def command_of(run: str, seed: int, data: Path, workdir: Path) -> list[str]:
-    """What a person would type."""
+    """The command of a run."""
     if run == KERAS:
         arguments = [str(_KERAS_SCRIPT), f"--data={data}", f"--seed={seed}"]
     else:
-        arguments = [str(_REPOSITORY / "train.py"), f"--config={run}", f"--config.seed={seed}"]
+        arguments = [str(REPOSITORY / "train.py"), f"--config={run}", f"--config.seed={seed}"]
     return [sys.executable, *arguments, f"--workdir={workdir}"]
 
 
 def _flags(argv: Sequence[str]) -> argparse.Namespace:
-    parser = cli.Parser("whole_runs.py", __doc__)
+    parser = Parser(_MODULE, __doc__, _RESULTS)
     add = parser.add_argument
-    add("--repeats", type=int, default=5, metavar="N", help="seeds 0 to N-1 (5)")
+    add("--repeats", type=positive(int), default=5, metavar="N", help="seeds 0 to N-1 (5)")
     add("--runs", default=_DEFAULT_RUNS, metavar="A,B", help=f"configs, and {KERAS} (%(default)s)")
-    add("--warm-cache", action="store_true", help="let JAX find what earlier processes compiled")
-    results = _REPOSITORY / "benchmarks" / "results"
-    add("--out", type=Path, default=results, metavar="DIR", help="(benchmarks/results)")
+    add("--warm-cache", action="store_true", help="let JAX use what earlier processes compiled")
     flags = parser.parse_args(argv)
-    if flags.repeats < 1:
-        parser.error("--repeats must be 1 or more")
     flags.runs = [run if run == KERAS else _config(run) for run in flags.runs.split(",")]
     return flags
 
 
 def _config(name: str) -> str:
-    path = next((path for path in (Path(name), _REPOSITORY / name) if path.is_file()), None)
+    path = next((path for path in (Path(name), REPOSITORY / name) if path.is_file()), None)
     if path is None:
         raise UserError(f"config file {name} does not exist; --runs lists configs and {KERAS!r}")
     return str(path.resolve())
@@ -103,16 +97,14 @@ def _measure(run: str, seed: int, code: str, data: Path, warm_cache: bool) -> Ru
 
 
 def _command(flags: argparse.Namespace) -> str:
-    """Without the place where results go, and configs by name: no path of this machine."""
-    inside = _REPOSITORY / "configs"
+    """The command without `--out`, and with configs by name: no path of this machine."""
+    inside = REPOSITORY / "configs"
     runs = [
         f"configs/{Path(run).name}" if Path(run).parent == inside else Path(run).name
         for run in flags.runs
     ]
     warm = " --warm-cache" if flags.warm_cache else ""
-    return (
-        f"python benchmarks/whole_runs.py --repeats={flags.repeats} --runs={','.join(runs)}{warm}"
-    )
+    return f"python -m {_MODULE} --repeats={flags.repeats} --runs={','.join(runs)}{warm}"
 
 
 def _write(flags: argparse.Namespace, runs: Sequence[Run], about: dict[str, Any]) -> str:
@@ -128,19 +120,18 @@ def _write(flags: argparse.Namespace, runs: Sequence[Run], about: dict[str, Any]
             f"{summary(runs)}\n",
         ]
     )
-    (flags.out / "whole_runs.md").write_text(text)
     record = {
         "command": command,
         "machine": about,
         "target": TARGET,
         "runs": [dataclasses.asdict(run) for run in runs],
     }
-    (flags.out / "whole_runs.json").write_text(json.dumps(record, indent=1) + "\n")
+    report.write(flags.out, "whole_runs", text, record)
     return text
 
 
 def _prepare(data: Path) -> None:
-    # In a process of its own: the memory of this one counts in its children's peaks.
+    # In a process of its own, since the peak memory of a child starts at its parent's.
     with concurrent.futures.ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn")
     ) as processes:
@@ -148,7 +139,7 @@ def _prepare(data: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs what is missing, seed by seed, and writes the table after each run."""
+    """Makes the missing runs, seed by seed, and writes the table after each."""
     flags = _flags(argv)
     flags.out.mkdir(parents=True, exist_ok=True)
     kept = flags.out / "whole_runs.jsonl"

@@ -1,9 +1,9 @@
-"""The tutorial script that this repository rebuilds, in Keras: what `whole_runs.py` times.
+"""The tutorial script that this repository rebuilds, in Keras, for `benchmarks.whole_runs`.
 
-    python benchmarks/keras_script.py --data cifar10.npz --workdir /tmp/keras
+    python benchmarks/whole_runs/keras_script.py --data cifar10.npz --workdir /tmp/keras
 
-The data file holds the arrays train_images, train_labels, test_images, test_labels, as a download
-cache would. Ten epochs of `fit`, each followed by a test; checkpoints; a plot of the curves.
+The data file holds the arrays train_images, train_labels, test_images and test_labels. The script
+trains ten epochs, each followed by an evaluation and a checkpoint, and plots the curves.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def build_model() -> keras.Model:
 
 
 class _EpochLine(keras.callbacks.Callback):
-    """Prints a row per epoch, in the columns of `train.py`."""
+    """Prints a row per epoch with the columns of `train.py`."""
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = logs or {}

@@ -1,4 +1,4 @@
-"""Whole processes under a clock from outside, and what several runs say."""
+"""Times whole processes from outside, and summarizes several runs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import Spread
+import numpy as np
 
-from cnn import UserError
+from benchmarks.report import Spread, table
+from benchmarks.workers import last_line
+from cnn import UserError, load_dataset
 
 TARGET = 0.6344
 KERAS = "keras"
@@ -30,12 +32,11 @@ class Run:
     """One finished process.
 
     Attributes:
-      name: "keras", or the config's name.
-      seed: of the run.
+      name: "keras", or the name of a config.
       code: digest of the code that ran.
       warm_cache: whether JAX could find programs that an earlier process had compiled.
       wall_seconds: from the start of the process to its end.
-      peak_mib: resident memory.
+      peak_mib: peak resident memory.
       epochs: (epoch, seconds since the start of the process, test accuracy) by epoch.
     """
 
@@ -49,15 +50,18 @@ class Run:
 
     @property
     def seconds_to_target(self) -> float | None:
-        """To the first epoch whose test accuracy is at least `TARGET`."""
+        """Until the first epoch with a test accuracy of `TARGET` or more."""
         return next((seconds for _, seconds, accuracy in self.epochs if accuracy >= TARGET), None)
 
 
 def timed(command: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
-    """Runs a process to its end: `wall_seconds`, `peak_mib` and `epochs` of `Run`.
+    """Runs a process to its end.
+
+    Returns:
+      `wall_seconds`, `peak_mib` and `epochs` of `Run`.
 
     Raises:
-      UserError: if the process fails, with the last line that it wrote.
+      UserError: the process fails; the message has the last line that it wrote.
     """
     with tempfile.TemporaryFile("w+") as log:
         start = time.monotonic()
@@ -78,9 +82,9 @@ def timed(command: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
             wall_seconds = time.monotonic() - start
             process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
-        lines = log.read().strip().splitlines() or ["no message"]
+        line = last_line(log.read())
     if process.returncode:
-        raise UserError(f"{Path(command[1]).name} failed: {lines[-1]}")
+        raise UserError(f"{Path(command[1]).name} failed: {line}")
     if not epochs:
         raise UserError(f"{Path(command[1]).name} printed no line with a test accuracy")
     unit = 1 if sys.platform == "darwin" else 1024
@@ -91,25 +95,35 @@ def timed(command: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def write_arrays(path: Path) -> None:
+    """Writes CIFAR-10 as a NumPy archive, the form in which Keras caches its download."""
+    data = load_dataset("cifar10")
+    np.savez(
+        path,
+        train_images=data.train.images,
+        train_labels=data.train.labels,
+        test_images=data.test.images,
+        test_labels=data.test.labels,
+    )
+
+
 def load_runs(path: Path) -> list[Run]:
-    """The runs that are kept in a file, of whatever code."""
+    """The runs that a file holds, of any version of the code."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [Run(**json.loads(line)) for line in lines]
 
 
 def finished(runs: Sequence[Run], name: str, seed: int, code: str, warm_cache: bool) -> Run | None:
-    """The run among these that need not be done again."""
+    """The one of these runs that need not be repeated; None if there is none."""
     wanted = (name, seed, code, warm_cache)
     return next((r for r in runs if (r.name, r.seed, r.code, r.warm_cache) == wanted), None)
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """A Markdown table, a row per name; times against those of Keras, if it took part."""
-    lines = [
-        "| run | n | test accuracy, last epoch | whole process, s | Keras / this "
-        f"| seconds to {TARGET:.2%} | Keras / this | peak MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """A Markdown table with a row per name, and ratios to Keras if it took part."""
+    head = ["run", "n", "test accuracy, last epoch", "whole process, s", "Keras / this"]
+    head += [f"seconds to {TARGET:.2%}", "Keras / this", "peak MiB"]
+    rows = []
     by_name: dict[str, list[Run]] = {}
     for run in runs:
         by_name.setdefault(run.name, []).append(run)
@@ -131,8 +145,8 @@ def summary(runs: Sequence[Run]) -> str:
             _times(reached.get(KERAS, []), reached[name]),
             f"{statistics.median(run.peak_mib for run in same):,.0f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table(head, rows)
 
 
 def _times(keras: Sequence[float], mine: Sequence[float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -12,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from contenders import problem as shared
+from benchmarks.peers.contenders import problem as shared
 
 
-class Seed(nn.Module):
-    """The tutorial network as a Flax tutorial writes it."""
+class Baseline(nn.Module):
+    """The baseline as a Flax tutorial writes it."""
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
@@ -39,15 +40,15 @@ class Net94(nn.Module):
     """The body of the 94 % network: whitening, three groups of two convolutions, a dense layer.
 
     Attributes:
-      conv: as `nn.Conv` takes it.
-      conv_max_pool: the same, with 2x2 max-pooling behind it.
-      max_pool: of `nn.max_pool`'s signature.
+      conv: `conv_general_dilated` of the `nn.Conv` layers.
+      conv_max_pool: the same, followed by 2x2 max-pooling.
+      max_pool: has the signature of `nn.max_pool`.
     """
 
     conv: Callable[..., jax.Array] = jax.lax.conv_general_dilated
     conv_max_pool: Callable[..., jax.Array] = native_conv_max_pool
     max_pool: Callable[..., jax.Array] = nn.max_pool
-    # An image's logits depend on no other image, but by batch statistics in training.
+    # In inference mode the logits of an image depend on no other image.
     per_example: ClassVar[bool] = True
 
     @nn.compact
@@ -92,32 +93,72 @@ class Net94(nn.Module):
         )(x)
 
 
+class ResNet18(nn.Module):
+    """ResNet-18 for small images, as people write it in Flax."""
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        """`float[B, 32, 32, 3]` -> `float[B, 10]`."""
+
+        def conv_norm(
+            x: jax.Array, features: int, name: str, size: int = 3, stride: int = 1
+        ) -> Any:
+            conv = nn.Conv(
+                features,
+                (size, size),
+                strides=(stride, stride),
+                padding=size // 2,
+                use_bias=False,
+                name=f"conv_{name}",
+            )
+            return norm(name=f"norm_{name}")(conv(x))
+
+        norm = functools.partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=shared.RESNET_DECAY,
+            epsilon=shared.RESNET_EPSILON,
+        )
+        x = nn.relu(conv_norm(image, shared.RESNET_WIDTHS[0], "stem"))
+        for stage, width in enumerate(shared.RESNET_WIDTHS):
+            for block in range(shared.RESNET_BLOCKS):
+                name, stride = f"{stage}_{block}", 2 if stage and not block else 1
+                y = nn.relu(conv_norm(x, width, f"{name}_0", stride=stride))
+                y = conv_norm(y, width, f"{name}_1")
+                if x.shape != y.shape:
+                    x = conv_norm(x, width, f"{name}_project", size=1, stride=stride)
+                x = nn.relu(x + y)
+        return nn.Dense(shared.NUM_CLASSES, name="head")(x.mean(axis=(1, 2)))
+
+
 def optimizer(network: str) -> optax.GradientTransformation:
-    """Adam for the seed; for net94 Nesterov momentum that leaves the whitening kernel alone."""
+    """Adam for the baseline, else SGD; that of net94 leaves the whitening kernel unchanged."""
     rate = shared.LEARNING_RATE[network]
-    if network == "seed":
+    if network == "baseline":
         return optax.adam(rate, eps=shared.ADAM_EPSILON)
+    sgd = optax.sgd(rate, momentum=shared.MOMENTUM[network], nesterov=network == "net94")
+    if network == "resnet18":
+        return sgd
 
     def labels(params: Any) -> Any:
         whiten = {"kernel": "frozen", "bias": "trained"}
         trained = jax.tree.map(lambda _: "trained", dict(params))
         return {**trained, "whiten": whiten}
 
-    sgd = optax.sgd(rate, momentum=shared.MOMENTUM, nesterov=True)
     return optax.multi_transform({"trained": sgd, "frozen": optax.set_to_zero()}, labels)
 
 
 @dataclasses.dataclass
 class JaxProgram:
-    """Runs a jitted step from Python, as a training loop does.
+    """Calls a jitted step from Python, as a training loop does.
 
     Attributes:
-      initial: the state to start from; never donated.
-      step: (state, image, label) -> (state, result); may donate the state.
-      loss: the mean loss in a result.
+      initial: the state to start from; it is copied, since `step` may donate its state.
+      step: (state, image, label) -> (state, result).
+      loss: result -> mean loss.
       forward: (state, image) -> logits.
-      images: of each batch, on the devices.
-      labels: of each batch, on the devices.
+      images: a device array per batch.
+      labels: a device array per batch.
       settle: called with the results so far after each step.
     """
 
@@ -133,11 +174,11 @@ class JaxProgram:
         self.reset()
 
     def reset(self) -> None:
-        """Back to the initial state, in buffers of its own."""
+        """Restores the initial state."""
         self._state = jax.block_until_ready(jax.tree.map(jnp.copy, self.initial))
 
     def losses(self, count: int) -> list[float]:
-        """Of the first steps, from where the state is."""
+        """Of the first steps, from the current state."""
         return [float(self.loss(self._run(1, start))) for start in range(count)]
 
     def logits(self) -> np.ndarray:

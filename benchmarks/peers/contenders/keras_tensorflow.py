@@ -9,10 +9,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from contenders import problem as shared
+from benchmarks.peers.contenders import problem as shared
 
 
-def _seed() -> keras.Model:
+def _baseline() -> keras.Model:
     return keras.Sequential(
         [
             keras.Input(shared.IMAGE_SHAPE),
@@ -72,21 +72,20 @@ def _net94() -> keras.Model:
 
 def _optimizer(network: str) -> Any:
     rate = shared.LEARNING_RATE[network]
-    if network == "seed":
+    if network == "baseline":
         return keras.optimizers.Adam(rate, epsilon=shared.ADAM_EPSILON)
-    return keras.optimizers.SGD(rate, momentum=shared.MOMENTUM, nesterov=True)
+    return keras.optimizers.SGD(rate, momentum=shared.MOMENTUM[network], nesterov=True)
 
 
 class KerasProgram:
     """A compiled Keras model and the batches as TensorFlow tensors.
 
     Args:
-      problem: what to compute.
       variant: "graph" or "xla".
     """
 
     def __init__(self, problem: shared.Problem, variant: str) -> None:
-        self._model = _seed() if problem.network == "seed" else _net94()
+        self._model = _baseline() if problem.network == "baseline" else _net94()
         for name, arrays in problem.weights.items():
             layer = self._model.get_layer(name)
             for key, array in arrays.items():
@@ -104,12 +103,12 @@ class KerasProgram:
         self._labels = [tf.constant(label) for label in problem.labels]
 
     def reset(self) -> None:
-        """Back to the initial weights and optimizer state."""
+        """Restores the initial weights and optimizer state."""
         for variable, value in zip(self._variables, self._initial, strict=True):
             variable.assign(value)
 
     def losses(self, count: int) -> list[float]:
-        """Of the first steps; Keras reports a running mean unless its metrics are reset."""
+        """Of the first steps. The metrics are reset, else Keras returns a running mean."""
         found = []
         for image, label in itertools.islice(zip(self._images, self._labels, strict=True), count):
             self._model.reset_metrics()
@@ -121,12 +120,12 @@ class KerasProgram:
         return np.asarray(self._model.predict_on_batch(self._images[0]))
 
     def train(self, steps: int) -> None:
-        """`train_on_batch` returns the loss as a number, so it waits for the step."""
+        """`train_on_batch` returns the loss as a number, hence after the step."""
         for step in range(steps):
             batch = step % len(self._images)
             self._model.train_on_batch(self._images[batch], self._labels[batch])
 
     def infer(self, steps: int) -> None:
-        """`predict_on_batch` returns NumPy logits, so it waits too."""
+        """`predict_on_batch` returns NumPy logits, hence after the step."""
         for step in range(steps):
             self._model.predict_on_batch(self._images[step % len(self._images)])

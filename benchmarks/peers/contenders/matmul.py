@@ -1,4 +1,4 @@
-"""The yardstick: a large float32 matrix product, as fast as the machine does it."""
+"""The yardstick: a large float32 matrix product, the fastest arithmetic of the machine."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Matmul:
         self._product: Callable[[], Any] = {"jax": _jax, "numpy": _numpy}[variant](left, right)
 
     def train(self, steps: int) -> None:
-        """So many products."""
+        """Computes `steps` products."""
         for _ in range(steps):
             self._product()
 
     infer = train
 
     def reset(self) -> None:
-        """Nothing is kept from one product to the next."""
+        """Does nothing: a product has no state."""
 
 
 def _jax(left: np.ndarray, right: np.ndarray) -> Callable[[], Any]:

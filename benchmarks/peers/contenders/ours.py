@@ -1,4 +1,4 @@
-"""This repository's public API, used as the README says for a script of one's own."""
+"""This repository's public API, used as the README shows it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import cnn
+from benchmarks.peers.contenders import problem as shared
+from benchmarks.peers.contenders.flax_networks import JaxProgram, Net94, optimizer
 from cnn.ops import convolution
-from contenders import problem as shared
-from contenders.flax_networks import JaxProgram, Net94, optimizer
 
 
 def _model(network: str) -> nn.Module:
-    if network == "seed":
+    if network == "baseline":
         return cnn.CNN(shared.NUM_CLASSES)
+    if network == "resnet18":
+        return cnn.create_model("resnet18", num_classes=shared.NUM_CLASSES)
     return Net94(
         conv=convolution.conv_general_dilated,
         conv_max_pool=functools.partial(convolution.conv_general_dilated, pool=2),
@@ -26,21 +30,23 @@ def _model(network: str) -> nn.Module:
 
 
 def program(problem: shared.Problem, variant: str) -> JaxProgram:
-    """The batch sharded over one device per core, the state on each.
+    """Shards the batch over one device per core, and replicates the state.
 
     Args:
-      problem: what to compute.
+      problem: the network and its batches.
       variant: "step", a plain `jax.jit` of `train_step`, called for each batch; or "loop",
         `train_steps` with many batches in one call, as `train.py` trains.
     """
     cnn.use_all_cpu_cores()
     mesh = cnn.data_mesh(jax.devices(), problem.images.shape[1])
+    model = _model(problem.network)
     state = cnn.create_train_state(
-        _model(problem.network),
+        model,
         optimizer(problem.network),
         jax.random.key(0),
         shared.IMAGE_SHAPE,
-    ).replace(params=problem.weights)
+    )
+    state = state.replace(params=place(problem.weights, model))
     train_step = jax.jit(cnn.train_step, donate_argnums=0)
 
     def step(
@@ -64,12 +70,43 @@ def program(problem: shared.Problem, variant: str) -> JaxProgram:
     return _Loop(**parts, batches=jax.device_put(batches, cnn.batch_sharding(mesh, axis=1)))
 
 
+def place(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The shared weights under the names that a model gives to its parameters.
+
+    Kernels and biases of one shape are assigned in the order in which the model creates them, so
+    its layers may have any names.
+
+    Raises:
+      UserError: the model has not the same parameters.
+    """
+    paths: list[tuple[tuple[str, ...], tuple[int, ...]]] = []
+
+    def init(key: jax.Array, image: jax.Array) -> Any:
+        params: Any = model.init(key, image)["params"]
+        leaves: dict[Any, Any] = flatten_dict(params)
+        paths.extend((path, leaf.shape) for path, leaf in leaves.items())
+        return params
+
+    jax.eval_shape(init, jax.random.key(0), jax.numpy.zeros((1, *shared.IMAGE_SHAPE)))
+    waiting: dict[Any, list[np.ndarray]] = {}
+    for arrays in weights.values():
+        for name, array in arrays.items():
+            waiting.setdefault((name, array.shape), []).append(array)
+    try:
+        placed = {path: waiting[path[-1], shape].pop(0) for path, shape in paths}
+    except (KeyError, IndexError) as error:
+        raise cnn.UserError(f"the model has other parameters than its peers: {error}") from error
+    if left := [key for key, arrays in waiting.items() if arrays]:
+        raise cnn.UserError(f"the model has no parameters for {left}")
+    return unflatten_dict(placed)
+
+
 @dataclasses.dataclass
 class _Loop(JaxProgram):
     """Trains on many batches in a call.
 
     Attributes:
-      batches: all, stacked.
+      batches: `{"image": float[N, B, H, W, C], "label": int[N, B]}`.
     """
 
     batches: Any = None
@@ -80,7 +117,7 @@ class _Loop(JaxProgram):
         self._most, self._batch_size = self.batches["label"].shape
 
     def train(self, steps: int) -> None:
-        """Goes through the batches in turn, from the first."""
+        """Takes the batches in turn, from the first."""
         results: list[cnn.Metrics] = []
         for start in range(0, steps, self._most):
             count = min(self._most, steps - start)
@@ -90,7 +127,7 @@ class _Loop(JaxProgram):
         jax.block_until_ready(self._state)
 
     def losses(self, count: int) -> list[float]:
-        """Of the first steps, from the first batch on."""
+        """Of the first steps, starting with the first batch."""
         found: list[float] = []
         while len(found) < count:
             some = min(self._most, count - len(found))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from contenders import problem as shared
+from benchmarks.peers.contenders import problem as shared
 
 
 class _Scale(nn.Module):
@@ -18,7 +18,7 @@ class _Scale(nn.Module):
         return x * shared.LOGIT_SCALE
 
 
-def _seed() -> nn.Sequential:
+def _baseline() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 32, 3),
         nn.ReLU(),
@@ -61,9 +61,9 @@ def _net94() -> nn.Sequential:
 
 
 def _to_torch(network: str, layer: str, name: str, array: np.ndarray) -> torch.Tensor:
-    """Flax keeps kernels as HWIO and [in, out], PyTorch as OIHW and [out, in]."""
-    if network == "seed" and layer == "Dense_0" and name == "kernel":
-        # The rows are pixels of (height, width, channel) there, of (channel, height, width) here.
+    """Converts kernels from HWIO to OIHW, and from [in, out] to [out, in]."""
+    if network == "baseline" and layer == "Dense_0" and name == "kernel":
+        # Flax flattens (height, width, channel), PyTorch (channel, height, width).
         array = array.reshape(6, 6, 64, -1).transpose(2, 0, 1, 3).reshape(array.shape)
     if array.ndim == 4:
         array = array.transpose(3, 2, 0, 1)
@@ -72,11 +72,45 @@ def _to_torch(network: str, layer: str, name: str, array: np.ndarray) -> torch.T
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
+class _BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, which is projected where the shape changes."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *_conv_norm(inputs, width, stride=stride), nn.ReLU(), *_conv_norm(width, width)
+        )
+        project = stride > 1 or inputs != width
+        self.shortcut = nn.Sequential(
+            *(_conv_norm(inputs, width, size=1, stride=stride) if project else [])
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def _conv_norm(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> list[nn.Module]:
+    return [
+        nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False),
+        nn.BatchNorm2d(outputs, shared.RESNET_EPSILON, momentum=1 - shared.RESNET_DECAY),
+    ]
+
+
+def _resnet18() -> nn.Sequential:
+    channels = shared.RESNET_WIDTHS[0]
+    layers = [*_conv_norm(3, channels), nn.ReLU()]
+    for stage, width in enumerate(shared.RESNET_WIDTHS):
+        for block in range(shared.RESNET_BLOCKS):
+            layers.append(_BasicBlock(channels, width, stride=2 if stage and not block else 1))
+            channels = width
+    head = nn.Linear(channels, shared.NUM_CLASSES)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
 class TorchProgram:
     """A module, its fused optimizer and the batches.
 
     Args:
-      problem: what to compute.
       variant: "eager" or "compile", "-", "nchw" or "nhwc".
     """
 
@@ -84,7 +118,8 @@ class TorchProgram:
         mode, layout = variant.split("-")
         memory: Any = torch.channels_last if layout == "nhwc" else torch.contiguous_format
         self._network = problem.network
-        self._module = (_seed() if problem.network == "seed" else _net94()).to(memory_format=memory)
+        build = {"baseline": _baseline, "net94": _net94, "resnet18": _resnet18}[problem.network]
+        self._module = build().to(memory_format=memory)
         self._load(problem)
         self._initial = {name: array.clone() for name, array in self._module.state_dict().items()}
         images = torch.from_numpy(problem.images).permute(0, 1, 4, 2, 3)
@@ -100,28 +135,32 @@ class TorchProgram:
         self.reset()
 
     def _load(self, problem: shared.Problem) -> None:
-        holders = [layer for layer in self._module if list(layer.parameters())]
+        holders = [one for one in self._module.modules() if list(one.parameters(recurse=False))]
         with torch.no_grad():
             for layer, (name, arrays) in zip(holders, problem.weights.items(), strict=True):
                 for key, array in arrays.items():
-                    parameter = layer.weight if key == "kernel" else layer.bias
+                    parameter = layer.bias if key == "bias" else layer.weight
                     parameter.copy_(_to_torch(self._network, name, key, array))
 
     def reset(self) -> None:
-        """Back to the initial weights; a new optimizer, of the fused kind, the fastest."""
+        """Restores the initial weights; a new optimizer, fused, which is the fastest kind."""
         self._module.load_state_dict(self._initial)
         trained = [array for array in self._module.parameters() if array.requires_grad]
         rate = shared.LEARNING_RATE[self._network]
         self._optimizer: torch.optim.Optimizer
-        if self._network == "seed":
+        if self._network == "baseline":
             self._optimizer = torch.optim.Adam(trained, rate, eps=shared.ADAM_EPSILON, fused=True)
         else:
             self._optimizer = torch.optim.SGD(
-                trained, rate, momentum=shared.MOMENTUM, nesterov=True, fused=True
+                trained,
+                rate,
+                momentum=shared.MOMENTUM[self._network],
+                nesterov=self._network == "net94",
+                fused=True,
             )
 
     def losses(self, count: int) -> list[float]:
-        """Of the first steps, from where the weights are."""
+        """Of the first steps, from the current weights."""
         return [float(self._run(1, start)) for start in range(count)]
 
     def logits(self) -> np.ndarray:
@@ -131,11 +170,11 @@ class TorchProgram:
             return self._forward(self._images[0]).numpy()
 
     def train(self, steps: int) -> None:
-        """Eager or compiled, a CPU step is done when its last call returns."""
+        """On a CPU a step has ended when its last call returns, compiled or not."""
         float(self._run(steps))
 
     def infer(self, steps: int) -> None:
-        """So many batches, without a tape."""
+        """Computes `steps` batches in inference mode."""
         self._module.eval()
         with torch.inference_mode():
             for step in range(steps):

@@ -10,19 +10,27 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from contenders import problem as shared
-from contenders.flax_networks import JaxProgram, Net94, Seed, optimizer
+from benchmarks.peers.contenders import problem as shared
+from benchmarks.peers.contenders.flax_networks import (
+    Baseline,
+    JaxProgram,
+    Net94,
+    ResNet18,
+    optimizer,
+)
 
 
 class _State(train_state.TrainState):
-    """Flax's own, and the batch statistics."""
+    """Flax's train state with batch statistics."""
 
     batch_stats: Any
 
 
 def program(problem: shared.Problem) -> JaxProgram:
-    """JAX with nothing set: XLA's own thread pool on one CPU device."""
-    model: nn.Module = Seed() if problem.network == "seed" else Net94()
+    """JAX without settings: one CPU device, on which XLA uses its own thread pool."""
+    model: nn.Module = {"baseline": Baseline, "net94": Net94, "resnet18": ResNet18}[
+        problem.network
+    ]()
     variables = model.init(jax.random.key(0), jnp.zeros((1, *shared.IMAGE_SHAPE)))
     state = _State.create(
         apply_fn=model.apply,

@@ -1,0 +1,10 @@
+"""Benchmarks of a clone of this repository; they are not installed with the package.
+
+Run from the root of the clone; each takes `--help` and writes into the `results` folder beside it:
+
+    python -m benchmarks.peers                  training and inference beside other frameworks
+    python -m benchmarks.whole_runs             whole processes, beside a Keras script
+    python -m benchmarks.scaling                cost by batch, width, depth, pixels, devices, data
+    python -m benchmarks.reliability.kills      runs that are killed end in the same bits
+    python -m benchmarks.reliability.cost       what checkpoints, digests and guards cost
+"""

@@ -1,0 +1,1 @@
+"""Training and inference beside textbook Flax, PyTorch and Keras."""

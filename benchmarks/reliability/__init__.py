@@ -1,0 +1,1 @@
+"""What keeps a run safe: that it works, and what it costs."""

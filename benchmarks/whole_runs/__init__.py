@@ -1,0 +1,1 @@
+"""Whole processes, from the start of Python to the last picture."""
