@@ -36,8 +36,10 @@ _TIMING = ("images_per_second", "wall_seconds")
 _FLAGS = (
     f"--config={REPOSITORY / 'configs' / 'digits.py'}",
     "--config.num_epochs=4",
-    "--config.checkpoint_every_steps=5",
-    "--config.model.batch_norm=true",
+    "--config.runtime.checkpoint_every_steps=5",
+    "--config.model.name=dct_cnn",  # with batch statistics
+    "--config.model.patch_size=2",
+    "--config.model.patch_features=4",
     "--config.augment.flip=true",
     "--config.augment.translate=1",
 )
