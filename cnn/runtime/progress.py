@@ -12,7 +12,7 @@ from typing import Any
 
 from cnn.metrics import Metrics
 from cnn.runtime import screen
-from cnn.runtime.table import epoch_table, loss, percent
+from cnn.runtime.table import epoch_number, epoch_table, loss, percent
 
 _PLAIN_SECONDS = 30.0
 _LIVE_SECONDS = 0.2
@@ -201,7 +201,7 @@ class Progress:
             steps = record["step"] - self._epoch_step
             screen.log(
                 f"note: {skipped:,} of the {max(steps, skipped):,} steps of epoch "
-                f"{record['epoch']:g} were not finite and were skipped"
+                f"{epoch_number(record['epoch'])} were not finite and were skipped"
             )
 
 
