@@ -126,7 +126,8 @@ class Metrics(struct.PyTreeNode):
 
     def means(self) -> dict[str, Any]:
         """The mean over images by name: the loss in nats, accuracies as fractions."""
-        return {name: value / self.count for name, value in self.sums.items()}
+        names = sorted(self.sums, key=lambda name: name != "loss")  # the loss first
+        return {name: self.sums[name] / self.count for name in names}
 
     @property
     def loss(self) -> Any:
