@@ -3,12 +3,15 @@
 Importing it starts no backend, reads no flag and touches no file.
 """
 
+from cnn.augment import create_augment
 from cnn.config import load_config
 from cnn.data import Dataset, Split, load_dataset
-from cnn.data.pipeline import DeviceSplit, epoch_permutation, normalize
+from cnn.data.pipeline import DeviceSplit, Pipeline, epoch_permutation, normalize
 from cnn.errors import Interrupted, UserError
 from cnn.evaluation import evaluate
-from cnn.metrics import Metrics, total
+from cnn.execution import compile_train_steps
+from cnn.losses import CrossEntropy, create_loss
+from cnn.metrics import Metrics
 from cnn.models import CNN, create_model
 from cnn.optimizers import create_optimizer, create_schedule
 from cnn.runtime.checkpoints import CheckpointManager, digest
@@ -21,7 +24,6 @@ from cnn.runtime.devices import (
     use_all_cpu_cores,
 )
 from cnn.steps import (
-    CrossEntropy,
     TrainState,
     create_train_state,
     eval_step,
@@ -39,10 +41,14 @@ __all__ = [
     "DeviceSplit",
     "Interrupted",
     "Metrics",
+    "Pipeline",
     "Split",
     "TrainState",
     "UserError",
     "batch_sharding",
+    "compile_train_steps",
+    "create_augment",
+    "create_loss",
     "create_model",
     "create_optimizer",
     "create_schedule",
@@ -59,7 +65,6 @@ __all__ = [
     "predict_step",
     "replicated_sharding",
     "select_devices",
-    "total",
     "train_and_evaluate",
     "train_step",
     "train_steps",

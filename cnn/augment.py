@@ -1,46 +1,36 @@
-"""Random flips and shifts of whole pixels, on the device, before images are normalized.
+"""Augmentations of training images, on the device, before the images are normalized.
+
+An augmentation is a function `(key, images [B, H, W, C]) -> images` of the same shape and dtype,
+uint8 as a rule. One that also takes `epoch` or `index` by keyword is given the epoch, `int32[]`,
+and each image's place in the train split, `int32[B]`. A row of `AUGMENTATIONS` makes one known to
+configs: `config.augment` sets by name its one further argument, or switches it on.
 
 The result is a pure function of key and images, to the bit: jitted or not, vmapped over steps, or
-sharded over devices. All is done by gathering: choosing between an image and its mirror by `where`
-is up to three times slower on a CPU, where XLA fuses it with the gather of a batch.
+sharded over devices. Images are moved by gathering: on a CPU, choosing between an image and its
+mirror image by `where` is up to three times slower, as XLA fuses it with the gather of a batch.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Num, PRNGKeyArray
 
+from cnn.arrays import AnyArray
 from cnn.errors import UserError
+from cnn.registry import Field, Schema, complete, schema
+
+Augment = Callable[..., jax.Array]
+_GIVEN = ("key", "images", "epoch", "index")
 
 
-def augment(key: jax.Array, images: jax.Array, *, flip: bool, translate: int) -> jax.Array:
-    """`random_flip` if `flip`, then `random_translate` by up to `translate` pixels unless it is 0.
-
-    What one draws does not depend on whether the other is on.
-
-    Args:
-      key: a typed key, another one for each batch.
-      images: `[B, H, W, C]` of any dtype, `uint8` as a rule.
-      flip: whether to mirror half of the images.
-      translate: the largest shift.
-
-    Returns:
-      Images of the same shape and dtype; the very same ones if nothing is to be done.
-
-    >>> images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
-    >>> augment(jax.random.key(0), images, flip=True, translate=2).dtype
-    dtype('uint8')
-    """
-    flip_key, translate_key = jax.random.split(key)
-    if flip:
-        images = random_flip(flip_key, images)
-    if translate:
-        images = random_translate(translate_key, images, translate)
-    return images
-
-
-def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Mirrors each image left-right or leaves it, with equal chance: `[B, H, W, C]`, same dtype.
+def random_flip(key: PRNGKeyArray, images: Num[AnyArray, "B H W C"]) -> Num[Array, "B H W C"]:
+    """Mirrors each image left-right with probability 1/2.
 
     >>> images = jnp.tile(jnp.array([1, 2, 3], jnp.uint8).reshape(1, 1, 3, 1), (50, 1, 1, 1))
     >>> jnp.unique(random_flip(jax.random.key(0), images).reshape(50, 3), axis=0).tolist()
@@ -52,11 +42,13 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     return _gather(images, jnp.where(mirrored, width - 1 - column, column), axis=2)
 
 
-def random_translate(key: jax.Array, images: jax.Array, pixels: int) -> jax.Array:
-    """Shifts each image by whole numbers from -pixels to pixels, all alike likely, both ways.
+def random_translate(
+    key: PRNGKeyArray, images: Num[AnyArray, "B H W C"], pixels: int
+) -> Num[Array, "B H W C"]:
+    """Shifts each image by -pixels to pixels in both directions, each shift with equal probability.
 
     The border is filled by reflection, as `np.pad(mode="reflect")` does: the edge itself is not
-    repeated. `[B, H, W, C]`, same dtype.
+    repeated.
 
     Raises:
       UserError: if `pixels` is negative, or no less than height or width.
@@ -68,22 +60,142 @@ def random_translate(key: jax.Array, images: jax.Array, pixels: int) -> jax.Arra
     batch, height, width, _ = images.shape
     if not 0 <= pixels < min(height, width):
         raise UserError(
-            f"images of {height} x {width} pixels cannot be shifted by {pixels}; "
-            f"choose 0 to {min(height, width) - 1} pixels"
+            f"augment.translate={pixels} does not fit images of {height}x{width} pixels; "
+            f"choose 0 to {min(height, width) - 1}"
         )
     down, right = jax.random.randint(key, (2, batch, 1), -pixels, pixels + 1, jnp.int32)
     images = _gather(images, _reflect(jnp.arange(height)[None] - down, height), axis=1)
     return _gather(images, _reflect(jnp.arange(width)[None] - right, width), axis=2)
 
 
-def _reflect(index: jax.Array, size: int) -> jax.Array:
+def random_crop(
+    key: PRNGKeyArray, images: Num[AnyArray, "B H W C"], padding: int
+) -> Num[Array, "B H W C"]:
+    """Pads each image by `padding` black pixels on all sides, and crops it to its size at random.
+
+    He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2, with 4 pixels.
+
+    Raises:
+      UserError: if `padding` is negative.
+
+    >>> images = jnp.ones((50, 2, 2, 1), jnp.uint8)
+    >>> sums = random_crop(jax.random.key(0), images, 1).sum((1, 2, 3))
+    >>> sorted(set(sums.tolist()))
+    [1, 2, 4]
+    """
+    if padding < 0:
+        raise UserError(f"augment.crop={padding} must be 0 or more")
+    batch, height, width, _ = images.shape
+    top, left = jax.random.randint(key, (2, batch, 1), -padding, padding + 1, jnp.int32)
+    row, column = jnp.arange(height)[None] + top, jnp.arange(width)[None] + left
+    for axis, index, size in ((1, row, height), (2, column, width)):
+        images = _gather(images, jnp.clip(index, 0, size - 1), axis)
+    inside = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None]
+    return jnp.where(inside[..., None], images, 0).astype(images.dtype)
+
+
+def cutout(key: PRNGKeyArray, images: Num[AnyArray, "B H W C"], size: int) -> Num[Array, "B H W C"]:
+    """Makes a square of `size` x `size` pixels of each image black.
+
+    Its centre is any pixel with equal probability, so that it may extend beyond the image (DeVries
+    & Taylor 2017, "Improved Regularization of Convolutional Neural Networks with Cutout").
+
+    Raises:
+      UserError: if `size` is negative.
+
+    >>> images = jnp.ones((50, 8, 8, 1), jnp.uint8)
+    >>> int(cutout(jax.random.key(0), images, 4).sum((1, 2, 3)).min())
+    48
+    """
+    if size < 0:
+        raise UserError(f"augment.cutout={size} must be 0 or more")
+    batch, height, width, _ = images.shape
+    limits = jnp.array([[height], [width]], jnp.int32)
+    top, left = jax.random.randint(key, (2, batch), 0, limits, jnp.int32) - size // 2
+    row, column = jnp.arange(height)[None] - top[:, None], jnp.arange(width)[None] - left[:, None]
+    cut = ((row >= 0) & (row < size))[:, :, None] & ((column >= 0) & (column < size))[:, None]
+    return jnp.where(cut[..., None], 0, images).astype(images.dtype)
+
+
+def _reflect(index: AnyArray, size: int) -> jax.Array:
     """Folds indices from -(size - 1) to 2 * (size - 1) back at both ends of an axis."""
     index = jnp.abs(index)
     return jnp.minimum(index, 2 * (size - 1) - index)
 
 
-def _gather(images: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+def _gather(images: AnyArray, index: AnyArray, axis: int) -> jax.Array:
     """Each image's rows (axis 1) or columns (axis 2) in an order of its own, `int[B, size]`."""
     others = tuple(other for other in (1, 2, 3) if other != axis)
     index = jnp.expand_dims(index, others)
     return jnp.take_along_axis(images, index, axis, mode="promise_in_bounds")
+
+
+# They are applied in this order.
+AUGMENTATIONS: dict[str, Augment] = {
+    "flip": random_flip,
+    "translate": random_translate,
+    "crop": random_crop,
+    "cutout": cutout,
+}
+
+
+def augment_schema() -> Schema:
+    """A field for each augmentation; its default, False or 0, switches the augmentation off."""
+    fields = {}
+    for name, fn in AUGMENTATIONS.items():
+        own = list(schema(fn, without=_GIVEN).values())
+        kind = own[0].type if own else bool
+        fields[name] = Field(kind, kind(), (fn.__doc__ or "").partition("\n")[0])
+    return fields
+
+
+def create_augment(**settings: Any) -> Augment | None:
+    """Builds what is applied to the images of a batch; None if it would change nothing.
+
+    The random numbers of one augmentation do not depend on whether another is switched on.
+
+    Args:
+      **settings: by name; False and 0 switch an augmentation off.
+
+    Raises:
+      UserError: an unknown name, a value of another type, or a negative one.
+
+    >>> augment = create_augment(flip=True, translate=2)
+    >>> augment(jax.random.key(0), jnp.zeros((2, 8, 8, 3), jnp.uint8)).dtype
+    dtype('uint8')
+    """
+    settings = complete("augment", augment_schema(), settings)
+    for name, value in settings.items():
+        if value < 0:
+            raise UserError(f"config field augment.{name}={value} must be 0 or more")
+    used = tuple((name, value) for name, value in settings.items() if value)
+    return _create_augment(used) if used else None
+
+
+@functools.cache  # equal settings give the same function, so that `jit` does not compile twice
+def _create_augment(settings: tuple[tuple[str, Any], ...]) -> Augment:
+    names = list(AUGMENTATIONS)
+
+    def augment(key: AnyArray, images: Any, **given: Any) -> jax.Array:
+        # A prefix of the split stays the same when augmentations are added behind it.
+        keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+        for name, value in settings:
+            arguments = () if value is True else (value,)
+            images = apply_augment(AUGMENTATIONS[name], keys[name], images, *arguments, **given)
+        return images
+
+    return augment
+
+
+def apply_augment(
+    fn: Augment, key: AnyArray, images: AnyArray, *arguments: Any, **given: Any
+) -> jax.Array:
+    """Calls an augmentation, with those of `epoch` and `index` that it takes by keyword."""
+    known = inspect.signature(fn).parameters
+    takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
+    return fn(
+        key,
+        images,
+        *arguments,
+        **{name: value for name, value in given.items() if takes_all or name in known},
+    )

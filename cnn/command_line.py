@@ -11,20 +11,19 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from cnn.config import (
-    FIELDS,
     as_flags,
     check_config,
     comments,
+    fields,
     find_config,
     flatten,
     load_config,
     override,
 )
-from cnn.notes import without_effect
-from cnn.registry import Field
+from cnn.registry import REQUIRED
 from cnn.runtime.cli import Parser, shell_command
 from cnn.runtime.disk import resolve_path
-from cnn.runtime.screen import log, shown
+from cnn.runtime.screen import shown
 
 _EPILOG = """\
 A field is set as --config.FIELD=VALUE or --config.FIELD VALUE; a boolean alone
@@ -59,7 +58,7 @@ class RunFlags:
     def next_commands(self) -> str:
         """Commands to type after the run: TensorBoard if it was written, and another seed."""
         lines = []
-        if self.config.tensorboard:
+        if flatten(self.config)["runtime.tensorboard"]:
             lines.append("curves of all runs beside this one:")
             lines.append(shell_command(["tensorboard"], ("--logdir", shown(self.workdir.parent))))
         seed, workdir = _next_seed(flatten(self.config)["seed"], self.workdir)
@@ -93,9 +92,6 @@ def parse(argv: Sequence[str], description: str | None, home: Path) -> RunFlags:
     if flags.workdir == "":
         parser.error("--workdir is empty")
     config = check_config(override(base, rest))
-    given = [flag.partition("=")[0].removeprefix("--config.") for flag in rest]
-    for line in without_effect(flatten(config), given):
-        log(f"note: {line}")
     program = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
     if [*program, *argv] != sys.orig_argv:  # it is called from Python
         program = ["python", "train.py"]
@@ -134,24 +130,21 @@ def _parser(description: str | None, configs: Path) -> Parser:
     return parser
 
 
-def _fields(config: ConfigDict) -> dict[str, Field]:
-    """The fields that a config may set, by dotted name."""
-    del config
-    return {name: Field(field.kind) for name, field in FIELDS.items()}
-
-
 def _add_fields(parser: Parser, config: ConfigDict, meanings: dict[str, str]) -> None:
     """Adds every field of the config to the help, in sections."""
-    values, groups = flatten(config), {}
-    for name, field in _fields(config).items():
-        section = name.rpartition(".")[0] or "run"
-        if section not in groups:
-            groups[section] = parser.add_argument_group(section)
-        text = f"{meanings.get(name, '')} (default: {values.get(name, field.default)!r})".strip()
-        metavar = _METAVARS.get(field.type, "VALUE")
-        groups[section].add_argument(
-            f"--config.{name}", metavar=metavar, help=text.replace("%", "%%")
-        )
+    values, sections = flatten(config), {}
+    for name, field in fields(config).items():
+        sections.setdefault(name.rpartition(".")[0] or "run", []).append((name, field))
+    for section, members in sections.items():
+        group = parser.add_argument_group(section)
+        # The name first: it decides which other fields there are.
+        for name, field in sorted(members, key=lambda member: not member[0].endswith(".name")):
+            default = values.get(name, field.default)
+            shown_default = "none" if default is REQUIRED else repr(default)
+            meaning = " ".join(filter(None, (meanings.get(name), field.doc)))
+            text = f"{meaning} (default: {shown_default})".strip()
+            metavar = _METAVARS.get(field.type, "VALUE")
+            group.add_argument(f"--config.{name}", metavar=metavar, help=text.replace("%", "%%"))
 
 
 def _next_seed(seed: int, workdir: Path) -> tuple[int, Path]:

@@ -1,4 +1,8 @@
-"""Reads a config file, sets fields of it, and checks it once, before anything is loaded."""
+"""Reads a config file, sets fields of it, and checks it once, before anything is loaded.
+
+A table lists the fields of a run. What a run builds by name (model, loss, optimizer, schedule)
+brings its own: they are the parameters of what is built, see `cnn.registry`.
+"""
 
 from __future__ import annotations
 
@@ -12,122 +16,116 @@ import re
 import runpy
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from cnn.augment import augment_schema, create_augment
 from cnn.data.pipeline import NORMALIZATIONS
 from cnn.errors import UserError
-from cnn.models import MODEL_NAMES
-from cnn.ops.convolution import IMPLEMENTATIONS
-from cnn.optimizers import OPTIMIZER_NAMES, SCHEDULE_NAMES
+from cnn.losses import LOSSES, create_loss, loss_schema
+from cnn.metrics import find_metrics
+from cnn.models import MODELS, create_model, model_schema
+from cnn.optimizers import (
+    OPTIMIZERS,
+    SCHEDULES,
+    create_optimizer,
+    create_schedule,
+    optimizer_schema,
+    schedule_schema,
+)
+from cnn.registry import REQUIRED, Field, Schema, check_type, shown
 from cnn.runtime.devices import PLATFORMS
 from cnn.runtime.disk import local_path
 
-# Where the data lies, what is compiled anew and what is recorded beside the run do not change its
-# result; on which devices it goes on does by rounding, and what to do about steps that are not
-# finite only after the first of them.
-_FREE_TO_CHANGE = (
-    "dataset.data_dir",
-    "platform",
-    "num_devices",
-    "on_nonfinite",
-    "compilation_cache",
-    "tensorboard",
-)
-_ON_NONFINITE = ("stop", "skip")
-
 
 @dataclasses.dataclass(frozen=True)
-class _Field:
-    """The type of a field, what its value must satisfy, that in words, and its one spelling."""
+class _RunField(Field):
+    """A field of a run, with what its value must satisfy, as a function and for a message."""
 
-    kind: type
     valid: Callable[[Any], bool] = lambda _: True
-    words: str = ""
-    canonical: Callable[[Any], Any] = lambda value: value
+    must: str = ""
 
 
-def _choice(*names: str) -> _Field:
-    return _Field(str, lambda value: value in names, f"be one of {', '.join(names)}")
-
-
-_MAX_WIDTH = 2**16  # more is a slip of the hand, and would only exhaust the memory
-_WIDTH = _Field(int, lambda value: 1 <= value <= _MAX_WIDTH, f"lie between 1 and {_MAX_WIDTH}")
-
-_WIDTH_OR_NONE = _Field(
-    int, lambda value: 0 <= value <= _MAX_WIDTH, f"lie between 0 and {_MAX_WIDTH}"
-)
-
-
-def _at_least(low: int) -> _Field:
-    return _Field(int, lambda value: low <= value < 2**31, f"be {low} or more, and below 2**31")
-
-
-# What becomes 0 or infinite as a float32 is refused.
-_LEAST, _MOST = 1e-37, 1e38
-_NOT_NEGATIVE = _Field(float, lambda value: 0 <= value <= _MOST, f"be 0 or more, at most {_MOST}")
-_POSITIVE = _Field(
-    float,
-    lambda value: _LEAST <= value <= _MOST,
-    f"be positive and finite, from {_LEAST} to {_MOST}",
-)
-_BELOW_ONE = _Field(float, lambda value: 0 <= value < 1, "be at least 0 and below 1")
-_FRACTION = _Field(float, lambda value: 0 <= value <= 1, "lie between 0 and 1")
-_WIDTHS = _Field(
-    tuple,
-    lambda value: all(type(width) is int and 1 <= width <= _MAX_WIDTH for width in value),
-    f"hold whole numbers from 1 to {_MAX_WIDTH}",
-    tuple,
-)
-_PADDINGS = ("VALID", "SAME")
-
-FIELDS: dict[str, _Field] = {
-    "seed": _Field(int, lambda value: 0 <= value < 2**32, "lie between 0 and 2**32 - 1"),
-    "dataset.name": _Field(str, bool, "name a dataset"),
-    "dataset.data_dir": _Field(str),
-    "dataset.normalization": _choice(*NORMALIZATIONS),
-    "model.name": _choice(*MODEL_NAMES),
-    "model.features": _WIDTHS,
-    "model.kernel_size": _WIDTH,
-    "model.padding": _Field(
+def _choice(default: Any, *names: str) -> _RunField:
+    return _RunField(
         str,
-        lambda value: value.upper() in _PADDINGS,
-        f"be one of {', '.join(_PADDINGS)}",
-        str.upper,
+        default,
+        valid=lambda value: value in names,
+        must=f"be one of {', '.join(names)}",
+    )
+
+
+def _at_least(low: int, default: Any = REQUIRED) -> _RunField:
+    return _RunField(
+        int,
+        default,
+        valid=lambda value: low <= value < 2**31,
+        must=f"be {low} or more, and below 2**31",
+    )
+
+
+_RUN_FIELDS: dict[str, _RunField] = {
+    "seed": _RunField(
+        int, 0, valid=lambda value: 0 <= value < 2**32, must="lie between 0 and 2**32 - 1"
     ),
-    "model.hidden_features": _WIDTH_OR_NONE,
-    "model.patch_size": _WIDTH_OR_NONE,
-    "model.patch_features": _WIDTH,
-    "model.batch_norm": _Field(bool),
-    "model.dtype": _choice("float32", "bfloat16"),
-    "model.conv_implementation": _choice(*IMPLEMENTATIONS),
-    "augment.flip": _Field(bool),
-    "augment.translate": _WIDTH_OR_NONE,
+    "dataset.name": _RunField(str, valid=bool, must="name a dataset"),
+    "dataset.normalization": _choice("scale", *NORMALIZATIONS),
     "batch_size": _at_least(1),
-    "num_epochs": _at_least(1),
-    "label_smoothing": _BELOW_ONE,
-    "optimizer.name": _choice(*OPTIMIZER_NAMES),
-    "optimizer.learning_rate": _POSITIVE,
-    "optimizer.momentum": _BELOW_ONE,
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.grad_clip_norm": _NOT_NEGATIVE,
-    "optimizer.grad_accumulation_steps": _at_least(1),
-    "schedule.name": _choice(*SCHEDULE_NAMES),
-    "schedule.warmup_epochs": _NOT_NEGATIVE,
-    "schedule.final_lr_fraction": _FRACTION,
-    "on_nonfinite": _choice(*_ON_NONFINITE),
-    "eval_batch_size": _at_least(1),
-    "checkpoint_every_steps": _at_least(0),
-    "platform": _choice(*PLATFORMS),
-    "num_devices": _at_least(0),
-    "steps_per_execution": _at_least(0),
-    "deterministic": _Field(bool),
-    "compilation_cache": _Field(bool),
-    "tensorboard": _Field(bool),
+    "num_epochs": _RunField(
+        float, valid=lambda value: 0 < value < 2**31, must="be more than 0, and below 2**31"
+    ),
+    "metrics": _RunField(
+        tuple, ("accuracy",), valid=lambda value: "accuracy" in value, must='hold "accuracy"'
+    ),
+    "schedule.warmup_epochs": _RunField(
+        float, 0.0, valid=lambda value: 0 <= value < 2**31, must="be 0 or more, and below 2**31"
+    ),
+    "optimizer.learning_rate": _RunField(float),
+    # They change the result by rounding at most, so a run may be resumed with other values.
+    "runtime.data_dir": _RunField(str, ""),
+    "runtime.platform": _choice("auto", *PLATFORMS),
+    "runtime.num_devices": _at_least(0, 0),
+    "runtime.steps_per_execution": _at_least(0, 0),
+    "runtime.eval_batch_size": _at_least(1, 1000),
+    "runtime.checkpoint_every_steps": _at_least(0, 0),
+    "runtime.on_nonfinite": _choice("stop", "stop", "skip"),
+    "runtime.deterministic": _RunField(bool, True),
+    "runtime.compilation_cache": _RunField(bool, True),
+    "runtime.tensorboard": _RunField(bool, False),
 }
+# What a config builds by name: the names, the default one, and the fields of what has a name.
+_BUILT: dict[str, tuple[Iterable[str], Any, Callable[[str], Schema]]] = {
+    "model": (MODELS, REQUIRED, model_schema),
+    "loss": (LOSSES, "cross_entropy", loss_schema),
+    "optimizer": (OPTIMIZERS, REQUIRED, optimizer_schema),
+    "schedule": (SCHEDULES, "constant", schedule_schema),
+}
+
+
+def fields(config: ConfigDict) -> Schema:
+    """All fields that a config may have, by dotted name, in the order of `configs/baseline.py`.
+
+    Args:
+      config: selects by name what is built.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    flat = flatten(config)
+    known: Schema = {}
+    for section, (names, default, schema) in _BUILT.items():
+        known[f"{section}.name"] = Field(str, default, f"One of {', '.join(names)}.")
+        name = flat.get(f"{section}.name", default)
+        if isinstance(name, str):  # else it is missing, or the check of types refuses it
+            known.update({f"{section}.{key}": field for key, field in schema(name).items()})
+    known.update({f"augment.{key}": field for key, field in augment_schema().items()})
+    order = ("seed", "dataset", "batch_size", "num_epochs", "metrics", "model", "loss",
+             "optimizer", "schedule", "augment", "runtime")  # fmt: skip
+    everything = {**_RUN_FIELDS, **known}
+    return dict(sorted(everything.items(), key=lambda item: order.index(item[0].partition(".")[0])))
 
 
 def find_config(name: str, folder: Path) -> Path:
@@ -203,39 +201,59 @@ def _read_json(path: Path) -> Any:
 def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
     """Sets fields from the command line.
 
+    Another `name`, of a model say, replaces what is built: fields of the config that the new one
+    does not have are left out.
+
     Args:
       config: left as it is.
-      flags: `--config.field=value` or `--config.field value`; tuples as `"(16, 32)"`; a
-        boolean alone means true.
+      flags: `--config.field=value` or `--config.field value`; tuples as `"(16, 32)"`; a boolean
+        alone means true.
 
     Raises:
-      UserError: for anything else, an unknown field, or a value not of the field's type.
+      UserError: any other flag, an unknown field, or a value of another type than the field's.
 
     >>> override(ConfigDict({"seed": 0}), ["--config.seed=7"]).seed
     7
     """
-    flat, rest = flatten(config), list(flags)
+    flat, given = flatten(config), _settings(flags)
+    for section in _BUILT:
+        name = f"{section}.name"
+        if (text := dict(given).get(name)) is not None:
+            flat[name] = text
+            known = fields(_unflatten(flat))
+            flat = {
+                key: value
+                for key, value in flat.items()
+                if not key.startswith(f"{section}.") or key in known
+            }
+    known = fields(_unflatten(flat))
+    for name, text in given:
+        _check_known(name, known)
+        if text is None:
+            if known[name].type is not bool:
+                raise UserError(f"--config.{name} needs a value: --config.{name}=value")
+            text = "true"
+        flat[name] = _parse(name, text, known[name])
+    return _unflatten(flat)
+
+
+def _settings(flags: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Names and texts of flags; None for a flag without a value."""
+    given, rest = [], list(flags)
     while rest:
         flag = rest.pop(0)
         prefix, _, setting = flag.partition("--config.")
         name, equals, text = setting.partition("=")
         if prefix or not name:
-            hint = "" if flag.startswith("-") or not flag else f"did you mean --config {flag}? "
-            raise UserError(f"unknown flag {flag!r}; {hint}python train.py --help lists the flags")
-        _check_known(name)
-        if name not in flat:
-            raise UserError(f"config field {name} is missing; configs/baseline.py shows it")
-        kind = FIELDS[name].kind
+            remedy = "" if flag.startswith("-") or not flag else f"did you mean --config {flag}? "
+            raise UserError(
+                f"unknown flag {flag!r}; {remedy}python train.py --help lists the flags"
+            )
         if not equals:
-            # `--config.field value`, as other flags have it; a bare boolean is true.
-            if rest and not rest[0].startswith("--"):
-                text = rest.pop(0)
-            elif kind is bool:
-                text = "true"
-            else:
-                raise UserError(f"--config.{name} needs a value: --config.{name}=value")
-        flat[name] = _parse(name, text, kind)
-    return _unflatten(flat)
+            # `--config.field value`, as other flags have it.
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else None
+        given.append((name, text))
+    return given
 
 
 def _unflatten(flat: dict[str, Any]) -> ConfigDict:
@@ -250,29 +268,22 @@ def _unflatten(flat: dict[str, Any]) -> ConfigDict:
     return ConfigDict(nested)
 
 
-def _parse(name: str, text: str, kind: type) -> Any:
+def _parse(name: str, text: str, field: Field) -> Any:
     """The value of a field's type that a text means."""
     try:
-        if kind is bool:
+        if field.type is bool:
             return {"true": True, "false": False}[text.lower()]
-        if kind is not tuple:
-            return kind(text)
+        if field.type in (int, float, str):
+            return field.type(text)
         with warnings.catch_warnings(action="ignore"):  # of Python, about the text
             value = ast.literal_eval(text)
+        if field.type is not tuple:
+            return value
         if not isinstance(value, tuple | list):
             raise ValueError(text)
         return tuple(value)
     except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise UserError(f"--config.{name}: {_shown(text)} is not {_IN_WORDS[kind]}") from error
-
-
-_IN_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a string",
-    tuple: 'a tuple such as "(16, 32)"',
-}
+        raise UserError(f"--config.{name}: {shown(text)} is not {field.description}") from error
 
 
 def as_flags(config: ConfigDict, base: ConfigDict) -> list[str]:
@@ -280,13 +291,13 @@ def as_flags(config: ConfigDict, base: ConfigDict) -> list[str]:
 
     Args:
       config: wanted.
-      base: has the same fields.
+      base: fields that it lacks have their defaults.
 
-    >>> base = ConfigDict({"model": {"features": (8,)}, "num_epochs": 3, "seed": 0})
-    >>> as_flags(ConfigDict({"model": {"features": (4,)}, "num_epochs": 3, "seed": 1}), base)
-    ['--config.model.features=(4,)', '--config.seed=1']
+    >>> as_flags(ConfigDict({"num_epochs": 3, "seed": 1}), ConfigDict({"num_epochs": 3}))
+    ['--config.seed=1']
     """
-    before = flatten(base)
+    defaults = {name: field.default for name, field in fields(config).items()}
+    before = {**defaults, **flatten(base)}
     return [f"--config.{n}={v}" for n, v in flatten(config).items() if v != before[n]]
 
 
@@ -329,72 +340,89 @@ def check_config(config: ConfigDict) -> ConfigDict:
     """Refuses a config with an unknown, missing, mistyped or impossible field.
 
     Returns:
-      The same fields in one spelling: a config that was JSON in between, with lists for tuples, is
-      then equal to what it was.
+      All fields, with defaults where the config has none. A config that was JSON in between, with
+      lists for tuples, is then equal to what it was.
 
     Raises:
       UserError: names the field, its value and what it should be.
     """
-    flat = flatten(config)
-    for name in flat:
-        _check_known(name)
-    for name, field in FIELDS.items():
-        if name not in flat:
-            raise UserError(f"config field {name} is missing; configs/baseline.py shows it")
-        _check_field(name, flat[name], field)
-    if flat["schedule.warmup_epochs"] > flat["num_epochs"]:
+    flat, known = flatten(config), fields(config)
+    for section, (_, default, _) in _BUILT.items():
+        if default is REQUIRED and f"{section}.name" not in flat:
+            raise _missing(f"{section}.name")
+    for name, value in flat.items():
+        if not isinstance(value, ConfigDict):  # an empty section
+            _check_known(name, known)
+    checked = {}
+    for name, field in known.items():
+        if name not in flat and field.default is REQUIRED:
+            raise _missing(name)
+        value = check_type(name, field, flat[name]) if name in flat else field.default
+        if isinstance(field, _RunField) and not field.valid(value):
+            raise UserError(f"config field {name}={shown(value)} must {field.must}")
+        checked[name] = value
+    complete = _unflatten(checked)
+    _check_built(complete)
+    return complete
+
+
+def _missing(name: str) -> UserError:
+    return UserError(f"config field {name} is missing; configs/baseline.py shows it")
+
+
+def _check_built(config: Any) -> None:
+    """Builds what can be built without data, for its own checks.
+
+    A model's own spelling of a string, such as that of `padding`, becomes the config's.
+    """
+    model = create_model(num_classes=2, **config.model.to_dict())
+    for name, value in config.model.items():
+        if name != "name" and isinstance(own := getattr(model, name), str) and own != value:
+            config.model[name] = own
+    create_loss(**config.loss.to_dict())
+    create_augment(**config.augment.to_dict())
+    find_metrics(config.metrics)
+    create_optimizer(**config.optimizer.to_dict())
+    schedule = {**config.schedule.to_dict()}
+    warmup_epochs = schedule.pop("warmup_epochs")
+    create_schedule(learning_rate=config.optimizer.learning_rate, num_updates=1, **schedule)
+    if warmup_epochs > config.num_epochs:
         raise UserError(
-            f"schedule.warmup_epochs={flat['schedule.warmup_epochs']} is longer than "
-            f"num_epochs={flat['num_epochs']}"
+            f"schedule.warmup_epochs={warmup_epochs} is longer than num_epochs={config.num_epochs}"
         )
-    if flat["batch_size"] == 1 and flat["model.batch_norm"]:
-        raise UserError(
-            "batch_size=1 with model.batch_norm=True: the statistics of one image say nothing of "
-            "others, and nothing would be learned; choose batch_size=2 or more, or "
-            "model.batch_norm=False"
-        )
-    return _unflatten({name: FIELDS[name].canonical(value) for name, value in flat.items()})
 
 
-def _check_known(name: str) -> None:
-    if name not in FIELDS:
-        near = difflib.get_close_matches(name, FIELDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else "configs/baseline.py lists all fields"
-        raise UserError(f"unknown config field {name}; {hint}")
+def _check_known(name: str, known: Schema) -> None:
+    if name in known:
+        return
+    section, _, leaf = name.rpartition(".")
+    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+    if section and (near := difflib.get_close_matches(leaf, siblings, n=1)):
+        remedy = f"did you mean {section}.{near[0]}?"
+    elif section in _BUILT:
+        remedy = f"the {section} that is chosen has {', '.join(s for s in siblings if s != 'name')}"
+    elif near := difflib.get_close_matches(name, known, n=1):
+        remedy = f"did you mean {near[0]}?"
+    else:
+        remedy = "python train.py --help lists all fields"
+    raise UserError(f"unknown config field {name}; {remedy}")
 
 
-def _shown(value: Any) -> str:
-    try:
-        return repr(value)
-    except ValueError:  # Python prints no integer of more than 4,300 digits
-        return "a number too long to print"
-
-
-def _check_field(name: str, value: Any, field: _Field) -> None:
-    kinds = {float: (float, int), tuple: (tuple, list)}.get(field.kind, (field.kind,))
-    if not isinstance(value, kinds) or (isinstance(value, bool) and field.kind is not bool):
-        raise UserError(
-            f"config field {name}={_shown(value)} must be {_IN_WORDS[field.kind]}, "
-            f"not {type(value).__name__}"
-        )
-    if not field.valid(value):
-        raise UserError(f"config field {name}={_shown(value)} must {field.words}")
-
-
-def resolved(config: ConfigDict) -> dict[str, Any]:
+def to_json_dict(config: ConfigDict) -> dict[str, Any]:
     """The config as nested JSON values: what `config.json` holds."""
     return json.loads(json.dumps(config.to_dict()))
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Fields in which two resolved configs would give different results.
+def config_diff(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Fields in which two resolved configs would give different results: all but `runtime`.
 
-    >>> differences({"seed": 0, "tensorboard": True}, {"seed": 1, "tensorboard": False})
+    >>> before = {"seed": 0, "runtime": {"platform": "cpu"}}
+    >>> config_diff(before, {"seed": 1, "runtime": {"platform": "gpu"}})
     ['seed: 0 -> 1']
     """
     old, new = flatten(before), flatten(after)
     return [
         f"{name}: {old.get(name, 'unset')} -> {new.get(name, 'unset')}"
         for name in {**old, **new}
-        if name not in _FREE_TO_CHANGE and old.get(name) != new.get(name)
+        if not name.startswith("runtime.") and old.get(name) != new.get(name)
     ]

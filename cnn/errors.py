@@ -1,8 +1,12 @@
-"""The exceptions that say something to the person at the screen."""
+"""The exceptions that carry a message for the user, and texts in such messages."""
+
+from __future__ import annotations
+
+from typing import Any
 
 
 def one_line(text: str, limit: int = 1000) -> str:
-    r"""A text as it can stand in a message: control characters escaped, the middle cut if long.
+    r"""Makes a text fit for a message: escapes control characters, and cuts the middle if long.
 
     >>> print(one_line("two\nlines"))
     two\nlines
@@ -14,15 +18,26 @@ def one_line(text: str, limit: int = 1000) -> str:
     return line if len(line) <= limit else f"{line[:half]} ... {line[-half:]}"
 
 
-class UserError(ValueError):
-    """A mistake in a flag, a config, a dataset or a directory.
+def array_type(value: Any) -> str:
+    """Dtype and shape of an array of any library; the name of the type of anything else.
 
-    Its message is one line for a person: what is wrong, where, and what to do.
-    `train.py` prints that line and leaves with exit code 2; a script may catch it
-    as the `ValueError` it is.
+    >>> import numpy as np
+    >>> array_type(np.zeros((2, 3), np.float32)), array_type(None)
+    ('float32[2, 3]', 'NoneType')
+    """
+    if not hasattr(value, "dtype"):
+        return type(value).__name__
+    return f"{getattr(value.dtype, 'name', value.dtype)}{list(value.shape)}"
+
+
+class UserError(ValueError):
+    """An error that the user can correct: in a flag, a config, a dataset or a directory.
+
+    The message is one line: what is wrong, where, and what to do. `train.py` prints it and exits
+    with code 2. A script may catch it as a `ValueError`.
 
     Args:
-      message: control characters in it are escaped, and it is cut in the middle if it is long.
+      message: control characters in it are escaped; a long message is cut in the middle.
     """
 
     def __init__(self, message: str) -> None:
@@ -30,14 +45,14 @@ class UserError(ValueError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a run. What it had saved is there, and the same command goes on from it.
+    """A signal ended a run; the same command resumes it from its last checkpoint.
 
-    Its message is one line for a person. `train.py` leaves with exit code 128 + `signal`: 130
-    after Ctrl-C, 143 after SIGTERM. A script that catches `KeyboardInterrupt` catches it too.
+    `train.py` exits with code 128 + `signal`: 130 after Ctrl-C, 143 after SIGTERM. A script that
+    catches `KeyboardInterrupt` catches it too.
 
     Args:
-      message: what was saved.
-      signum: the signal.
+      message: one line that names the step that was saved.
+      signum: the signal's number.
     """
 
     def __init__(self, message: str, signum: int) -> None:

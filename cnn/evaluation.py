@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn.data.dataset import Split
 from cnn.data.pipeline import DeviceSplit
 from cnn.errors import UserError
-from cnn.metrics import Metrics, total
+from cnn.metrics import Metrics
 from cnn.ops import explicit_mesh
 from cnn.runtime.devices import limit_in_flight
 from cnn.steps import TrainState, eval_step, is_per_example_state
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size", "mesh"))
-def _score_batch(
-    state: TrainState, split: DeviceSplit, start: int, *, batch_size: int, mesh: Mesh | None
+def _eval_batch(
+    state: TrainState, split: DeviceSplit, start: jax.Array, *, batch_size: int, mesh: Mesh | None
 ) -> Metrics:
-    """Scores `batch_size` images from `start` on; those behind the last image count nowhere."""
+    """Scores `batch_size` images from `start` on; those beyond the last image do not count."""
 
+    @explicit_mesh.automatic_axes(lambda mesh, *_: explicit_mesh.replicated_over(mesh))
     def score(state: TrainState, split: DeviceSplit, start: jax.Array) -> Metrics:
         num_examples = split.labels.shape[0]
         index = start + jnp.arange(batch_size, dtype=jnp.int32)
         if mesh is not None and batch_size % mesh.size == 0:
             index = jax.lax.with_sharding_constraint(index, _over_all_axes(mesh))
-        batch = split.take(jnp.minimum(index, num_examples - 1))
+        batch = split.get_batch(jnp.minimum(index, num_examples - 1))
         return eval_step(state, {**batch, "mask": index < num_examples})
 
-    first = jnp.asarray(start, jnp.int32)
-    return explicit_mesh.with_automatic_axes(
-        score, explicit_mesh.replicated_over, state, split, first
-    )
+    return score(state, split, start)
 
 
 def _over_all_axes(mesh: Mesh) -> NamedSharding:
@@ -49,19 +47,19 @@ def evaluate(state: TrainState, split: DeviceSplit | Split, *, batch_size: int =
 
     Args:
       state: whose parameters to score.
-      split: placed on the devices; the batch is sharded over the mesh it lies on, if any. A split
-        on the host is placed where the state is, and its images are divided by 255: a state that
-        was trained on standardized images wants `DeviceSplit.place(..., "standardize", ...)`.
+      split: on the devices, such as `pipeline.test`; the batch is sharded over its mesh, if any. A
+        split on the host, such as `dataset.test`, is placed beside the state and its images are
+        divided by 255, which is wrong for a state that was trained on standardized images.
       batch_size: images per compiled call; rounded up to a multiple of the device count.
 
     Returns:
-      Metrics on the host: `count` is the number of images of the split, whatever the batch
-      size and the number of devices. Where model or loss do not declare that they treat each image
-      for itself (see `create_train_state`), no image is put in to fill the last batch.
+      Metrics on the host: `count` is the number of images of the split, whatever the batch size and
+      the number of devices. The last batch is filled up with images that do not count only where
+      model and loss declare `per_example` (see `create_train_state`).
 
     Raises:
-      UserError: if the split or the batch size is none, or labels, logits and losses have not the
-        shapes that `train_step` asks for.
+      UserError: if `split` is no split, `batch_size` is less than 1, or labels, logits or losses
+        have shapes that `train_step` refuses.
     """
     if isinstance(split, Split):
         split = _place(split, state)
@@ -80,17 +78,17 @@ def evaluate(state: TrainState, split: DeviceSplit | Split, *, batch_size: int =
         batch_size = -(-batch_size // mesh.size) * mesh.size
     padded = is_per_example_state(state)
     parts: list[Metrics] = []
-    for start in range(0, num_examples, batch_size):
-        size = batch_size if padded else min(batch_size, num_examples - start)
-        parts.append(_score_batch(state, split, start, batch_size=size, mesh=mesh))
-        limit_in_flight(parts)
-    return total(parts)
+    with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext():
+        for start in range(0, num_examples, batch_size):
+            size = batch_size if padded else min(batch_size, num_examples - start)
+            first = jnp.asarray(start, jnp.int32)
+            parts.append(_eval_batch(state, split, first, batch_size=size, mesh=mesh))
+            limit_in_flight(parts)
+    return Metrics.merge(parts)
 
 
 def _place(split: Split, state: TrainState) -> DeviceSplit:
     """A split of the host beside the state, to be scaled to 0..1."""
     where = next((leaf.sharding for leaf in jax.tree.leaves(state.params)), None)
     where = NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else None
-    channels = split.images.shape[-1]
-    constants = np.zeros(channels, np.float32), np.ones(channels, np.float32)
-    return DeviceSplit(*jax.device_put((split.images, split.labels, *constants), where))
+    return DeviceSplit.from_split(split, where)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,21 +14,32 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from cnn.data import Dataset, Split, load_dataset
-from cnn.data.pipeline import DeviceSplit
+from cnn.augment import Augment, create_augment
+from cnn.data import Dataset, load_dataset
+from cnn.data.pipeline import Pipeline, stream_key
 from cnn.errors import UserError
+from cnn.losses import LossFn, create_loss
+from cnn.metrics import MetricFn, find_metrics
 from cnn.models import create_model
+from cnn.models.summary import model_summary
 from cnn.optimizers import create_optimizer, create_schedule
-from cnn.runtime.devices import replicated_sharding
+from cnn.runtime.devices import data_mesh, replicated_sharding
+from cnn.runtime.provenance import describe_object
 from cnn.runtime.screen import waiting
-from cnn.steps import CrossEntropy, TrainState, create_train_state, has_native_convolution
+from cnn.steps import TrainState, initialize, static_arguments
 
-# Streams of random keys, folded into the run's seed.
-_INIT, _ORDER, _AUGMENT = 0, 1, 2
-# Where compiling takes longer than running: a third of the time on a CPU, for the same numbers.
+# What a script may pass -> the config section that it replaces.
+SECTIONS = {
+    "model": "model",
+    "tx": "optimizer",
+    "loss_fn": "loss",
+    "augment": "augment",
+    "dataset": "dataset",
+}
+_INIT = 0  # the stream of random keys of the initialization; `cnn.data.pipeline` has the others
+# For programs that take longer to compile than to run: a third of the time on a CPU, for the same
+# numbers.
 _RUNS_ONCE = {"xla_backend_optimization_level": 1}
-# A call of half a second on two cores, and 50 MB of images.
-_MOST_STEPS_PER_CALL, _VALUES_PER_CALL = 50, 4096 * 32 * 32 * 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,91 +49,100 @@ class Experiment:
     Attributes:
       config: the checked `ConfigDict`; `Any`, as no type checker knows its fields.
       dataset: its splits, on the host.
-      mesh: the devices.
+      pipeline: its batches, on the devices.
       model: the network.
-      schedule: learning rate by number of updates.
-      steps_per_epoch: whole batches in the train split.
+      tx: the optimizer.
+      loss_fn: the training objective.
+      metric_fns: what is reported beside the loss.
+      schedule: learning rate by number of updates; None if the optimizer came from a script.
+      num_steps: of the whole run.
       warmup_updates: during which the learning rate rises.
+      given: by config section, a description of what a script passed in its place.
     """
 
     config: Any
     dataset: Dataset
-    mesh: Mesh
+    pipeline: Pipeline
     model: nn.Module
-    schedule: optax.Schedule
-    steps_per_epoch: int
+    tx: optax.GradientTransformation
+    loss_fn: LossFn
+    metric_fns: tuple[MetricFn, ...]
+    schedule: optax.Schedule | None
+    num_steps: int
     warmup_updates: int
+    given: dict[str, Any]
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.pipeline.mesh
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the train split."""
+        return self.pipeline.steps_per_epoch
+
+    @property
+    def _accumulation(self) -> int:
+        """Steps per update."""
+        return self.config.optimizer.grad_accumulation_steps if self.schedule else 1
 
     @property
     def num_updates(self) -> int:
         """Updates of the whole run: an optimizer that accumulates makes fewer than steps."""
-        return self.num_steps // self.config.optimizer.grad_accumulation_steps
+        return self.num_steps // self._accumulation
 
-    @property
-    def num_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.steps_per_epoch * self.config.num_epochs
+    def epoch(self, step: int) -> int | float:
+        """Passes over the training images after some steps; whole ones as an int."""
+        whole, rest = divmod(step, self.steps_per_epoch)
+        return whole + rest / self.steps_per_epoch if rest else whole
 
-    @property
-    def shuffle_key(self) -> jax.Array:
-        """The key from which each epoch's order follows."""
-        return _stream_key(self.config.seed, _ORDER)
+    def epoch_end(self, step: int) -> int:
+        """The step at which the epoch that begins or continues at a step is evaluated."""
+        return min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.num_steps)
 
-    @property
-    def augment_key(self) -> jax.Array:
-        """The key from which the augmentation of each step follows."""
-        return _stream_key(self.config.seed, _AUGMENT)
-
-    def place(self, split: Split) -> DeviceSplit:
-        """A split of the dataset, on every device of the mesh."""
-        normalization = self.config.dataset.normalization
-        return DeviceSplit.place(split, self.dataset, normalization, replicated_sharding(self.mesh))
+    def next_stop(self, step: int) -> int:
+        """The next step after which the state is saved: within the epoch, or at its end."""
+        every, end = self.config.runtime.checkpoint_every_steps, self.epoch_end(step)
+        return min(end, (step // every + 1) * every) if every else end
 
     def initial_state(self) -> TrainState:
-        """The state before the first step, on every device of the mesh."""
-        optimizer = {**self.config.optimizer.to_dict(), "learning_rate": self.schedule}
-        create = self.jit_once(create_train_state, ("model", "tx", "image_shape", "loss_fn"))
-        state = create(
-            model=self.model,
-            tx=create_optimizer(**optimizer),
-            key=_stream_key(self.config.seed, _INIT),
-            image_shape=tuple(self.dataset.image_shape),
-            loss_fn=CrossEntropy(self.config.label_smoothing),
-        )
-        state = state.replace(
-            lanes=self.mesh.size, skip_nonfinite=self.config.on_nonfinite == "skip"
-        )
-        return jax.device_put(state, replicated_sharding(self.mesh))
+        """The state before the first step, on every device of the mesh.
 
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the devices are those of a CPU."""
-        return self.mesh.devices.flat[0].platform == "cpu"
+        Raises:
+          UserError: the model does not fit the images, or one image per batch.
+        """
+        static = static_arguments(
+            self.model, self.tx, self.dataset.image_shape, self.loss_fn, self.metric_fns
+        )
+        state = self.jit_once(initialize, tuple(static))(
+            stream_key(self.config.seed, _INIT), **static
+        )
+        if "batch_stats" in state.model_state and self.config.batch_size == 1:
+            raise UserError(
+                "batch_size=1 and a model with batch normalization: the statistics of one image "
+                "are not those of others, and nothing would be learned; choose batch_size=2 or "
+                "more, or a model without"
+            )
+        state = state.replace(skip_nonfinite=self.config.runtime.on_nonfinite == "skip")
+        return jax.device_put(state, replicated_sharding(self.mesh))
 
     def jit_once(
         self, fn: Callable[..., Any], static_argnames: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
-        """`jax.jit` for what runs once in a run.
+        """`jax.jit` for a program that runs once in a run.
 
         Args:
-          fn: of a module: the compiled function is kept for later runs.
+          fn: a function of a module: the compiled program is kept for later runs.
           static_argnames: as for `jax.jit`.
         """
-        return _jit_once(fn, static_argnames, self.on_cpu)
+        return _jit_once(fn, static_argnames, self.mesh.devices.flat[0].platform == "cpu")
 
-    def steps_per_execution(self, state: TrainState) -> int:
-        """Steps in one call of the compiled function: none passes an epoch's end or a save."""
-        most = self.config.steps_per_execution
-        if not most:
-            shape = (self.config.batch_size, *self.dataset.image_shape)
-            most = max(1, min(_MOST_STEPS_PER_CALL, _VALUES_PER_CALL // math.prod(shape)))
-            if self.on_cpu and has_native_convolution(state, shape):
-                most = 1
-        return min(most, self.steps_per_epoch, self.config.checkpoint_every_steps or most)
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of the last update made when `step` steps are done."""
-        update = max(step // self.config.optimizer.grad_accumulation_steps - 1, 0)
+    def learning_rate(self, step: int) -> float | None:
+        """The learning rate of the last update made in `step` steps; None if it is not known."""
+        if self.schedule is None:
+            return None
+        update = max(step // self._accumulation - 1, 0)
         return float(_scheduled(self.schedule, np.int32(update)))
 
 
@@ -140,68 +159,169 @@ def _scheduled(schedule: optax.Schedule, update: jax.Array) -> jax.Array:
     return jnp.asarray(schedule(update))
 
 
-def _stream_key(seed: int, stream: int) -> jax.Array:
-    """A typed key: what `jax.random.key(seed)` is by JAX's defaults, and the stream folded in.
+def create_experiment(
+    config: Any,
+    devices: list[Any],
+    *,
+    dataset: Dataset | None = None,
+    model: nn.Module | None = None,
+    tx: optax.GradientTransformation | None = None,
+    loss_fn: LossFn | None = None,
+    augment: Augment | None = None,
+) -> Experiment:
+    """Loads the data and builds what a checked config names.
 
-    Made of its two words, so that no setting of JAX changes it (there is one that adds to seeds).
-    """
-    return _fold_in(np.array([0, seed], np.uint32), np.uint32(stream))
-
-
-@jax.jit
-def _fold_in(words: jax.Array, stream: jax.Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), stream)
-
-
-def create_experiment(config: Any, mesh: Mesh) -> Experiment:
-    """Loads the data and builds the model and schedule that a checked config names.
+    Args:
+      config: from `check_config`.
+      devices: to use.
+      dataset: replaces the config's, as the arguments that follow do.
+      model: a linen module that returns logits for the dataset's classes.
+      tx: an optimizer.
+      loss_fn: (logits `float32[B, K]`, labels `int[B]`) -> losses `float[B]`.
+      augment: see `cnn.augment`.
 
     Raises:
-      UserError: if the dataset cannot be had, or is too small for the batch or the schedule.
+      UserError: if the dataset cannot be loaded, or is too small for the batch, the augmentation or
+        the schedule.
     """
-    with waiting(f"loading {config.dataset.name}"):
-        dataset = load_dataset(config.dataset.name, config.dataset.data_dir or None)
-    num_images = len(dataset.train.labels)
-    steps_per_epoch = num_images // config.batch_size
-    if not steps_per_epoch:
-        raise UserError(
-            f"batch_size={config.batch_size} is more than the {num_images:,} training images "
-            f"of {dataset.name}"
-        )
-    side = min(dataset.image_shape[:2])
-    if config.augment.translate >= side:
-        raise UserError(
-            f"augment.translate={config.augment.translate} is too much for images of {side} "
-            f"pixels; choose 0 to {side - 1}"
-        )
-    # Updates, not steps: an optimizer that accumulates moves its schedule on once per update.
-    accumulate, num_steps = (
-        config.optimizer.grad_accumulation_steps,
-        steps_per_epoch * config.num_epochs,
+    passed = {"model": model, "tx": tx, "loss_fn": loss_fn, "augment": augment}
+    given = {
+        SECTIONS[name]: describe_object(value)
+        for name, value in passed.items()
+        if value is not None
+    }
+    if dataset is None:
+        with waiting(f"loading {config.dataset.name}"):
+            dataset = load_dataset(config.dataset.name, config.runtime.data_dir or None)
+    else:
+        normalization = config.dataset.normalization
+        given["dataset"] = {"object": dataset.name, "normalization": normalization}
+    pipeline = Pipeline(
+        dataset,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        normalization=config.dataset.normalization,
+        augment=create_augment(**config.augment.to_dict()) if augment is None else augment,
+        mesh=data_mesh(devices, config.batch_size),
+        steps_per_execution=config.runtime.steps_per_execution,
     )
-    if accumulate > num_steps:
-        raise UserError(
-            f"optimizer.grad_accumulation_steps={accumulate} is more than the {num_steps:,} steps of the "
-            f"run: nothing would be trained"
-        )
+    num_steps = max(round(config.num_epochs * pipeline.steps_per_epoch), 1)
     if num_steps >= 2**31:
         raise UserError(
-            f"num_epochs={config.num_epochs} makes {num_steps:,} steps; a run has less than 2**31"
+            f"num_epochs={config.num_epochs:g} makes {num_steps:,} steps; a run has less than 2**31"
         )
-    warmup_updates = round(steps_per_epoch * config.schedule.warmup_epochs / accumulate)
-    schedule = create_schedule(
-        config.schedule.name,
-        config.optimizer.learning_rate,
-        num_updates=num_steps // accumulate,
-        warmup_updates=warmup_updates,
-        final_lr_fraction=config.schedule.final_lr_fraction,
-    )
+    schedule, warmup_updates = None, 0
+    if tx is None:
+        schedule, warmup_updates = _create_schedule(config, num_steps, pipeline.steps_per_epoch)
+        tx = create_optimizer(**{**config.optimizer.to_dict(), "learning_rate": schedule})
     return Experiment(
         config=config,
         dataset=dataset,
-        mesh=mesh,
-        model=create_model(num_classes=dataset.num_classes, **config.model.to_dict()),
+        pipeline=pipeline,
+        model=create_model(num_classes=dataset.num_classes, **config.model.to_dict())
+        if model is None
+        else model,
+        tx=tx,
+        loss_fn=create_loss(**config.loss.to_dict()) if loss_fn is None else loss_fn,
+        metric_fns=find_metrics(config.metrics),
         schedule=schedule,
-        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
         warmup_updates=warmup_updates,
+        given=given,
     )
+
+
+def _create_schedule(
+    config: Any, num_steps: int, steps_per_epoch: int
+) -> tuple[optax.Schedule, int]:
+    """The schedule, and how many of its updates are warm-up.
+
+    It counts updates, not steps: an optimizer that accumulates gradients advances its schedule once
+    per update.
+    """
+    accumulation = config.optimizer.grad_accumulation_steps
+    if accumulation > num_steps:
+        raise UserError(
+            f"optimizer.grad_accumulation_steps={accumulation} is more than the {num_steps:,} "
+            f"steps of the run: nothing would be trained"
+        )
+    fields = config.schedule.to_dict()
+    warmup_updates = round(steps_per_epoch * fields.pop("warmup_epochs") / accumulation)
+    schedule = create_schedule(
+        learning_rate=config.optimizer.learning_rate,
+        num_updates=num_steps // accumulation,
+        warmup_updates=warmup_updates,
+        **fields,
+    )
+    return schedule, warmup_updates
+
+
+def notes(experiment: Experiment) -> list[str]:
+    """Settings that have no effect, or less than their names promise, a line each."""
+    config, num_steps = experiment.config, experiment.num_steps
+    every = config.runtime.checkpoint_every_steps
+    lines = _schedule_notes(experiment) if experiment.schedule is not None else []
+    if every >= num_steps:
+        lines.append(
+            f"runtime.checkpoint_every_steps={every} has no effect: the run has {num_steps:,} steps"
+        )
+    return lines
+
+
+def _schedule_notes(experiment: Experiment) -> list[str]:
+    config, num_steps = experiment.config, experiment.num_steps
+    schedule, accumulation = config.schedule, config.optimizer.grad_accumulation_steps
+    lines = []
+    if rest := num_steps % accumulation:
+        lines.append(
+            f"steps at the end without effect: {rest:,} of {num_steps:,}, which do not fill "
+            f"optimizer.grad_accumulation_steps={accumulation}"
+        )
+    if schedule.warmup_epochs and not experiment.warmup_updates:
+        lines.append(
+            f"schedule.warmup_epochs={schedule.warmup_epochs} has no effect: it is less than one "
+            f"update"
+        )
+    if experiment.warmup_updates >= experiment.num_updates and schedule.name != "constant":
+        lines.append(
+            f"schedule.name={schedule.name} has no effect: schedule.warmup_epochs="
+            f"{schedule.warmup_epochs} takes the whole run"
+        )
+    return lines
+
+
+def describe(experiment: Experiment, variables: Any, num_devices: int, *, width: int) -> str:
+    """What is about to be trained: data, batches, devices, notes on settings, layers.
+
+    Args:
+      experiment: of the run.
+      variables: the model's parameters and other collections.
+      num_devices: how many there are; the mesh may use fewer.
+      width: columns that the table of layers may have.
+    """
+    data, used = experiment.dataset, experiment.mesh.size
+    batch_size, steps = experiment.pipeline.batch_size, experiment.steps_per_epoch
+    train_count, test_count = len(data.train), len(data.test)
+    kind = experiment.mesh.devices.flat[0].device_kind
+    left_out = train_count - steps * batch_size
+    size = "x".join(map(str, data.image_shape))
+    lines = [
+        f"data: {data.name}, {size}, {data.num_classes:,} classes",
+        f"images: {train_count:,} for training, {test_count:,} for testing",
+        f"batches: {steps:,} of {batch_size:,} images in each epoch"
+        + (f"; {left_out:,} images left out" if left_out else ""),
+        f"devices: {used} x {kind}, {batch_size // used:,} images each per step",
+    ]
+    lines += [f"{name}: {_origin(origin)}" for name, origin in experiment.given.items()]
+    if used < num_devices:
+        lines.append(
+            f"note: batch_size={batch_size} does not divide evenly over {num_devices} devices; "
+            f"{num_devices - used} stay idle"
+        )
+    lines += [f"note: {line}" for line in notes(experiment)]
+    table = model_summary(experiment.model, variables, data.image_shape, width=width)
+    return "\n".join([*lines, table])
+
+
+def _origin(origin: dict[str, Any]) -> str:
+    return f"{origin['object']}, passed by the script"

@@ -1,76 +1,142 @@
-"""Loss and accuracy as sums and counts, so that batches of any size merge exactly."""
+"""Metrics as named sums and a count, so that batches of any size merge exactly.
+
+A metric is a function of `(logits float32[B, K], labels int[B])` that gives one number for each
+image; the mean over images is what is reported. A row of `METRICS` makes it known to configs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Bool, Float, Integer
 
+from cnn.arrays import AnyArray
 from cnn.errors import UserError
+from cnn.registry import select
+
+MetricFn = Callable[[Any, Any], jax.Array]
+
+
+def accuracy(logits: Float[AnyArray, "B K"], labels: Integer[AnyArray, " B"]) -> Bool[Array, " B"]:
+    """Whether the largest logit is the label's; the first of equal ones counts as the largest."""
+    return jnp.argmax(logits, axis=-1) == labels
+
+
+def top5_accuracy(
+    logits: Float[AnyArray, "B K"], labels: Integer[AnyArray, " B"]
+) -> Bool[Array, " B"]:
+    """Whether at most four logits are larger than the label's."""
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    return jnp.sum(logits > own, axis=-1) < 5
+
+
+METRICS: dict[str, MetricFn] = {"accuracy": accuracy, "top5_accuracy": top5_accuracy}
+
+
+def find_metrics(names: Iterable[str]) -> tuple[MetricFn, ...]:
+    """The metrics of some names.
+
+    Raises:
+      UserError: there is no such metric.
+    """
+    return tuple(select("metric", METRICS, name) for name in names)
 
 
 class Metrics(struct.PyTreeNode):
     """What a set of scored images adds up to.
 
-    On the device the leaves are scalars (`float32[]`, `int32[]`, `int32[]`), or carry the
-    leading axes that `vmap` or `scan` gave them. `total` brings them to the host, where
-    Python numbers hold the sums of a whole run without rounding the counts.
+    On the device the leaves are scalars, or carry the leading axes that `vmap` or `scan` gave them.
+    `merge` brings them to the host, where Python numbers hold the sums of a whole run.
 
     Attributes:
-      loss_sum: sum of the per-example losses, in nats.
-      correct: number of images whose largest logit is the label's.
-      count: number of images scored.
+      sums: `float32[]` by name: "loss", in nats, and one for each metric.
+      count: `int32[]`, the number of images scored.
+
+    >>> metrics = Metrics(sums={"loss": 6.0, "accuracy": 1.0}, count=4)
+    >>> metrics.loss, metrics.accuracy, metrics.means()
+    (1.5, 0.25, {'loss': 1.5, 'accuracy': 0.25})
     """
 
-    loss_sum: jax.Array | float
-    correct: jax.Array | int
-    count: jax.Array | int
+    sums: Mapping[str, Any]
+    count: Any
 
     @classmethod
-    def of(
+    def from_logits(
         cls,
-        losses: jax.Array,
-        logits: jax.Array,
-        labels: jax.Array,
-        mask: jax.Array | None = None,
+        losses: Any,
+        logits: Any,
+        labels: Any,
+        mask: Any = None,
+        *,
+        metric_fns: tuple[MetricFn, ...] = (accuracy,),
     ) -> Metrics:
         """Scores one batch.
 
         Args:
-          losses: `float[B]`, per example; they are summed as float32.
-          logits: `float[B, K]`. The first of equal largest logits is the prediction.
+          losses: `float[B]`; they are summed as float32.
+          logits: `float[B, K]`.
           labels: `int[B]`.
-          mask: `bool[B]`; examples where it is false count nowhere. All count without it.
+          mask: `bool[B]`; images where it is false count nowhere. All count without it.
+          metric_fns: named by their `__name__`.
 
         Raises:
-          UserError: if an argument has another shape or type; nothing is broadcast.
+          UserError: if an argument has another shape or dtype; nothing is broadcast.
         """
         _check_shapes(losses, logits, labels, mask)
-        losses = losses.astype(jnp.float32)
-        hits = jnp.argmax(logits, axis=-1) == labels
+        values = {"loss": losses, **{fn.__name__: fn(logits, labels) for fn in metric_fns}}
+        for name, value in values.items():
+            if getattr(value, "shape", None) != labels.shape:
+                raise UserError(
+                    f"the metric {name} must return a number for each image, [B] with "
+                    f"B={labels.shape[0]}, not {describe_array(value)}"
+                )
         if mask is None:
             mask = jnp.ones(labels.shape, bool)
+        # float32 holds a count of up to 2**24 images exactly, and joins the one all-reduce of the
+        # gradients; an integer would need a second one, a twentieth of a step on a CPU.
+        sums = {
+            name: jnp.sum(jnp.where(mask, value.astype(jnp.float32), 0.0))
+            for name, value in values.items()
+        }
+        return cls(sums=sums, count=jnp.sum(mask, dtype=jnp.int32))
+
+    @classmethod
+    def merge(cls, parts: Iterable[Metrics]) -> Metrics:
+        """Adds metrics up on the host, in float64. Waits for the device values.
+
+        Leaves with leading axes (from `scan`) are summed over them in order.
+        """
+        host = [jax.tree.map(np.ravel, part) for part in jax.device_get(list(parts))]
+        names = dict.fromkeys(name for part in host for name in part.sums)
         return cls(
-            loss_sum=jnp.sum(jnp.where(mask, losses, 0.0)),
-            # Exact up to 2**24 images. As float32 it joins the sum over devices of the losses and
-            # gradients; by itself it would be a second rendezvous, a twentieth of a CPU's step.
-            correct=jnp.sum(hits & mask, dtype=jnp.float32).astype(jnp.int32),
-            count=jnp.sum(mask, dtype=jnp.int32),
+            # Left to right: a run that is cut into other pieces adds up to the same bits.
+            sums={
+                name: sum((float(x) for part in host for x in part.sums.get(name, ())), 0.0)
+                for name in names
+            },
+            count=sum(int(part.count.sum()) for part in host),
         )
 
-    @property
-    def loss(self) -> jax.Array | float:
-        """Mean loss per image, in nats."""
-        return self.loss_sum / self.count
+    def means(self) -> dict[str, Any]:
+        """The mean over images by name: the loss in nats, accuracies as fractions."""
+        return {name: value / self.count for name, value in self.sums.items()}
 
     @property
-    def accuracy(self) -> jax.Array | float:
-        """Fraction of images predicted right, 0 to 1."""
-        return self.correct / self.count
+    def loss(self) -> Any:
+        """Mean loss per image, in nats."""
+        return self.sums["loss"] / self.count
+
+    @property
+    def accuracy(self) -> Any:
+        """Fraction of images that are classified correctly."""
+        return self.sums["accuracy"] / self.count
 
 
 def _check_shapes(losses: Any, logits: Any, labels: Any, mask: Any) -> None:
@@ -79,12 +145,12 @@ def _check_shapes(losses: Any, logits: Any, labels: Any, mask: Any) -> None:
     check_logits(logits, size)
     if not _is_float(losses) or losses.shape != (size,):
         raise UserError(
-            f"the loss must return a float for each image, [B] with B={size}, not {shown(losses)}; "
-            f"leave out its mean or sum over the batch"
+            f"the loss must return a float for each image, [B] with B={size}, not "
+            f"{describe_array(losses)}; leave out its mean or sum over the batch"
         )
     is_bool = getattr(mask, "dtype", None) == np.dtype(bool)
     if mask is not None and not (is_bool and mask.shape == (size,)):
-        raise UserError(f"mask must be bool [B] with B={size}, not {shown(mask)}")
+        raise UserError(f"mask must be bool [B] with B={size}, not {describe_array(mask)}")
 
 
 def check_logits(logits: Any, batch_size: Any) -> None:
@@ -92,7 +158,8 @@ def check_logits(logits: Any, batch_size: Any) -> None:
     fits = _is_float(logits) and logits.ndim == 2 and logits.shape[0] == batch_size
     if not fits or not logits.shape[1]:
         raise UserError(
-            f"the model must return logits, float [B, K] with B={batch_size}, not {shown(logits)}"
+            f"the model must return logits, float [B, K] with B={batch_size}, not "
+            f"{describe_array(logits)}"
         )
 
 
@@ -104,69 +171,81 @@ def check_labels(labels: Any) -> None:
     """Raises UserError unless labels are integers `[B]`."""
     is_integer = hasattr(labels, "dtype") and jnp.issubdtype(labels.dtype, jnp.integer)
     if not is_integer or labels.ndim != 1:
-        raise UserError(f"labels must be integers [B], one for each image, not {shown(labels)}")
+        raise UserError(
+            f"labels must be integers [B], one for each image, not {describe_array(labels)}"
+        )
 
 
-def shown(value: Any) -> str:
-    """Type and shape of an array, for a message; the type alone of anything else.
+def describe_array(value: Any) -> str:
+    """Dtype and shape of an array, for a message; the type alone of anything else.
 
-    >>> shown(np.zeros((2, 3), np.float32)), shown(None)
+    >>> describe_array(np.zeros((2, 3), np.float32)), describe_array(None)
     ('float32[2, 3]', 'NoneType')
     """
     is_array = hasattr(value, "dtype")
     return f"{value.dtype}{list(value.shape)}" if is_array else type(value).__name__
 
 
-def total(parts: Iterable[Metrics]) -> Metrics:
-    """Adds metrics up on the host: Python integers, and the losses in float64.
-
-    Waits for the device values it is given. Leaves with leading axes (from `scan`) are
-    summed over them in order.
-    """
-    host = [jax.tree.map(np.ravel, part) for part in jax.device_get(list(parts))]
-    return Metrics(
-        # Left to right: a run cut into other pieces adds up to the same bits.
-        loss_sum=sum((float(x) for part in host for x in part.loss_sum), 0.0),
-        correct=sum(int(part.correct.sum()) for part in host),
-        count=sum(int(part.count.sum()) for part in host),
-    )
-
-
 class MetricsAccumulator:
-    """The metrics of an epoch's steps: on the devices until somebody asks.
+    """The metrics of an epoch's steps, which stay on the devices until they are fetched.
 
     Args:
-      step: steps done before those to be added.
-      metrics: of the epoch's steps among them, on the host; none without it.
+      step: the number of steps made before the first that is added.
+      metrics: of the epoch's steps among them, on the host; None without any.
 
     Attributes:
-      metrics: of the steps that were collected, on the host.
-      skipped: which of these steps were not finite and count nowhere, counted from 1.
-      pending: what was added and not collected, in order.
+      metrics: of the steps that were fetched, on the host.
+      skipped: the steps among them whose loss or gradients were not finite; the first is 1.
+      pending: what was added and not fetched, in order.
     """
 
     def __init__(self, step: int, metrics: Metrics | None = None) -> None:
-        self.metrics = metrics or Metrics(loss_sum=0.0, correct=0, count=0)
+        self.metrics = metrics or Metrics(sums={}, count=0)
         self.skipped: list[int] = []
         self._step = step
         self.pending: list[tuple[Metrics, int]] = []
 
-    def add(self, scores: Metrics, steps: int) -> None:
-        """Takes the metrics of some steps: leaves `[steps]` or longer, or scalars of one step."""
-        self.pending.append((scores, steps))
+    def add(self, metrics: Metrics, num_steps: int) -> None:
+        """Takes the metrics of some steps: leaves `[num_steps]` or longer, or scalars of one."""
+        self.pending.append((metrics, num_steps))
 
-    def collect(self, keep: int = 0) -> Metrics:
-        """Fetches what was added, which waits for it, and gives the sum over the epoch so far.
+    def fetch(self, keep_newest: int = 0) -> Metrics:
+        """Waits for what was added and returns the sums over the epoch so far.
 
         Args:
-          keep: leave so many of the newest: the devices go on while the host reads.
+          keep_newest: how many of the newest stay on the devices, which compute them meanwhile.
         """
-        ready = self.pending[: len(self.pending) - keep]
+        ready = self.pending[: len(self.pending) - keep_newest]
         self.pending = self.pending[len(ready) :]
-        host = jax.device_get([scores for scores, _ in ready])
-        for scores, (_, steps) in zip(host, ready, strict=True):
-            empty = np.flatnonzero(np.ravel(scores.count)[:steps] == 0)
+        host = jax.device_get([metrics for metrics, _ in ready])
+        for metrics, (_, num_steps) in zip(host, ready, strict=True):
+            empty = np.flatnonzero(np.ravel(metrics.count)[:num_steps] == 0)
             self.skipped += (self._step + 1 + empty).tolist()
-            self._step += steps
-        self.metrics = total([self.metrics, *host])
+            self._step += num_steps
+        self.metrics = Metrics.merge([self.metrics, *host])
         return self.metrics
+
+
+def wilson_interval(correct: int, count: int, *, level: float = 0.95) -> tuple[float, float]:
+    """The score interval of a proportion (Wilson 1927, "Probable inference").
+
+    It is that of one model on images drawn independently; other random seeds vary beyond it.
+
+    Args:
+      correct: the number of images that were classified correctly.
+      count: the number of images that were tested, at least 1.
+      level: the confidence, between 0 and 1.
+
+    Returns:
+      The lower and the upper end, fractions from 0 to 1.
+
+    >>> low, high = wilson_interval(6957, 10_000)
+    >>> round(low, 4), round(high, 4)
+    (0.6866, 0.7046)
+    """
+    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    fraction = correct / count
+    centre = fraction + z**2 / (2 * count)
+    radius = z * math.sqrt(fraction * (1 - fraction) / count + (z / (2 * count)) ** 2)
+    scale = 1 + z**2 / count
+    return max((centre - radius) / scale, 0.0), min((centre + radius) / scale, 1.0)

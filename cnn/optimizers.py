@@ -1,8 +1,14 @@
-"""Optax optimizers and learning-rate schedules, chosen by name."""
+"""Optax optimizers and learning-rate schedules, chosen by name.
+
+A row of `OPTIMIZERS` or `SCHEDULES` makes one known to configs. The fields that a config may set
+are the parameters of that function, and those that `create_optimizer` adds to every optimizer.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -11,19 +17,19 @@ import jax.numpy as jnp
 import optax
 
 from cnn.errors import UserError
-
-OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
-SCHEDULE_NAMES = ("constant", "cosine", "linear")
+from cnn.registry import Schema, complete, schema, select
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+# What becomes 0 or infinite as a float32 is refused.
+_LEAST, _MOST = 1e-37, 1e38
 
 
-def _reused(create: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Has a function give the same object for equal arguments.
+def _cached(create: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Makes a function return the same object for equal arguments.
 
-    Optimizers and schedules are closures, and closures compare by identity: a new one for each of
-    many runs would have `jit` compile each run's steps anew.
+    Optimizers and schedules are closures, and closures compare by identity: with a new one for each
+    of many runs, `jit` would compile the steps of each run anew.
     """
     cached = functools.lru_cache(maxsize=64, typed=True)(create)
 
@@ -38,89 +44,175 @@ def _reused(create: Callable[_P, _T]) -> Callable[_P, _T]:
     return reusing
 
 
-@_reused
+def constant(learning_rate: float, num_updates: int) -> optax.Schedule:
+    """The same learning rate for all updates."""
+    del num_updates
+    return optax.constant_schedule(learning_rate)
+
+
+def linear(
+    learning_rate: float, num_updates: int, final_lr_fraction: float = 0.0
+) -> optax.Schedule:
+    """Falls in a straight line to `final_lr_fraction * learning_rate` at `num_updates`."""
+    return optax.linear_schedule(learning_rate, learning_rate * final_lr_fraction, num_updates)
+
+
+def cosine(
+    learning_rate: float, num_updates: int, final_lr_fraction: float = 0.0
+) -> optax.Schedule:
+    """Falls by half a cosine to `final_lr_fraction * learning_rate` at `num_updates`.
+
+    Loshchilov & Hutter 2017, "SGDR", eq. 5.
+    """
+    return optax.cosine_decay_schedule(learning_rate, num_updates, alpha=final_lr_fraction)
+
+
+SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "linear": linear,
+}
+
+
+def schedule_schema(name: str) -> Schema:
+    """The fields of a schedule; raises UserError for an unknown name."""
+    return schema(select("schedule", SCHEDULES, name), without=("learning_rate", "num_updates"))
+
+
+@_cached
 def create_schedule(
     name: str,
     learning_rate: float,
     *,
     num_updates: int,
     warmup_updates: int = 0,
-    final_lr_fraction: float = 0.0,
+    **fields: Any,
 ) -> optax.Schedule:
-    """A learning rate as a function of the number of updates done.
+    """A learning rate as a function of the number of updates made.
 
-    Rises linearly from 0 to `learning_rate` in `warmup_updates`, then: "constant" stays,
-    "linear" falls in a straight line and "cosine" by half a cosine (Loshchilov & Hutter 2017,
-    "SGDR", eq. 5) to `final_lr_fraction * learning_rate` at `num_updates`.
+    It rises linearly from 0 to `learning_rate` in `warmup_updates`, and then follows the schedule.
+
+    Args:
+      name: a row of `SCHEDULES`.
+      learning_rate: the highest.
+      num_updates: of the whole run, warm-up included.
+      warmup_updates: the first of them.
+      **fields: of the schedule.
 
     Raises:
-      UserError: for an unknown name.
+      UserError: an unknown name or field, or a value out of its range.
 
     >>> schedule = create_schedule("linear", 1.0, num_updates=10, warmup_updates=2)
     >>> [round(float(schedule(step)), 3) for step in (0, 1, 2, 6, 10)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    decay_updates = max(num_updates - warmup_updates, 1)
-    end = learning_rate * final_lr_fraction
-    if name == "constant":
-        after = optax.constant_schedule(learning_rate)
-    elif name == "linear":
-        after = optax.linear_schedule(learning_rate, end, decay_updates)
-    elif name == "cosine":
-        after = optax.cosine_decay_schedule(learning_rate, decay_updates, alpha=final_lr_fraction)
-    else:
-        raise UserError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULE_NAMES)}")
+    fields = complete("schedule", schedule_schema(name), fields)
+    _check_range("optimizer.learning_rate", learning_rate, _LEAST, _MOST)
+    if "final_lr_fraction" in fields:
+        _check_range("schedule.final_lr_fraction", fields["final_lr_fraction"], 0, 1)
+    after = SCHEDULES[name](learning_rate, max(num_updates - warmup_updates, 1), **fields)
     if not warmup_updates:
         return after
     warmup = optax.linear_schedule(0.0, learning_rate, warmup_updates)
     return optax.join_schedules([warmup, after], [warmup_updates])
 
 
-def _kernels(params: Any) -> Any:
-    """True for matrices and convolution kernels: what weight decay applies to."""
-    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
+def sgd(
+    learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9, nesterov: bool = True
+) -> optax.GradientTransformation:
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013)."""
+    return optax.sgd(learning_rate, momentum, nesterov=nesterov)
 
 
-@_reused
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "lamb": optax.lamb,
+    "lion": optax.lion,
+    "rmsprop": optax.rmsprop,
+    "sgd": sgd,
+}
+# Decay rates of moving averages: at 1 and above nothing of the gradient would enter.
+_DECAY_RATES = ("b1", "b2", "decay", "momentum")
+
+
+def optimizer_schema(name: str) -> Schema:
+    """The fields of an optimizer; raises UserError for an unknown name."""
+    own = schema(select("optimizer", OPTIMIZERS, name), without=("learning_rate", "mask"))
+    common = schema(create_optimizer, without=("name", "learning_rate", "fields"))
+    return {**own, **common}
+
+
+@_cached
 def create_optimizer(
     name: str,
     learning_rate: float | optax.Schedule,
     *,
-    momentum: float = 0.9,
     weight_decay: float = 0.0,
     grad_clip_norm: float = 0.0,
     grad_accumulation_steps: int = 1,
+    **fields: Any,
 ) -> optax.GradientTransformation:
     """Builds an optimizer.
 
     Args:
-      name: "adam" (Kingma & Ba 2015), "adamw" (Loshchilov & Hutter 2019) or "sgd" with
-        Nesterov momentum (Sutskever et al. 2013).
+      name: a row of `OPTIMIZERS`.
       learning_rate: a number, or a schedule over updates.
-      momentum: of "sgd"; the others ignore it.
-      weight_decay: on kernels only, never on biases or norms. Decoupled for "adamw"; for
-        "adam" and "sgd" it is the L2 term added to the gradient, as in PyTorch.
-      grad_clip_norm: if positive, gradients of a larger global norm are scaled down to it.
-      grad_accumulation_steps: the update uses the mean gradient of so many calls.
+      weight_decay: of kernels only, not of biases and norms. Decoupled where the optimizer has
+        weight decay of its own, such as "adamw" (Loshchilov & Hutter 2019); for the others it is
+        the L2 term added to the gradient, as in PyTorch.
+      grad_clip_norm: gradients of a larger global norm are scaled down to it; 0 does not clip.
+      grad_accumulation_steps: the number of calls whose mean gradient makes one update.
+      **fields: further parameters of the optimizer, such as `b1`.
 
     Raises:
-      UserError: for an unknown name.
+      UserError: an unknown name or field, or a value out of its range.
+
+    >>> tx = create_optimizer("sgd", 0.1, momentum=0.5, weight_decay=5e-4)
     """
+    common = {
+        "weight_decay": weight_decay,
+        "grad_clip_norm": grad_clip_norm,
+        "grad_accumulation_steps": grad_accumulation_steps,
+    }
+    checked = complete("optimizer", optimizer_schema(name), {**fields, **common})
+    fields = {field: checked[field] for field in fields}
+    _check_fields(checked)
+    if isinstance(learning_rate, float | int):
+        _check_range("optimizer.learning_rate", learning_rate, _LEAST, _MOST)
+    build = OPTIMIZERS[name]
     parts = []
     if grad_clip_norm:
         parts.append(optax.clip_by_global_norm(grad_clip_norm))
-    if name == "adamw":
-        parts.append(optax.adamw(learning_rate, weight_decay=weight_decay, mask=_kernels))
-    elif name in ("adam", "sgd"):
-        if weight_decay:
-            parts.append(optax.add_decayed_weights(weight_decay, mask=_kernels))
-        adam = name == "adam"
-        parts.append(
-            optax.adam(learning_rate) if adam else optax.sgd(learning_rate, momentum, nesterov=True)
-        )
-    else:
-        raise UserError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZER_NAMES)}")
+    if "weight_decay" in inspect.signature(build).parameters:
+        fields.update(weight_decay=weight_decay, mask=_kernels)
+    elif weight_decay:
+        parts.append(optax.add_decayed_weights(weight_decay, mask=_kernels))
+    try:
+        parts.append(build(learning_rate, **fields))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer {name} cannot be built: {error}") from error
     tx = optax.chain(*parts)
     if grad_accumulation_steps > 1:
         tx = optax.MultiSteps(tx, grad_accumulation_steps).gradient_transformation()
     return tx
+
+
+def _kernels(params: Any) -> Any:
+    """True for matrices and convolution kernels, to which weight decay applies."""
+    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    _check_range("optimizer.weight_decay", fields["weight_decay"], 0, _MOST)
+    _check_range("optimizer.grad_clip_norm", fields["grad_clip_norm"], 0, _MOST)
+    _check_range("optimizer.grad_accumulation_steps", fields["grad_accumulation_steps"], 1, 2**31)
+    for name in _DECAY_RATES:
+        value = fields.get(name)
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"config field optimizer.{name}={value} must be at least 0 and below 1")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high or not math.isfinite(value):
+        raise UserError(f"config field {name}={value} must lie between {low:g} and {high:g}")

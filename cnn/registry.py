@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ _DESCRIPTIONS = {
     tuple: 'a tuple such as "(16, 32)"',
 }
 
+_PLURALS = {int: "whole numbers", float: "numbers", str: "strings", bool: "booleans"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Field:
@@ -34,10 +36,12 @@ class Field:
     Attributes:
       type: bool, int, float, str or tuple; `object` takes any of them, and None.
       default: its value where a config does not set it; `REQUIRED` if there is none.
+      doc: what it means, for `--help`.
     """
 
     type: type
     default: Any = REQUIRED
+    doc: str = ""
 
     @property
     def description(self) -> str:
@@ -59,8 +63,9 @@ def schema(build: Callable[..., Any], *, without: Collection[str] = ()) -> Schem
       without: parameters that the caller fills in.
 
     >>> def make(size: int, rate: float = 1, *, names=("a", "b"), key=None): ...
-    >>> list(schema(make, without=["key"]).values())[1:]
-    [Field(type=<class 'float'>, default=1), Field(type=<class 'tuple'>, default=('a', 'b'))]
+    >>> fields = schema(make, without=["key"])
+    >>> {name: field.type.__name__ for name, field in fields.items()}
+    {'size': 'int', 'rate': 'float', 'names': 'tuple'}
     """
     # A linen module is a dataclass with two fields of linen's own.
     own = {"self", "parent", "name"} if inspect.isclass(build) else {"self"}
@@ -149,16 +154,28 @@ def check_type(name: str, field: Field, value: Any) -> Any:
     """
     kinds = {float: (float, int), tuple: (tuple, list)}.get(field.type, (field.type,))
     is_bool = isinstance(value, bool) and field.type not in (bool, object)
-    fits = isinstance(value, kinds) and not is_bool
-    if fits and field.type is tuple and field.default not in (REQUIRED, ()):
-        kind = type(field.default[0])
-        fits = all(type(entry) in ((int, float) if kind is float else (kind,)) for entry in value)
-    if not fits:
+    if not isinstance(value, kinds) or is_bool:
         raise UserError(
             f"config field {name}={shown(value)} must be {field.description}, "
             f"not {type(value).__name__}"
         )
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, tuple | list) and field.type is tuple:
+        _check_entries(name, field, value)
+        return tuple(value)
+    return value
+
+
+def _check_entries(name: str, field: Field, values: Sequence[Any]) -> None:
+    """Raises UserError unless all are of the type of the default's first entry, if it has any."""
+    if field.default in (REQUIRED, ()):
+        return
+    kind = type(field.default[0])
+    kinds = (int, float) if kind is float else (kind,)
+    if not all(type(value) in kinds for value in values):
+        raise UserError(
+            f"config field {name}={shown(values)} must hold {_PLURALS.get(kind, 'other values')}, "
+            f"as {field.default} does"
+        )
 
 
 def shown(value: Any) -> str:

@@ -1,10 +1,9 @@
-"""The end of a run: `result.json`, what a person reads of it, and pictures."""
+"""The figures of a run, for files and for people, and its pictures."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +13,94 @@ import numpy as np
 
 from cnn.data import Split
 from cnn.data.pipeline import DeviceSplit
-from cnn.errors import one_line
+from cnn.errors import UserError, one_line
 from cnn.experiment import Experiment
-from cnn.interval import wilson_interval
+from cnn.metrics import Metrics, wilson_interval
 from cnn.runtime.checkpoints import digest
 from cnn.runtime.plots import plot_curves, plot_samples
 from cnn.runtime.progress import format_duration
 from cnn.runtime.run_directory import RunDirectory
-from cnn.runtime.screen import log_warning, shown, waiting
+from cnn.runtime.screen import (
+    log,
+    log_warning,
+    shown,
+    waiting,
+    warning_on_failure,
+    width,
+)
 from cnn.runtime.table import percent
+from cnn.runtime.writers import TensorBoardWriter
 from cnn.steps import TrainState, predict_step
 
-_SHOWN_SAMPLES = 24
+_NUM_SAMPLES = 24
 _CURVES, _SAMPLES = "curves.png", "samples.png"
-_FINAL = ("test_accuracy", "test_loss", "test_count", "train_accuracy", "train_loss")
 
 
-def conclude(
-    state: TrainState, plan: Experiment, run: RunDirectory, started: float
+def epoch_record(
+    experiment: Experiment,
+    step: int,
+    trained: Metrics,
+    tested: Metrics,
+    records: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Writes `result.json`, which marks the run as finished.
+    """One line of `metrics.jsonl`, but for the speed.
+
+    Training figures are means over the steps of the epoch, each before its update. The train loss
+    is the training objective; the test loss is without label smoothing.
+
+    Args:
+      experiment: of the run.
+      step: the number of steps made.
+      trained: of the epoch's steps.
+      tested: of all test images.
+      records: of the epochs before.
+    """
+    begun = records[-1]["step"] if records else 0
+    skipped = step - begun - int(trained.count) // experiment.config.batch_size
+    before = sum(record["skipped_steps"] for record in records)
+    rate = experiment.learning_rate(step - before - skipped)
+    return {
+        "step": step,
+        "epoch": experiment.epoch(step),
+        **{f"train_{name}": value for name, value in trained.means().items()},
+        **{f"test_{name}": value for name, value in tested.means().items()},
+        "test_count": tested.count,
+        **({} if rate is None else {"learning_rate": rate}),
+        "skipped_steps": skipped,
+    }
+
+
+def final_result(
+    state: TrainState,
+    experiment: Experiment,
+    records: Sequence[Mapping[str, Any]],
+    wall_seconds: float,
+) -> dict[str, Any]:
+    """What `result.json` holds.
 
     Args:
       state: after the last step.
-      plan: of the run.
-      run: where its records are.
-      started: when it began, on the monotonic clock.
-
-    Returns:
-      What `result.json` holds.
+      experiment: of the run.
+      records: one per epoch, in order.
+      wall_seconds: which the run took.
     """
-    records = run.records()
     last, best = records[-1], max(records, key=lambda r: (r["test_accuracy"], r["step"]))
-    result = {
-        **{name: last[name] for name in _FINAL},
+    return {
+        **{name: last[name] for name in last if name.startswith(("test_", "train_"))},
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "num_epochs": plan.config.num_epochs,
-        "num_steps": plan.num_steps,
+        "num_epochs": experiment.epoch(experiment.num_steps),
+        "num_steps": experiment.num_steps,
         "skipped_steps": sum(record["skipped_steps"] for record in records),
-        "seed": plan.config.seed,
-        "dataset": plan.dataset.fingerprint,
+        "seed": experiment.config.seed,
+        "dataset": experiment.dataset.fingerprint,
         "digest": digest(state),
-        "wall_seconds": time.monotonic() - started,
+        "wall_seconds": wall_seconds,
     }
-    run.write("result.json", result)
-    return result
 
 
-def result_text(result: Mapping[str, Any], width: int) -> str:
+def _result_text(result: Mapping[str, Any], width: int) -> str:
     """The figures of a finished run, for people.
 
     Args:
@@ -84,14 +121,48 @@ def result_text(result: Mapping[str, Any], width: int) -> str:
     return "\n  ".join(lines) + "\n" + (whole if len(whole) <= width else short)
 
 
-def draw_pictures(
-    state: TrainState, plan: Experiment, run: RunDirectory, *, only_missing: bool = False
+def present_result(
+    state: TrainState,
+    experiment: Experiment,
+    run: RunDirectory,
+    result: Mapping[str, Any],
+    *,
+    is_new: bool,
 ) -> None:
-    """Draws the pictures of a finished run; a failure costs a line of warning, never the result.
+    """Prints the result of a finished run and draws its pictures.
 
     Args:
       state: after the last step.
-      plan: of the run.
+      experiment: of the run.
+      run: its directory.
+      result: what `result.json` holds.
+      is_new: whether this process has finished the run; else only what is missing is drawn.
+
+    Raises:
+      UserError: the state is not the one of the result.
+    """
+    if not is_new and digest(state) != result["digest"]:
+        raise UserError(
+            f"the latest checkpoint of {run.path} is not the state of its result.json; "
+            f"choose another --workdir"
+        )
+    log(f"finished{'' if is_new else ' before'}: {_result_text(result, width())}")
+    _draw_pictures(state, experiment, run, only_missing=not is_new)
+    if not is_new and experiment.config.runtime.tensorboard:  # it may be wanted only now
+        with warning_on_failure("no records are written for TensorBoard"):
+            TensorBoardWriter(run.path / "tensorboard", run.records())
+    names = ("result.json", "metrics.jsonl", _CURVES, _SAMPLES)
+    log(f"see {shown(run.path)}: {', '.join(n for n in names if (run.path / n).exists())}")
+
+
+def _draw_pictures(
+    state: TrainState, experiment: Experiment, run: RunDirectory, *, only_missing: bool = False
+) -> None:
+    """Draws the pictures of a finished run. A failure is a warning: it never costs the result.
+
+    Args:
+      state: after the last step.
+      experiment: of the run.
       run: where its records are, and where the pictures go.
       only_missing: leave pictures that are there as they are.
     """
@@ -102,8 +173,8 @@ def draw_pictures(
     with waiting("drawing the pictures"):
         for name in names:
             try:
-                _draw(run.path / name, state, plan, run)
-            except Exception as error:  # whatever it is
+                _draw(run.path / name, state, experiment, run)
+            except Exception as error:  # of any kind, from fonts to the disk
                 failed[name] = error
     if failed:
         error = next(iter(failed.values()))
@@ -114,37 +185,38 @@ def draw_pictures(
         )
 
 
-def see(run: RunDirectory) -> str:
-    """Where the files of a finished run are."""
-    names = ("result.json", "metrics.jsonl", _CURVES, _SAMPLES)
-    return f"see {shown(run.path)}: {', '.join(n for n in names if (run.path / n).exists())}"
-
-
-def _draw(path: Path, state: TrainState, plan: Experiment, run: RunDirectory) -> None:
-    """Draws a picture, which appears when it is whole."""
-    title = f"{type(plan.model).__name__} on {plan.dataset.name}, seed {plan.config.seed}"
+def _draw(path: Path, state: TrainState, experiment: Experiment, run: RunDirectory) -> None:
+    """Draws a picture, which appears when it is complete."""
+    dataset = experiment.dataset
+    title = f"{type(experiment.model).__name__} on {dataset.name}, seed {experiment.config.seed}"
     temporary = path.with_name(f".{path.stem}-{os.getpid()}.png")
     try:
         if path.name == _CURVES:
-            plot_curves(
-                run.records(), temporary, title=title, label_smoothing=plan.config.label_smoothing
-            )
+            smoothing = getattr(experiment.loss_fn, "label_smoothing", 0.0)
+            plot_curves(run.records(), temporary, title=title, label_smoothing=smoothing)
         else:
-            test = plan.dataset.test
-            shown = Split(test.images[:_SHOWN_SAMPLES], test.labels[:_SHOWN_SAMPLES])
+            test = dataset.test
+            first = Split(test.images[:_NUM_SAMPLES], test.labels[:_NUM_SAMPLES])
             title = f"{title}: predicted class of the first test images"
-            names = plan.dataset.class_names
-            plot_samples(shown, _predict(state, plan, shown), names, temporary, title=title)
+            predictions = _predict(state, experiment, first)
+            plot_samples(
+                first.images,
+                first.labels,
+                predictions,
+                dataset.class_names,
+                temporary,
+                title=title,
+            )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _predict(state: TrainState, plan: Experiment, split: Split) -> np.ndarray:
+def _predict(state: TrainState, experiment: Experiment, split: Split) -> np.ndarray:
     """The predicted classes of a few images, `int[N]`."""
-    return np.asarray(plan.jit_once(_classes)(state, plan.place(split)))
+    return np.asarray(experiment.jit_once(_classes)(state, experiment.pipeline.place(split)))
 
 
 def _classes(state: TrainState, split: DeviceSplit) -> jax.Array:
-    batch = split.take(jnp.arange(split.labels.shape[0]))
+    batch = split.get_batch(jnp.arange(split.labels.shape[0]))
     return predict_step(state, batch["image"]).argmax(-1)

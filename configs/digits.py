@@ -1,4 +1,4 @@
-"""The same network on scikit-learn's handwritten digits: nothing to download.
+"""The baseline network on scikit-learn's handwritten digits: nothing to download.
 
     python train.py --config configs/digits.py
 
@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     """The baseline, fitted to tiny images."""
     config = baseline.get_config()
     config.dataset.name = "digits"
-    # 8x8 pixels do not outlast two VALID convolutions with pooling.
+    # 8x8 images are too small for two VALID convolutions with pooling.
     config.model.padding = "SAME"
     config.num_epochs = 20
     # With 360 test images a constant rate ends anywhere from 96.9 to 98.6 %; a falling one settles.

@@ -1,4 +1,4 @@
-"""The seed's 63.44 % on CIFAR-10, in seconds on two cores.
+"""More than the Keras tutorial's 63.44 % on CIFAR-10, in seconds on two cores.
 
     python train.py --config configs/fast_cpu.py
 
@@ -14,12 +14,29 @@ from configs import baseline
 def get_config() -> ConfigDict:
     """A network that learns in one pass; chosen on the last 5,000 training images."""
     config = baseline.get_config()
-    # Whitened patches stand in for the first convolution, at a sixteenth of the positions.
+    config.model = ConfigDict()
+    # A cosine transform of patches, then a small CNN (cnn/models/dct_cnn.py).
+    config.model.name = "dct_cnn"
+    # Height and width of a patch, in pixels: the whitened patches replace a first convolution, at a
+    # sixteenth of its positions.
     config.model.patch_size = 4
-    # One block: the next would find little left to pool, and takes a second to compile.
+    # Coefficients kept of each patch, by rising frequency; each is used with both signs.
+    config.model.patch_features = 24
+    # Channels of each block (convolution, 2x2 max pooling, relu). A second block would have few
+    # pixels left to pool, and takes a second to compile.
     config.model.features = (64,)
-    # Bears the learning rate below.
+    # Height and width of the convolution kernels.
+    config.model.kernel_size = 3
+    # "VALID" shrinks the image at each convolution, "SAME" does not.
+    config.model.padding = "VALID"
+    # Width of the dense layer before the logits; 0 leaves it out.
+    config.model.hidden_features = 64
+    # Batch normalization before each relu: it allows the learning rate below.
     config.model.batch_norm = True
+    # Of the computation: "float32" or "bfloat16". Parameters stay float32.
+    config.model.dtype = "float32"
+    # As in configs/baseline.py.
+    config.model.conv_implementation = "auto"
     # 256 learns less in one epoch; 64 learns as much, and more slowly.
     config.batch_size = 128
     config.num_epochs = 1

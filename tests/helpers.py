@@ -1,5 +1,6 @@
 """What several tests share: short configs, and processes of train.py."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import cnn
+from cnn.execution import TrainSteps
 
 REPOSITORY = Path(__file__).parents[1]
 ENDLESS = (f"--config={REPOSITORY / 'configs' / 'digits.py'}", "--config.num_epochs=100000")
@@ -21,7 +23,7 @@ def short_config():
     config.optimizer.learning_rate = 1e-3
     config.schedule.name = "constant"
     config.batch_size = 96  # 14 steps per epoch, and 93 images left out
-    config.num_devices = 2
+    config.runtime.num_devices = 2
     return config
 
 
@@ -45,4 +47,46 @@ def wait_for(condition, process):
 
 
 def steps_in(run):
-    return cnn.CheckpointManager(run / "checkpoints").steps()
+    return cnn.CheckpointManager(run / "checkpoints").all_steps()
+
+
+class Killed(BaseException):
+    """Ends a run as a kill would: not an Exception, so that nothing catches it on the way."""
+
+
+def watch_calls(patch, before=None, after=None):
+    """Has functions called before and after each call of the compiled training steps.
+
+    Args:
+      patch: of pytest.
+      before: takes the numbers of steps of all calls so far, that of the next one last.
+      after: takes the same, and the new state.
+    """
+    calls = []
+
+    class Watched(TrainSteps):
+        def __call__(self, state, batches, num_steps):
+            calls.append(num_steps)
+            if before:
+                before(calls)
+            state, metrics = super().__call__(state, batches, num_steps)
+            if after:
+                after(calls, state)
+            return state, metrics
+
+    patch.setattr("cnn.training.compile_train_steps", Watched)
+    return calls
+
+
+def kill_at(step):
+    """A writer that ends the run after the record of a step, before its checkpoint."""
+
+    def kill(record):
+        if record["step"] == step:
+            raise Killed
+
+    return kill
+
+
+def records_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

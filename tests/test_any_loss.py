@@ -22,7 +22,7 @@ from cnn import (
     train_step,
     train_steps,
 )
-from cnn.ops.microbatch import Cut, is_per_example
+from cnn.ops.microbatch import MicrobatchPlan, is_per_example
 
 SHAPE = (12, 12, 3)
 MODEL = CNN(4, features=(4, 8), hidden_features=8)
@@ -130,7 +130,7 @@ def test_a_strangers_declaration_is_believed():
 
     declared.per_example = True
     batch = batch_of(128, (32, 32, 3))
-    assert Cut.of(batch["image"]).blocks > 1
+    assert MicrobatchPlan.for_batch(batch["image"]).num_microbatches > 1
     for loss_fn in (cross_entropy, declared):
         state = create_train_state(
             MODEL, optax.sgd(1.0), jax.random.key(0), (32, 32, 3), loss_fn=loss_fn
@@ -200,7 +200,7 @@ def test_labels_that_are_not_one_integer_for_each_image_are_an_error(label, mess
 
 def test_one_label_for_many_images_is_not_broadcast_in_the_metrics():
     with pytest.raises(UserError, match=r"logits, float \[B, K\] with B=1"):
-        Metrics.of(jnp.ones(8), jnp.ones((8, 4)), jnp.zeros(1, int))
+        Metrics.from_logits(jnp.ones(8), jnp.ones((8, 4)), jnp.zeros(1, int))
     with pytest.raises(UserError, match=r"mask must be bool \[B\] with B=8"):
         eval_step(small_state(), {**BATCH, "mask": jnp.ones((8, 1), bool)})
     with pytest.raises(UserError, match="no 'label'"):
@@ -215,7 +215,7 @@ def test_one_label_for_many_images_is_not_broadcast_in_the_metrics():
 
 def test_more_steps_than_batches_are_an_error_or_end_with_the_last_batch():
     state, stacked = small_state(), jax.tree.map(lambda x: jnp.stack([x, x]), BATCH)
-    with pytest.raises(UserError, match="count=3"):
+    with pytest.raises(UserError, match="num_steps=3"):
         train_steps(state, stacked, 3)
     assert int(jax.jit(train_steps)(state, stacked, 3)[0].step) == 2
 

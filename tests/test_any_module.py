@@ -256,7 +256,7 @@ def test_losses_and_their_sums_are_float32_whatever_the_logits_are(dtype, loss_f
     log_sum = np.log(np.exp(logits).sum(1))
     right = (log_sum - logits[np.arange(4096), batch["label"]]).mean()
     for metrics in (jax.jit(eval_step)(state, batch), jax.jit(train_step)(state, batch)[1]):
-        assert metrics.loss_sum.dtype == jnp.float32
+        assert metrics.sums["loss"].dtype == jnp.float32
         assert float(metrics.loss) == pytest.approx(right, rel=1e-5)
     assert predict_step(state, images).dtype == jnp.float32
 

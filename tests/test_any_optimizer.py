@@ -169,7 +169,7 @@ def test_a_step_keeps_the_types_of_the_state(name):
     )
     after, metrics = jax.eval_shape(train_step, state, BATCH)
     assert types(after) == types(state)
-    assert metrics.loss_sum.shape == ()
+    assert metrics.sums["loss"].shape == ()
     batches = jax.tree.map(lambda x: jnp.stack([x, x]), BATCH)
     assert types(jax.eval_shape(train_steps, state, batches, 2)[0]) == types(state)
 

@@ -1,14 +1,20 @@
-import functools
-
 import jax
 import numpy as np
 import pytest
 
 from cnn import UserError, batch_sharding, data_mesh, replicated_sharding
-from cnn.augment import augment, random_flip, random_translate
+from cnn.augment import (
+    AUGMENTATIONS,
+    apply_augment,
+    create_augment,
+    cutout,
+    random_crop,
+    random_flip,
+    random_translate,
+)
 
 KEY = jax.random.key(7)
-both = functools.partial(augment, flip=True, translate=2)
+both = create_augment(flip=True, translate=2)
 # Compiling each operator by itself takes longer.
 jit_both = jax.jit(both)
 translate = jax.jit(random_translate, static_argnums=2)
@@ -68,10 +74,9 @@ def test_half_of_the_images_are_mirrored():
 
 def test_flips_and_shifts_draw_apart():
     images = some_images(64, 9, 8, 3)
-    change = jax.jit(augment, static_argnames=("flip", "translate"))
-    flipped = np.asarray(change(KEY, images, flip=True, translate=0))
-    shifted = change(KEY, images, flip=False, translate=3)
-    together = change(KEY, images, flip=True, translate=3)
+    flipped = np.asarray(jax.jit(create_augment(flip=True))(KEY, images))
+    shifted = jax.jit(create_augment(translate=3))(KEY, images)
+    together = jax.jit(create_augment(flip=True, translate=3))(KEY, images)
     assert (flipped != images).any()
     shifts = shifts_of(images, shifted, 3)
     np.testing.assert_array_equal(shifts_of(flipped, together, 3), shifts)
@@ -86,7 +91,7 @@ def test_another_key_draws_others():
 
 def test_off_is_the_same_images():
     images = jax.numpy.asarray(some_images(4, 8, 8, 3))
-    assert augment(KEY, images, flip=False, translate=0) is images
+    assert create_augment(flip=False, translate=0) is None
     np.testing.assert_array_equal(random_translate(KEY, images, 0), images)
 
 
@@ -129,6 +134,61 @@ def test_bits_do_not_depend_on_vmap_over_steps(count):
 @pytest.mark.parametrize("pixels", [-1, 5, 8])
 def test_a_shift_beyond_the_image(pixels):
     images = some_images(2, 8, 5, 3)
-    message = f"^images of 8 x 5 pixels cannot be shifted by {pixels}; choose 0 to 4 pixels$"
+    with pytest.raises(UserError, match=f"^augment.translate={pixels} does not fit .* 0 to 4$"):
+        random_translate(KEY, images, pixels)
+
+
+@pytest.mark.parametrize(("shape", "padding"), [((32, 32, 3), 4), ((6, 9, 1), 2), ((3, 3, 1), 5)])
+def test_every_crop_is_numpys(shape, padding):
+    images = some_images(200, *shape)
+    cropped = np.asarray(jax.jit(random_crop, static_argnums=2)(KEY, images, padding))
+    assert cropped.dtype == np.uint8
+    pad = ((padding, padding), (padding, padding), (0, 0))
+    seen = set()
+    for image, result in zip(images, cropped, strict=True):
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, pad), shape[:2], (0, 1))
+        same = (windows.transpose(0, 1, 3, 4, 2) == result).all((2, 3, 4))
+        assert same.any()
+        seen.add(tuple(np.argwhere(same)[0]))
+    assert len(seen) > 15
+
+
+def test_cutout_blackens_one_square_of_each_image():
+    images = np.full((500, 12, 10, 3), 7, np.uint8)
+    cut = np.asarray(jax.jit(cutout, static_argnums=2)(KEY, images, 4)) == 0
+    rows, columns = cut.any((2, 3)).sum(1), cut.any((1, 3)).sum(1)
+    np.testing.assert_array_equal(cut.sum((1, 2, 3)), 3 * rows * columns)
+    assert set(rows) == set(columns) == {2, 3, 4}, "it may extend beyond the image"
+
+
+def test_an_augmentation_keeps_its_random_numbers_when_others_are_added(monkeypatch):
+    images = some_images(16, 8, 8, 3)
+    before = create_augment(translate=2)(KEY, images)
+    monkeypatch.setitem(AUGMENTATIONS, "another", lambda key, images: images)
+    cut = create_augment(translate=2, another=True)(KEY, images)
+    np.testing.assert_array_equal(cut, before)
+
+
+def test_an_augmentation_may_ask_for_the_epoch_and_the_images():
+    def alternating(key, images, *, epoch, index):
+        return images + np.uint8(10) * epoch.astype(np.uint8) + index[:, None, None, None]
+
+    images, index = np.zeros((3, 2, 2, 1), np.uint8), np.arange(3, dtype=np.uint8)
+    given = {"epoch": jax.numpy.int32(2), "index": index}
+    result = apply_augment(alternating, KEY, images, **given)
+    assert result[:, 0, 0, 0].tolist() == [20, 21, 22]
+    assert apply_augment(random_flip, KEY, images, **given).shape == images.shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"flp": True}, "unknown field augment.flp; did you mean flip"),
+        ({"flip": 1}, "augment.flip=1 must be true or false"),
+        ({"cutout": 1.5}, "augment.cutout=1.5 must be a whole number"),
+        ({"crop": -1}, "augment.crop=-1 must be 0 or more"),
+    ],
+)
+def test_an_augmentation_that_cannot_be_built(settings, message):
     with pytest.raises(UserError, match=message):
-        augment(KEY, images, flip=False, translate=pixels)
+        create_augment(**settings)

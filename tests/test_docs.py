@@ -1,4 +1,4 @@
-"""The scripts of docs/datasets.md, as they are printed."""
+"""The scripts of docs/, as they are printed."""
 
 import os
 import re
@@ -14,6 +14,9 @@ from tests.helpers import REPOSITORY
 DATASETS = (REPOSITORY / "docs" / "datasets.md").read_text()
 PREPARE, DIVIDE = re.findall(r"```python\n(.*?)```", DATASETS, re.DOTALL)
 (TRAIN,) = re.findall(r"```bash\n(.*?)```", DATASETS, re.DOTALL)
+EXTENDING = re.findall(
+    r"```python\n(.*?)```", (REPOSITORY / "docs" / "extending.md").read_text(), re.DOTALL
+)
 
 
 def test_a_dataset_of_ones_own(tmp_path, monkeypatch):
@@ -55,3 +58,17 @@ def test_the_command_is_one_of_train_py():
         if flag.startswith("--config."):
             section, field = flag.removeprefix("--config.").split("=")[0].split(".")
             assert field in config[section]
+
+
+def test_what_a_script_may_bring(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "\n".join(EXTENDING)],
+        cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (accuracy,) = re.findall(r"(?m)^test accuracy ([\d.]+)%", done.stdout)
+    assert float(accuracy) > 80
+    lines = (tmp_path / "digits.csv").read_text().splitlines()
+    assert len(lines) == 21
+    assert lines[0].startswith("step,epoch,train_")

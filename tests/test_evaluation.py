@@ -9,6 +9,7 @@ from cnn import (
     CNN,
     Dataset,
     DeviceSplit,
+    Pipeline,
     Split,
     create_train_state,
     data_mesh,
@@ -29,9 +30,8 @@ def data():
 
 def place(data, num_devices, normalization="standardize"):
     mesh = data_mesh(jax.devices()[:num_devices], num_devices)
-    return DeviceSplit.place(
-        data.test, data, normalization, replicated_sharding(mesh)
-    ), replicated_sharding(mesh)
+    pipeline = Pipeline(data, batch_size=1, normalization=normalization, mesh=mesh)
+    return pipeline.test, replicated_sharding(mesh)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
@@ -46,7 +46,7 @@ def test_every_image_counts_once(data, num_devices, batch_size):
     logits = np.asarray(model.apply({"params": state.params}, images))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, data.test.labels)
     assert metrics.count == NUM_IMAGES
-    assert metrics.correct == int((logits.argmax(-1) == data.test.labels).sum())
+    assert metrics.sums["accuracy"] == int((logits.argmax(-1) == data.test.labels).sum())
     assert metrics.loss == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
@@ -64,7 +64,7 @@ def test_a_constant_model_has_the_metrics_one_computes_by_hand(data):
     split, everywhere = place(data, 2)
     metrics = evaluate(jax.device_put(state, everywhere), split, batch_size=10)
     threes = int((data.test.labels == 2).sum())
-    assert (metrics.correct, metrics.count) == (threes, NUM_IMAGES)
+    assert (metrics.sums["accuracy"], metrics.count) == (threes, NUM_IMAGES)
     expected = np.log(np.exp(3) + 4) - 3 * threes / NUM_IMAGES
     assert metrics.loss == pytest.approx(expected, rel=1e-6)
 
@@ -72,21 +72,21 @@ def test_a_constant_model_has_the_metrics_one_computes_by_hand(data):
 def test_a_split_on_one_device_without_a_mesh_works(data):
     state = create_train_state(Constant(), optax.sgd(0.1), jax.random.key(0), data.image_shape)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    split = DeviceSplit.place(data.test, data, "scale", sharding)
+    split = DeviceSplit.from_split(data.test, sharding)
     assert evaluate(state, split, batch_size=10).count == NUM_IMAGES
 
 
 def test_a_mesh_of_two_axes_works(data):
     mesh = jax.make_mesh((2, 2), ("batch", "model"), (jax.sharding.AxisType.Auto,) * 2)
     state = create_train_state(Constant(), optax.sgd(0.1), jax.random.key(0), data.image_shape)
-    split = DeviceSplit.place(data.test, data, "scale", replicated_sharding(mesh))
+    split = DeviceSplit.from_split(data.test, replicated_sharding(mesh))
     assert evaluate(jax.device_put(state, replicated_sharding(mesh)), split).count == NUM_IMAGES
 
 
 def test_normalizations(data):
-    scaled = place(data, 1, "scale")[0].take(jnp.arange(NUM_IMAGES))["image"]
+    scaled = place(data, 1, "scale")[0].get_batch(jnp.arange(NUM_IMAGES))["image"]
     np.testing.assert_allclose(scaled, data.test.images / 255, rtol=1e-6)
-    standard = place(data, 1)[0].take(jnp.arange(NUM_IMAGES))["image"]
+    standard = place(data, 1)[0].get_batch(jnp.arange(NUM_IMAGES))["image"]
     assert float(standard.mean()) == pytest.approx(0, abs=1e-5)
     assert float(standard.std()) == pytest.approx(1, abs=1e-5)
 
@@ -94,4 +94,4 @@ def test_normalizations(data):
 def test_a_constant_channel_does_not_become_nan():
     split = Split(np.full((4, 6, 6, 1), 7, np.uint8), np.zeros(4, np.int32))
     data = Dataset.from_splits("flat", train=split, test=split, class_names=("a",))
-    np.testing.assert_allclose(place(data, 1)[0].take(jnp.arange(4))["image"], 0, atol=1e-6)
+    np.testing.assert_allclose(place(data, 1)[0].get_batch(jnp.arange(4))["image"], 0, atol=1e-6)

@@ -88,10 +88,10 @@ def test_a_state_can_be_created_and_used_without_jit_where_an_explicit_mesh_is_s
 def test_evaluation_is_the_same_on_any_mesh(mesh, state, data):
     expected = evaluate(state, data.test)  # from the host
     everywhere = NamedSharding(mesh, PartitionSpec())
-    split = DeviceSplit.place(data.test, data, "scale", everywhere)
+    split = DeviceSplit.from_split(data.test, everywhere)
     for batch_size in (10, 1000):
         metrics = evaluate(jax.device_put(state, everywhere), split, batch_size=batch_size)
-        assert (metrics.correct, metrics.count) == (expected.correct, 37)
+        assert (metrics.sums["accuracy"], metrics.count) == (expected.sums["accuracy"], 37)
         assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)
     from_host = evaluate(jax.device_put(state, everywhere), data.test)
     assert from_host.loss == pytest.approx(expected.loss, rel=1e-5)
@@ -125,7 +125,7 @@ def test_the_step_works_within_shard_map(check_vma, implementation):
             jax.tree.map(lambda x, i=i: x[i], states), stacked, 2
         )
         assert_close(jax.tree.map(lambda x, i=i: x[i], after.params), alone.params)
-        assert_close(metrics.loss_sum[i], expected.loss_sum)
+        assert_close(metrics.sums["loss"][i], expected.sums["loss"])
 
 
 def test_a_batch_sharded_by_shard_map_gives_the_gradient_of_its_sum():
@@ -180,6 +180,6 @@ def test_a_loss_declared_by_nobody_is_evaluated_on_a_mesh_of_two_devices(data):
     state = create_train_state(MODEL, optax.sgd(0.1), jax.random.key(0), SHAPE, loss_fn=loss_fn)
     expected = evaluate(state, data.test, batch_size=20)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    split = DeviceSplit.place(data.test, data, "scale", everywhere)
+    split = DeviceSplit.from_split(data.test, everywhere)
     metrics = evaluate(jax.device_put(state, everywhere), split, batch_size=20)
     assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)

@@ -101,7 +101,7 @@ def test_each_seed_of_a_vmap_for_itself(batch):
     assert jnp.array_equal(kernels[1], states.params["Dense_1"]["kernel"][1])
 
 
-def test_the_tally_names_the_steps(batch):
+def test_the_accumulator_names_the_steps(batch):
     images = jnp.stack([batch["image"]] * 4).at[2, 0].set(jnp.nan)
     batches = {"image": images, "label": jnp.stack([batch["label"]] * 4)}
     state, scores = cnn.train_steps(new_state(), batches, 3)
@@ -109,28 +109,34 @@ def test_the_tally_names_the_steps(batch):
     tally.add(scores, 3)
     tally.add(train_step(state, {**batch, "image": images[2]})[1], 1)
     tally.add(train_step(state, batch)[1], 1)
-    assert tally.collect(keep=1).count == 16
+    assert tally.fetch(keep_newest=1).count == 16
     assert tally.skipped == [13, 14]
-    assert tally.collect().count == 24
+    assert tally.fetch().count == 24
 
 
 @pytest.fixture
 def poisoned(monkeypatch):
     """NaN in an image of step 18, in the second epoch."""
-    original = cnn.training._batches
+    poison(monkeypatch, lambda step: step == 17)
 
-    def batches(train, order, key, step, **how):
-        batches = original(train, order, key, step, **how)
-        if step == 17:
-            batches["image"] = batches["image"].at[0, 5].set(jnp.nan)
-        return batches
 
-    monkeypatch.setattr(cnn.training, "_batches", batches)
+def poison(monkeypatch, when):
+    """NaN in an image of the batches before which a function of the steps made is true."""
+    original = cnn.Pipeline.batches
+
+    def batches(pipeline, start, stop=None):
+        for batches, num_steps in original(pipeline, start, stop):
+            if when(start):
+                batches["image"] = batches["image"].at[:, 5].set(jnp.nan)
+            start += num_steps
+            yield batches, num_steps
+
+    monkeypatch.setattr(cnn.Pipeline, "batches", batches)
 
 
 @pytest.fixture
 def config(config):
-    config.steps_per_execution = 1
+    config.runtime.steps_per_execution = 1
     return config
 
 
@@ -140,7 +146,7 @@ def records(workdir):
 
 @pytest.mark.parametrize(("every", "good"), [(0, 14), (5, 15), (1, 17)])
 def test_a_run_stops_and_names_the_step(config, tmp_path, poisoned, every, good):
-    config.checkpoint_every_steps = every
+    config.runtime.checkpoint_every_steps = every
     with pytest.raises(UserError) as error:
         train_and_evaluate(config, tmp_path)
     message = str(error.value)
@@ -148,10 +154,10 @@ def test_a_run_stops_and_names_the_step(config, tmp_path, poisoned, every, good)
     assert message.startswith("step 18 gave a loss or gradients that are not finite")
     assert "at a learning rate of 0.001 in epoch 2" in message
     assert f"the last good checkpoint is step {good};" in message
-    assert "--config.on_nonfinite=skip" in message
+    assert "--config.runtime.on_nonfinite=skip" in message
     checkpoints = cnn.CheckpointManager(tmp_path / "checkpoints")
     assert checkpoints.latest_step() == good
-    for step in checkpoints.steps():
+    for step in checkpoints.all_steps():
         arrays, _ = checkpoints.read(step)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays))
     assert not (tmp_path / "result.json").exists()
@@ -161,7 +167,7 @@ def test_a_stopped_run_goes_on_by_skipping(config, tmp_path, poisoned, capsys):
     """To the same bits as one that skipped from the start."""
     with pytest.raises(UserError, match="step 18"):
         train_and_evaluate(config, tmp_path / "stopped")
-    config.on_nonfinite = "skip"
+    config.runtime.on_nonfinite = "skip"
     state, result = train_and_evaluate(config, tmp_path / "stopped")
     assert (
         "1 of the 14 steps of epoch 2 were not finite and were skipped" in capsys.readouterr().out
@@ -178,21 +184,15 @@ def test_a_run_that_diverges(config, tmp_path):
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e30
     with pytest.raises(UserError, match=r"step 2 .* last good checkpoint is step 0"):
         train_and_evaluate(config, tmp_path)
-    config.on_nonfinite = "skip"
+    config.runtime.on_nonfinite = "skip"
     with pytest.raises(UserError, match="the test loss became nan"):
         train_and_evaluate(config, tmp_path)
-    assert cnn.CheckpointManager(tmp_path / "checkpoints").steps() == [0]
+    assert cnn.CheckpointManager(tmp_path / "checkpoints").all_steps() == [0]
 
 
 def test_an_epoch_without_a_finite_step(config, tmp_path, monkeypatch):
-    original = cnn.training._batches
-    monkeypatch.setattr(
-        cnn.training, "_batches", lambda *args, **how: jax.tree.map(
-            lambda x: x * jnp.array(jnp.nan, x.dtype) if x.dtype == jnp.float32 else x,
-            original(*args, **how),
-        )
-    )  # fmt: skip
-    config.on_nonfinite = "skip"
+    poison(monkeypatch, lambda step: True)
+    config.runtime.on_nonfinite = "skip"
     with pytest.raises(UserError, match="no step of the epoch gave a finite loss"):
         train_and_evaluate(config, tmp_path)
 
@@ -201,18 +201,18 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path):
     """The loss and its gradients are still finite; what the optimizer makes of them is not."""
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e30
     config.optimizer.weight_decay = 1e30
-    config.checkpoint_every_steps = 1
+    config.runtime.checkpoint_every_steps = 1
     with pytest.raises(UserError, match=r"parameters after step 1 are not finite"):
         train_and_evaluate(config, tmp_path)
-    assert cnn.CheckpointManager(tmp_path / "checkpoints").steps() == [0]
+    assert cnn.CheckpointManager(tmp_path / "checkpoints").all_steps() == [0]
 
 
 def test_nobody_waits_for_the_device_at_each_step(config, tmp_path, monkeypatch):
     fetched = []
-    original = MetricsAccumulator.collect
+    original = MetricsAccumulator.fetch
     monkeypatch.setattr(
         MetricsAccumulator,
-        "collect",
+        "fetch",
         lambda tally, keep=0: fetched.append(keep) or original(tally, keep),
     )
     train_and_evaluate(config, tmp_path)

@@ -12,7 +12,7 @@ from cnn.config import override
 
 @pytest.fixture
 def config(config):
-    return override(config, ["--config.num_epochs=1", "--config.label_smoothing=0.2"])
+    return override(config, ["--config.num_epochs=1", "--config.loss.label_smoothing=0.2"])
 
 
 def test_a_failing_picture_is_a_line_of_warning_and_drawn_later(
@@ -51,9 +51,9 @@ def test_the_test_loss_is_plain_cross_entropy_with_label_smoothing_too(config, t
     state, result = train_and_evaluate(config, tmp_path)
     import jax
 
-    test = cnn.DeviceSplit.place(digits.test, digits, "scale", jax.devices()[0])
+    test = cnn.DeviceSplit.from_split(digits.test, jax.devices()[0])
     host = jax.device_get(state)
-    plain = cnn.evaluate(host.replace(loss_fn=CrossEntropy(), lanes=0), test)
-    smoothed = cnn.evaluate(host.replace(lanes=0), test)
+    plain = cnn.evaluate(host.replace(loss_fn=CrossEntropy()), test)
+    smoothed = cnn.evaluate(host, test)
     assert result["test_loss"] == pytest.approx(plain.loss, rel=1e-5)
     assert abs(result["test_loss"] - smoothed.loss) > 1e-3

@@ -117,7 +117,7 @@ def test_a_sharded_batch_gives_the_same_step(state, batch, count):
     spread, spread_metrics = jax.jit(train_step)(*placed)
     assert len(spread.params["Conv_0"]["kernel"].sharding.device_set) == count
     assert_close(spread.params, alone.params, atol=1e-5)
-    assert int(spread_metrics.correct) == int(metrics.correct)
+    assert int(spread_metrics.sums["accuracy"]) == int(metrics.sums["accuracy"])
 
 
 def test_equal_settings_do_not_compile_twice(batch):

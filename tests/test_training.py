@@ -7,13 +7,9 @@ import pytest
 
 import cnn
 from cnn import UserError, digest, train_and_evaluate
-from cnn.config import resolved
-from cnn.experiment import Experiment, create_experiment
-from cnn.runtime.run_directory import RECORD_FIELDS, RunDirectory
-
-
-def records(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+from cnn.config import check_config, to_json_dict
+from cnn.experiment import create_experiment
+from tests.helpers import Killed, kill_at, records_of, short_config, watch_calls
 
 
 def without_speed(record):
@@ -23,8 +19,6 @@ def without_speed(record):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, digits):
     """One undisturbed run, for all tests that only look."""
-    from tests.helpers import short_config
-
     workdir = tmp_path_factory.mktemp("run")
     state, result = train_and_evaluate(short_config(), workdir)
     return workdir, state, result
@@ -50,7 +44,7 @@ def test_the_run_directory_explains_itself(finished):
 
 def test_each_epoch_has_a_record(finished):
     workdir, _, result = finished
-    first, second = records(workdir)
+    first, second = records_of(workdir)
     assert (first["step"], second["step"]) == (14, 28)
     assert (first["epoch"], second["epoch"]) == (1, 2)
     assert second["train_loss"] < first["train_loss"]
@@ -87,10 +81,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, con
     assert digest(other) != digest(state)
 
 
-class Killed(BaseException):
-    """Not an Exception: nothing may catch it on the way."""
-
-
 @pytest.mark.parametrize(
     ("steps", "steps_per_execution"), [(5, 1), (14, 1), (17, 1), (28, 1), (15, 0), (20, 3)]
 )
@@ -99,24 +89,19 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
 ):
     """Stopped in the first epoch, at its end, in the second and at its end, and continued."""
     workdir, state, result = finished
-    config.checkpoint_every_steps = 5 if steps < 28 else 0
-    config.steps_per_execution = steps_per_execution
-    trained = []
-    one, several = cnn.training._train_step, cnn.training._train_steps
+    config.runtime.checkpoint_every_steps = 5 if steps < 28 else 0
+    config.runtime.steps_per_execution = steps_per_execution
 
-    def stop(state, batches, count=1):
-        if sum(trained) >= steps:
+    def kill(calls):
+        if sum(calls[:-1]) >= steps:
             raise Killed
-        trained.append(count)
-        return one(state, batches) if steps_per_execution == 1 else several(state, batches, count)
 
-    def stop_before_the_end(*args):
+    def kill_before_the_end(*args):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(cnn.training, "_train_step", stop)
-        patch.setattr(cnn.training, "_train_steps", stop)
-        patch.setattr(cnn.training, "conclude", stop_before_the_end)
+        watch_calls(patch, before=kill)
+        patch.setattr(cnn.training, "final_result", kill_before_the_end)
         with pytest.raises(Killed):
             train_and_evaluate(config, tmp_path)
     capsys.readouterr()
@@ -125,8 +110,8 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
     if taken_up:
         assert f"resuming at step {taken_up} of 28" in capsys.readouterr().out
     assert digest(resumed) == digest(state)
-    assert [without_speed(record) for record in records(tmp_path)] == [
-        without_speed(record) for record in records(workdir)
+    assert [without_speed(record) for record in records_of(tmp_path)] == [
+        without_speed(record) for record in records_of(workdir)
     ]
     for name in ("test_accuracy", "test_loss", "train_loss", "best_test_accuracy", "digest"):
         assert resumed_result[name] == result[name]
@@ -136,15 +121,15 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
     assert kept == {"28", str(previous), str(best)}
 
 
-@pytest.mark.parametrize("steps_per_execution", [1, 5])
+@pytest.mark.parametrize("runtime.steps_per_execution", [1, 5])
 def test_steps_per_call_change_no_bit(finished, config, tmp_path, steps_per_execution):
     """Against 14, those of an epoch; 5 do not divide these."""
     workdir, state, _ = finished
-    config.steps_per_execution = steps_per_execution
+    config.runtime.steps_per_execution = steps_per_execution
     several, _ = train_and_evaluate(config, tmp_path)
     assert digest(several) == digest(state)
-    assert [without_speed(record) for record in records(tmp_path)] == [
-        without_speed(record) for record in records(workdir)
+    assert [without_speed(record) for record in records_of(tmp_path)] == [
+        without_speed(record) for record in records_of(workdir)
     ]
 
 
@@ -152,15 +137,22 @@ def test_off_the_cpu_the_compiler_knows_the_number_of_steps(
     finished, config, tmp_path, monkeypatch
 ):
     _, state, _ = finished
-    config.steps_per_execution = 5
-    original, counts = cnn.training._train_known_steps, []
+    config.runtime.steps_per_execution = 5
+    original, counts = cnn.execution._train_known_steps, []
 
     def note(state, batches, count):
         counts.append(count)
         return original(state, batches, count)
 
-    monkeypatch.setattr(Experiment, "on_cpu", False)
-    monkeypatch.setattr(cnn.training, "_train_known_steps", note)
+    class OffTheCpu(cnn.execution.TrainSteps):
+        _compiles_each_length = True
+
+        def __setattr__(self, name, value):
+            if name != "_compiles_each_length":
+                super().__setattr__(name, value)
+
+    monkeypatch.setattr(cnn.training, "compile_train_steps", OffTheCpu)
+    monkeypatch.setattr(cnn.execution, "_train_known_steps", note)
     other, _ = train_and_evaluate(config, tmp_path)
     assert counts == [5, 5, 4] * 2
     for a, b in zip(jax.tree.leaves(other.params), jax.tree.leaves(state.params), strict=True):
@@ -168,7 +160,7 @@ def test_off_the_cpu_the_compiler_knows_the_number_of_steps(
 
 
 def test_a_batch_that_does_not_divide_uses_fewer_devices_and_says_so(config, tmp_path, capsys):
-    config.batch_size, config.num_devices, config.num_epochs = 99, 4, 1
+    config.batch_size, config.runtime.num_devices, config.num_epochs = 99, 4, 1
     train_and_evaluate(config, tmp_path)
     said = capsys.readouterr().out
     assert "devices: 3 x cpu, 33 images each per step" in said
@@ -183,10 +175,10 @@ def test_everything_that_a_config_can_choose(config, tmp_path):
     config.schedule.name = "cosine"
     config.schedule.warmup_epochs = 0.5
     config.model.dtype = "bfloat16"
-    config.label_smoothing = 0.1
+    config.loss.label_smoothing = 0.1
     config.dataset.normalization = "standardize"
     _, result = train_and_evaluate(config, tmp_path)
-    first, second = records(tmp_path)
+    first, second = records_of(tmp_path)
     # 14 updates in all, 4 of them warm-up; the last one is number 13, counted from 0.
     # Float32, and 1 + cos cancels all but a twentieth.
     expected = 1e-3 * 0.5 * (1 + np.cos(0.9 * np.pi))
@@ -199,21 +191,17 @@ def test_tensorboard_shows_each_step_once_and_from_the_first(config, tmp_path, m
     """Turned on after the first epoch, and killed between the second record and its checkpoint."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    original = cnn.training._Loop._save
-    for killed_at in (14, 28):
-        config.tensorboard = killed_at == 28
+    def kill(calls):
+        if len(calls) == 2:
+            raise Killed
 
-        def save(loop, state, killed_at=killed_at, **record):
-            if int(state.step) == killed_at:
-                if killed_at == 14:
-                    original(loop, state, **record)
-                raise Killed
-            original(loop, state, **record)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(cnn.training._Loop, "_save", save)
-            with pytest.raises(Killed):
-                train_and_evaluate(config, tmp_path)
+    with monkeypatch.context() as patch:
+        watch_calls(patch, before=kill)
+        with pytest.raises(Killed):
+            train_and_evaluate(config, tmp_path)
+    config.runtime.tensorboard = True
+    with pytest.raises(Killed):
+        train_and_evaluate(config, tmp_path, writers=[kill_at(28)])
     for _ in range(2):  # and turned on when the run is finished
         train_and_evaluate(config, tmp_path)
         events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -221,7 +209,7 @@ def test_tensorboard_shows_each_step_once_and_from_the_first(config, tmp_path, m
         shutil.rmtree(tmp_path / "tensorboard")
     assert [(scalar.step, scalar.value) for scalar in events.Scalars("test_loss")] == [
         (record["step"], pytest.approx(record["test_loss"], rel=1e-6))
-        for record in records(tmp_path)
+        for record in records_of(tmp_path)
     ]
 
 
@@ -245,7 +233,7 @@ def test_runs_that_differ_in_the_seed_compile_nothing_anew(config, tmp_path):
 
 def test_tensorboard_that_is_not_installed_is_one_line(config, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    config.tensorboard = True
+    config.runtime.tensorboard = True
     with pytest.raises(UserError, match=r"pip install '\.\[tensorboard\]'"):
         train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -254,10 +242,10 @@ def test_tensorboard_that_is_not_installed_is_one_line(config, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("field", "value", "complaint"),
     [
-        ("batch_size", 1438, "batch_size=1438 is more than the 1,437 training images of digits"),
+        ("batch_size", 1438, "batch_size=1438 must lie between 1 and 1,437"),
         ("model.padding", "VALID", "8x8 pixels are too small"),
         ("dataset.name", "digitz", "digits"),
-        ("platform", "tpu", "finds no TPU"),
+        ("runtime.platform", "tpu", "finds no TPU"),
     ],
 )
 def test_what_cannot_work_leaves_no_directory(config, tmp_path, field, value, complaint):
@@ -284,7 +272,7 @@ def unfinished(config, tmp_path, monkeypatch):
     """The directory of a run that was killed just before its end."""
     config.num_epochs = 1
     with monkeypatch.context() as patch:
-        patch.setattr(cnn.training, "conclude", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(cnn.training, "final_result", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train_and_evaluate(config, tmp_path)
     return tmp_path
@@ -293,8 +281,8 @@ def unfinished(config, tmp_path, monkeypatch):
 def test_a_checkpoint_holds_the_config_and_the_records(unfinished, config):
     with cnn.CheckpointManager(unfinished / "checkpoints") as checkpoints:
         _, record = checkpoints.read(14)
-    assert record["config"] == resolved(config)
-    assert record["records"] == records(unfinished)
+    assert record["config"] == to_json_dict(check_config(config))
+    assert record["records"] == records_of(unfinished)
 
 
 def test_a_lost_metrics_file_comes_back(unfinished, config):
@@ -328,31 +316,10 @@ def test_a_result_without_its_checkpoints(finished, config, tmp_path):
         train_and_evaluate(config, tmp_path / "run")
 
 
-def test_each_epoch_has_an_order_of_its_own(config, tmp_path, monkeypatch):
-    seen = []
-    original = cnn.DeviceSplit.take
-
-    def note(split, index, *change):
-        if index.ndim == 2:  # of several steps; not of an evaluation
-            jax.debug.callback(lambda index: seen.extend(np.array(index)), index)
-        return original(split, index, *change)
-
-    config.steps_per_execution = 7
-    jax.clear_caches()  # another test's trace of the same shapes would not see the note
-    monkeypatch.setattr(cnn.DeviceSplit, "take", note)
-    train_and_evaluate(config, tmp_path)
-    first, second = np.concatenate(seen[:14]), np.concatenate(seen[14:])
-    for epoch in (first, second):
-        assert len(np.unique(epoch)) == len(epoch) == 14 * 96
-        assert epoch.max() < 1437
-    assert not np.array_equal(first, second)
-    assert set(first) != set(second), "other images are left out"
-
-
 def test_the_schedule_is_the_one_the_optimizer_follows(config, digits):
     """Four warm-up updates from 0: the first changes nothing, the second something."""
     config.schedule.warmup_epochs = 4 / 14
-    plan = create_experiment(config, cnn.data_mesh(jax.devices()[:1], 96))
+    plan = create_experiment(check_config(config), jax.devices()[:1])
     start = plan.initial_state()
     batch = {
         "image": jax.numpy.asarray(digits.train.images[:96] / np.float32(255)),
@@ -375,31 +342,23 @@ def test_an_accumulation_longer_than_the_run(config, tmp_path):
 
 def test_a_run_goes_on_with_other_devices(config, tmp_path, monkeypatch, capsys):
     """After the second record, before its checkpoint: that record is made again."""
-    original = cnn.training._Loop._save
-
-    def save(loop, state, **record):
-        if int(state.step) == 28:
-            raise Killed
-        original(loop, state, **record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(cnn.training._Loop, "_save", save)
-        with pytest.raises(Killed):
-            train_and_evaluate(config, tmp_path)
-    first, lost = records(tmp_path)
-    config.num_devices = 4
-    monkeypatch.setattr("cnn.training.evaluate", lambda *_, **__: cnn.Metrics(1.0, 1, 1))
+    with pytest.raises(Killed):
+        train_and_evaluate(config, tmp_path, writers=[kill_at(28)])
+    first, lost = records_of(tmp_path)
+    config.runtime.num_devices = 4
+    tested = cnn.Metrics({"loss": 1.0, "accuracy": 1.0}, 1)
+    monkeypatch.setattr("cnn.training.evaluate", lambda *_, **__: tested)
     _, result = train_and_evaluate(config, tmp_path)
     said = capsys.readouterr().out
     assert (
-        "note: the run continues from the same bits in another environment "
-        "(devices: 2 x cpu -> 4 x cpu)"
+        "note: resuming on 4 x cpu (was 2 x cpu): same state, but later steps may differ by "
+        "rounding"
     ) in said
     environment = json.loads((tmp_path / "environment.json").read_text())
     (before,) = environment.pop("earlier")
     assert (len(before["devices"]), before["starts"]) == (2, [0])
     assert (len(environment["devices"]), environment["starts"]) == (4, [14])
-    kept, made = records(tmp_path)
+    kept, made = records_of(tmp_path)
     assert kept == first
     assert (lost["step"], made["step"]) == (28, 28)
     assert made["test_count"] == result["test_count"] == 1
@@ -418,23 +377,6 @@ def test_other_images_under_the_same_name_are_refused(unfinished, config, digits
     monkeypatch.setattr("cnn.experiment.load_dataset", lambda *_: changed)
     with pytest.raises(UserError, match="other digits images than those found now"):
         train_and_evaluate(config, unfinished)
-
-
-def test_a_run_takes_up_the_records_of_its_checkpoint(tmp_path):
-    """What a killed process wrote after it, whole or not, makes way."""
-    run = RunDirectory(tmp_path)
-    one, two, three = (dict.fromkeys(RECORD_FIELDS, step) for step in (1, 2, 3))
-    run.start({}, [])
-    assert run.records() == []
-    run.append(one)
-    run.append(two)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "los')
-    assert run.records() == [one, two]
-    run.start({}, [one])
-    assert run.records() == [one]
-    run.append(three)
-    assert run.records() == [one, three]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "result.json", "config.json"])

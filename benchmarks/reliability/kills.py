@@ -36,8 +36,10 @@ _TIMING = ("images_per_second", "wall_seconds")
 _FLAGS = (
     f"--config={REPOSITORY / 'configs' / 'digits.py'}",
     "--config.num_epochs=4",
-    "--config.checkpoint_every_steps=5",
-    "--config.model.batch_norm=true",
+    "--config.runtime.checkpoint_every_steps=5",
+    "--config.model.name=dct_cnn",  # has batch statistics
+    "--config.model.patch_size=2",
+    "--config.model.patch_features=4",
     "--config.augment.flip=true",
     "--config.augment.translate=1",
 )
@@ -161,7 +163,7 @@ def outcome(run: Path) -> dict[str, Any]:
     for values in (result, *records):
         for name in _TIMING:
             values.pop(name, None)
-    steps = CheckpointManager(run / "checkpoints").steps()
+    steps = CheckpointManager(run / "checkpoints").all_steps()
     return {"result": result, "records": records, "steps": steps}
 
 

@@ -1,10 +1,11 @@
 """TFDS builders that prepare their dataset without TensorFlow.
 
-Each subclasses the stock builder (same name, version, features, archive and checksum) and only
-reads the archive in its own way: the stock ones unpack, read and encode with TensorFlow. Keys and
-order of the examples are the stock ones too, so the files can stand for each other.
+Each builder subclasses the stock one and keeps its name, version, features, archive and checksum.
+Only the reading of the archive is replaced, because the stock builders use TensorFlow for it.
+Examples have the stock builders' keys and therefore their order, so the prepared files are
+interchangeable.
 
-Importing this module imports tensorflow_datasets (half a second); import it inside functions.
+This module imports tensorflow_datasets, which takes half a second: import it inside functions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 from tensorflow_datasets.image_classification import cifar, mnist
 
-# Only partly typed, and the methods below are meant to differ from the stock ones.
+# Any: TFDS is only partly typed, and the methods below have other signatures than the stock ones.
 _StockCifar10: Any = cifar.Cifar10
 _StockCifar100: Any = cifar.Cifar100
 _StockMnist: Any = mnist.MNIST
@@ -31,7 +32,7 @@ Examples = Iterator[tuple[int, dict[str, Any]]]
 
 
 class _Cifar:
-    """Reads CIFAR archives: records of label bytes, then the red, green and blue planes."""
+    """Reads CIFAR archives: each record holds the label bytes, then the R, G and B planes."""
 
     name: str
     info: Any
@@ -66,7 +67,7 @@ class _Cifar:
 
 
 class _Mnist:
-    """Reads MNIST's idx files: a header of 16 bytes (images) or 8 (labels), then the bytes."""
+    """Reads MNIST's idx files: a header of 16 bytes (images) or 8 (labels), then the values."""
 
     URL: str
 
@@ -89,7 +90,7 @@ class _Mnist:
 
 _IDX_HEADER = {"images-idx3": 16, "labels-idx1": 8}
 
-with registered.skip_registration():  # the stock builders hold these names
+with registered.skip_registration():  # these names are registered for the stock builders
 
     class Cifar10(_Cifar, _StockCifar10):
         """CIFAR-10."""
@@ -139,8 +140,8 @@ with registered.skip_registration():  # the stock builders hold these names
 
             digits: Any = load_digits()
             images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-            # Shuffle (a stream that NumPy promises never to change), sort by class, and give
-            # every fifth to the test split: both splits have the same mix of classes.
+            # Shuffle (NumPy promises never to change this random stream), sort by class and put
+            # every fifth image into the test split: both splits have the same mix of classes.
             order = np.random.RandomState(0).permutation(len(images))
             order = order[np.argsort(digits.target[order], kind="stable")]
             is_test = np.arange(len(order)) % 5 == 0

@@ -1,4 +1,4 @@
-"""What every dataset looks like to the rest of the program: arrays, names and statistics."""
+"""The in-memory dataset: two splits of images and labels, class names and statistics."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cnn.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """Images and labels, checked once, here.
+    """The images and labels of one split, checked on construction.
 
     Attributes:
       images: uint8[N, H, W, C]; may be a read-only memory map.
       labels: int32[N].
 
     Raises:
-      UserError: a wrong type, dtype, rank or length, or no images at all.
+      UserError: an array has a wrong type, dtype or rank, the lengths differ, or no image is given.
     """
 
     images: np.ndarray
@@ -43,20 +43,20 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A train and a test split with what is needed to interpret them.
+    """A train and a test split with class names, statistics and a fingerprint.
 
     `Dataset.from_splits` computes the statistics and the fingerprint for arrays of your own.
 
     Attributes:
-      name: what messages call it.
-      train, test: the two splits; images of one shape throughout.
-      class_names: one name per class; labels index into it.
-      mean, std: float32[C], per channel over the train split, in units of pixel/255.
-      fingerprint: hex digest of the decoded content (images and labels of both splits),
-        the same whatever file format the images came from.
+      name: the name that messages use.
+      train, test: the two splits; all images have the same shape.
+      class_names: one name per class; labels are indices into it.
+      mean, std: float32[C], per channel over the train split, in units of pixel / 255.
+      fingerprint: SHA-256 of the images and labels of both splits, independent of the file format
+        they were read from.
 
     Raises:
-      UserError: parts that do not fit together, or labels outside 0..num_classes-1.
+      UserError: the parts do not fit together, or a label is not in 0..K-1 for K classes.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, whether or not each occurs."""
+        """Number of classes, K, including those without images."""
         return len(self.class_names)
 
     @property
@@ -104,7 +104,7 @@ class Dataset:
     def from_splits(
         cls, name: str, *, train: Split, test: Split, class_names: Sequence[str]
     ) -> Dataset:
-        """A `Dataset` of arrays at hand, its statistics and fingerprint computed.
+        """Makes a `Dataset` from arrays; computes its statistics and fingerprint.
 
         >>> split = Split(np.full((2, 4, 4, 1), 51, np.uint8), np.array([0, 1], np.int32))
         >>> data = Dataset.from_splits("grey", train=split, test=split, class_names=("a", "b"))
@@ -120,14 +120,14 @@ class Dataset:
 
 
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and population standard deviation of each channel of uint8[N, H, W, C].
+    """Mean and population standard deviation of each channel of images uint8[N, H, W, C].
 
-    Both are float32[C] in units of pixel/255. They come from integer counts of pixel values,
-    so they do not depend on the order of summation.
+    Both are float32[C] in units of pixel / 255. They are computed from integer counts of the pixel
+    values, so they do not depend on the order of summation.
     """
     channels = images.shape[-1]
     counts = np.zeros((channels, 256), np.int64)
-    for start in range(0, len(images), 1024):  # bincount widens to int64: a piece at a time
+    for start in range(0, len(images), 1024):  # in pieces: bincount converts to int64
         pixels = images[start : start + 1024].reshape(-1, channels)
         for channel in range(channels):
             counts[channel] += np.bincount(pixels[:, channel], minlength=256)
@@ -143,7 +143,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fingerprint(train: Split, test: Split) -> str:
-    """SHA-256 of shapes and little-endian values of both splits, in order."""
+    """SHA-256 of dtype, shape and little-endian values of images and labels, train split first."""
     digest = hashlib.sha256()
     for split in (train, test):
         for array in (split.images, split.labels.astype("<i4", copy=False)):

@@ -1,48 +1,52 @@
-"""Archives from the network, or from where a person put them; checked before anything reads them.
+"""Archives from the network, or placed by hand, checked before anything reads them.
 
-TFDS has a downloader of its own, but without a network it retries for minutes, a connection that
-stalls stops it for ever, and a bad file stays behind. So the archives are fetched here, into
-the directory in which TFDS looks for archives placed by hand.
+The downloader of TFDS retries for minutes without a network, waits forever on a connection that
+stalls, and keeps a wrong file. So archives are downloaded here, to the folder where TFDS looks for
+archives placed by hand. pooch would save ten lines, but it waits for a silent server as long as for
+a stalled one, leaves a file behind when the process is killed, and makes files that only their
+owner can read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import queue
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnn.errors import UserError
-from cnn.runtime.files import replacing
+from cnn.runtime.disk import atomic_write
 from cnn.runtime.screen import waiting
 
 if TYPE_CHECKING:
     import requests
 
-_CONNECT_S = 4  # for one address of the host
-_ANSWER_S = 6  # from the name look-up to the first byte, all addresses and redirects together
+_CONNECT_S = 4  # to connect to one address of the host
+_ANSWER_S = 6  # from the name look-up to the first byte, including all addresses and redirects
 _STALL_S = 30  # between two pieces of the body
 
 
-def ensure_archive(url: str, *, size: int, sha256: str, place: Path, cached: list[Path]) -> None:
-    """Sees to it that TFDS will find the archive of `url`, whole.
+def ensure_archive(
+    url: str, *, size: int, sha256: str, destination: Path, cached: list[Path]
+) -> None:
+    """Downloads an archive unless a file is there already, and checks it either way.
 
     Args:
-      url: where it is in the network.
-      size: bytes it must have.
-      sha256: hex digest it must have.
-      place: the file to download to; a person may have put it there.
-      cached: other files that TFDS takes for this archive, if they exist.
+      url: where the archive is downloaded from.
+      size: its number of bytes, for messages.
+      sha256: its hex digest.
+      destination: the file to download to; it may have been placed by hand.
+      cached: other files that TFDS would take for this archive.
 
     Raises:
-      UserError: the file that is there is wrong (it is left alone), the network or the server
-        gives no file, or gives a wrong one (nothing is kept).
+      UserError: an existing file has another digest (it is kept); the server cannot be reached, or
+        it sends an error or a file with another digest (nothing is kept).
     """
-    found = next((path for path in (place, *cached) if path.is_file()), None)
+    found = next((path for path in (destination, *cached) if path.is_file()), None)
     if found is None:
-        _download(url, size, sha256, place)
+        _download(url, size, sha256, destination)
         return
     with open(found, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -53,23 +57,25 @@ def ensure_archive(url: str, *, size: int, sha256: str, place: Path, cached: lis
         )
 
 
-def check_reachable(url: str, place: Path) -> None:
-    """Raises the UserError of `ensure_archive` within seconds if nobody answers at `url`."""
-    _open(url, place).close()
+def check_reachable(url: str, destination: Path) -> None:
+    """Raises the UserError of `ensure_archive` within seconds if no server answers at `url`."""
+    _open(url, destination).close()
 
 
-def _download(url: str, size: int, sha256: str, place: Path) -> None:
+def _download(url: str, size: int, sha256: str, destination: Path) -> None:
     import requests
 
     digest, received = hashlib.sha256(), 0
     try:
-        with _open(url, place) as response:
+        with _open(url, destination) as response:
             if response.status_code != 200:
-                raise UserError(f"{url} answers HTTP {response.status_code}: {_other_ways(place)}")
-            place.parent.mkdir(parents=True, exist_ok=True)
+                raise UserError(
+                    f"{url} answers HTTP {response.status_code}: {_alternatives(destination)}"
+                )
+            destination.parent.mkdir(parents=True, exist_ok=True)
             with (
-                replacing(place) as stream,
-                waiting(f"downloading {place.name}", sys.stderr) as task,
+                atomic_write(destination) as stream,
+                waiting(f"downloading {destination.name}", sys.stderr) as task,
             ):
                 for block in response.iter_content(1 << 18):
                     stream.write(block)
@@ -78,42 +84,40 @@ def _download(url: str, size: int, sha256: str, place: Path) -> None:
                     task.detail = f"{received / 1e6:,.0f} of {size / 1e6:,.0f} MB"
                 if digest.hexdigest() != sha256:
                     raise UserError(
-                        f"{url} gave a wrong file: {received:,} bytes with sha256 "
-                        f"{digest.hexdigest()}, not {size:,} bytes with {sha256} (cut short, or an "
-                        f"error page?); nothing was kept; try again, {_other_ways(place)}"
+                        f"{url} sent a wrong file: {received:,} bytes with sha256 "
+                        f"{digest.hexdigest()}, not {size:,} bytes with {sha256} (truncated, or an "
+                        f"error page?); nothing was kept; try again, {_alternatives(destination)}"
                     )
     except requests.RequestException as error:
         raise UserError(
             f"the download of {url} broke off after {received:,} of {size:,} bytes "
-            f"({type(error).__name__}); nothing was kept; try again, {_other_ways(place)}"
+            f"({type(error).__name__}); nothing was kept; try again, {_alternatives(destination)}"
         ) from error
 
 
-def _open(url: str, place: Path) -> requests.Response:
+def _open(url: str, destination: Path) -> requests.Response:
     import requests
 
-    answers: queue.Queue[requests.Response | Exception] = queue.Queue()
+    answer: Future[requests.Response] = Future()
 
     def ask() -> None:
         try:
-            answers.put(requests.get(url, stream=True, timeout=(_CONNECT_S, _STALL_S)))
-        except Exception as error:  # handed to the thread that waits
-            answers.put(error)
+            answer.set_result(requests.get(url, stream=True, timeout=(_CONNECT_S, _STALL_S)))
+        except Exception as error:
+            answer.set_exception(error)
 
-    # A name look-up knows no timeout: only a thread can be left behind.
+    # A name look-up has no timeout of its own, so it runs in a thread that can be abandoned.
     threading.Thread(target=ask, daemon=True).start()
     try:
-        answer = answers.get(timeout=_ANSWER_S)
-    except queue.Empty:
-        answer = TimeoutError(f"no answer in {_ANSWER_S} s")
-    if isinstance(answer, Exception):
-        reason = str(answer) if isinstance(answer, TimeoutError) else type(answer).__name__
-        raise UserError(f"cannot reach {url} ({reason}): {_other_ways(place)}") from answer
-    return answer
+        return answer.result(_ANSWER_S)
+    except Exception as error:
+        is_late = isinstance(error, TimeoutError)
+        reason = f"no answer in {_ANSWER_S} s" if is_late else type(error).__name__
+        raise UserError(f"cannot reach {url} ({reason}): {_alternatives(destination)}") from error
 
 
-def _other_ways(place: Path) -> str:
+def _alternatives(destination: Path) -> str:
     return (
-        f"put the archive by hand at {place}, or set TFDS_DATA_DIR to a directory that holds the "
-        "prepared dataset, or train on embedded data with --config configs/digits.py"
+        f"put the archive by hand at {destination}, or set TFDS_DATA_DIR to a directory that holds "
+        "the prepared dataset, or train on embedded data with --config configs/digits.py"
     )

@@ -1,31 +1,47 @@
-"""From resident uint8 images to the batches a step sees, on the device."""
+"""From images in memory to the batches that a step sees: order, gather, augment, normalize.
+
+The order of epoch e is a pure function of (key, e), and the random numbers of step t are one of
+(key, t), so training continues at any step with the same bits.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 
+from cnn.arrays import AnyArray
+from cnn.augment import Augment, apply_augment
 from cnn.data.dataset import Dataset, Split
 from cnn.errors import UserError
+from cnn.metrics import describe_array
 from cnn.ops import explicit_mesh
+from cnn.runtime.devices import batch_sharding, data_mesh, replicated_sharding, select_devices
 
 NORMALIZATIONS = ("scale", "standardize")
+# A call of half a second on two cores, and 50 MB of images.
+_MAX_STEPS_PER_EXECUTION, _VALUES_PER_EXECUTION = 50, 4096 * 32 * 32 * 3
+# Streams of random keys, folded into the run's seed.
+_SHUFFLE, _AUGMENT = 1, 2
 
 
 class DeviceSplit(struct.PyTreeNode):
-    """A split that lives on the devices, with the constants that normalize it.
+    """A split on the devices, with the constants that normalize it.
 
     Attributes:
       images: `uint8[N, H, W, C]`.
       labels: `int32[N]`.
       mean: `float32[C]`, subtracted from pixel / 255.
-      std: `float32[C]`, divides the difference.
+      std: `float32[C]`, by which the difference is divided.
     """
 
     images: jax.Array
@@ -34,66 +50,67 @@ class DeviceSplit(struct.PyTreeNode):
     std: jax.Array
 
     @classmethod
-    def place(
-        cls, split: Split, dataset: Dataset, normalization: str, where: jax.sharding.Sharding | Any
+    def from_split(
+        cls,
+        split: Split,
+        where: jax.sharding.Sharding | Any = None,
+        *,
+        mean: np.ndarray | float = 0.0,
+        std: np.ndarray | float = 1.0,
     ) -> DeviceSplit:
-        """Copies a split to the devices once.
+        """Copies a split to the devices.
 
         Args:
-          split: `dataset.train` or `dataset.test`.
-          dataset: whose train split gives mean and std.
-          normalization: "standardize" (zero mean and unit variance per channel), or "scale"
-            (pixel / 255, as in the seed).
+          split: such as `dataset.train`.
           where: a sharding, or one device; None is JAX's default device.
-
-        Raises:
-          UserError: for an unknown normalization.
+          mean: `float32[C]`, or one number for all channels.
+          std: likewise. A channel whose std is 0 is not divided.
         """
-        if normalization not in NORMALIZATIONS:
-            raise UserError(
-                f"unknown normalization {normalization!r}; known: {', '.join(NORMALIZATIONS)}"
-            )
-        mean, std = np.zeros_like(dataset.mean), np.ones_like(dataset.std)
-        if normalization == "standardize":
-            mean = dataset.mean
-            std = np.where(dataset.std > 0, dataset.std, std)  # a channel may be constant
+        channels = split.images.shape[-1]
+        mean, std = (np.broadcast_to(np.float32(x), channels) for x in (mean, std))
+        std = np.where(std > 0, std, np.float32(1))
         return cls(*jax.device_put((split.images, split.labels, mean, std), where))
 
-    def take(
-        self, index: jax.Array, change: Callable[[jax.Array], jax.Array] | None = None
+    def get_batch(
+        self, index: AnyArray, transform: Callable[[jax.Array], jax.Array] | None = None
     ) -> dict[str, jax.Array]:
-        """These examples, normalized: `int32[...]` -> `image` `[..., H, W, C]`, `label` `[...]`.
+        """Gathers and normalizes images: `int32[...]` -> `image` `[..., H, W, C]`, `label` `[...]`.
 
         Args:
-          index: which ones.
-          change: applied to the images, uint8[..., H, W, C], before: an augmentation.
+          index: places in the split.
+          transform: applied to the images, uint8[..., H, W, C], before they are normalized.
         """
 
-        def take(split: DeviceSplit, index: jax.Array) -> dict[str, jax.Array]:
-            images = split.images[index]
-            if change is not None:
-                images = change(images)
-            return {"image": normalize(images, split.mean, split.std), "label": split.labels[index]}
-
-        def sharding(mesh: jax.sharding.AbstractMesh) -> Any:
+        def shardings(mesh: jax.sharding.AbstractMesh, *_: Any) -> Any:
             return explicit_mesh.rows_like(index, mesh, axes=jnp.ndim(index))
 
-        return explicit_mesh.with_automatic_axes(take, sharding, self, index)
+        @explicit_mesh.automatic_axes(shardings)
+        def get(split: DeviceSplit, index: AnyArray) -> dict[str, jax.Array]:
+            images = split.images[index]
+            if transform is not None:
+                images = transform(images)
+            return {"image": normalize(images, split.mean, split.std), "label": split.labels[index]}
+
+        return get(self, index)
 
 
-def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    """(pixel / 255 - mean) / std: `uint8[..., C]`, `float32[C]` twice -> `float32[..., C]`.
+def normalize(
+    images: UInt8[AnyArray, "*leading C"], mean: Float[AnyArray, " C"], std: Float[AnyArray, " C"]
+) -> Float[Array, "*leading C"]:
+    """(pixel / 255 - mean) / std.
 
     >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), jnp.array([0.5]), jnp.array([0.25]))
     Array([[[[2.]]]], dtype=float32)
     """
-    scaled = images.astype(jnp.float32) / 255.0
+    scaled = jnp.asarray(images).astype(jnp.float32) / 255.0
     mean, std = (jnp.expand_dims(one, range(images.ndim - 1)) for one in (mean, std))
     return (scaled - mean) / std
 
 
-def epoch_permutation(key: jax.Array, epoch: jax.Array | int, num_examples: int) -> jax.Array:
-    """The order of one epoch: `int32[num_examples]`, a pure function of key and epoch.
+def epoch_permutation(
+    key: PRNGKeyArray, epoch: AnyArray | int, num_examples: int
+) -> Int32[Array, " N"]:
+    """The order of the images in an epoch, a pure function of key and epoch.
 
     >>> order = epoch_permutation(jax.random.key(0), epoch=3, num_examples=5)
     >>> sorted(order.tolist())
@@ -104,7 +121,213 @@ def epoch_permutation(key: jax.Array, epoch: jax.Array | int, num_examples: int)
 
 # Compiled whole, not operator by operator.
 @functools.partial(jax.jit, static_argnames="num_examples")
-def _epoch_permutation(key: jax.Array, epoch: jax.Array | int, num_examples: int) -> jax.Array:
+def _epoch_permutation(key: AnyArray, epoch: AnyArray | int, num_examples: int) -> jax.Array:
     # Of an array of a known type: of a number the result would be int64 in JAX's 64-bit mode.
     examples = jnp.arange(num_examples, dtype=jnp.int32)
     return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
+
+
+def stream_key(seed: int, stream: int) -> PRNGKeyArray:
+    """The key of one stream of random numbers: `jax.random.key(seed)` with the stream folded in.
+
+    It is made of its two words, so that no setting of JAX changes it (one of them adds to seeds).
+    """
+    return _fold_in(np.array([0, seed], np.uint32), np.uint32(stream))
+
+
+@jax.jit
+def _fold_in(words: AnyArray, stream: AnyArray) -> jax.Array:
+    return jax.random.fold_in(
+        jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"), stream
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+    """A dataset on all devices, and the batches of its epochs.
+
+    On a CPU each core is a device. `compile_train_steps` makes the function that takes what
+    `batches` yields.
+
+    Args:
+      dataset: whose train split has at least one batch.
+      batch_size: images in a step, over all devices. The last, incomplete batch of an epoch is left
+        out, of other images each time.
+      seed: of the order and of the augmentation, 0 to 2**32 - 1.
+      normalization: "scale" (pixel / 255), or "standardize" (mean 0 and variance 1 per channel of
+        the train split).
+      augment: of the training images; see `cnn.augment`.
+      mesh: the devices, by default the most of all devices that divide the batch.
+      steps_per_execution: how many batches are made, and trained on, in one call. 0: 50, or fewer
+        where their images take more than 50 MB.
+
+    Raises:
+      UserError: an unknown normalization, a batch that is larger than the train split, or an
+        augmentation that does not fit the images.
+    """
+
+    dataset: Dataset
+    batch_size: int
+    seed: int = 0
+    normalization: str = "scale"
+    augment: Augment | None = None
+    mesh: Mesh = None  # type: ignore[assignment] - never None after initialization
+    steps_per_execution: int = 0
+
+    def __post_init__(self) -> None:
+        if self.normalization not in NORMALIZATIONS:
+            raise UserError(
+                f"unknown normalization {self.normalization!r}; known: {', '.join(NORMALIZATIONS)}"
+            )
+        num_images = len(self.dataset.train)
+        if not 1 <= self.batch_size <= num_images:
+            raise UserError(
+                f"batch_size={self.batch_size} must lie between 1 and {num_images:,}, the number "
+                f"of training images of {self.dataset.name}"
+            )
+        if self.mesh is None:
+            object.__setattr__(self, "mesh", data_mesh(select_devices(), self.batch_size))
+        if not self.steps_per_execution:
+            values = self.batch_size * math.prod(self.dataset.image_shape)
+            most = max(1, min(_MAX_STEPS_PER_EXECUTION, _VALUES_PER_EXECUTION // values))
+            object.__setattr__(self, "steps_per_execution", min(most, self.steps_per_epoch))
+        if self.augment is not None:
+            self._check_augment(self.augment)
+
+    def _check_augment(self, augment: Augment) -> None:
+        """Raises UserError if the augmentation changes shape or dtype of the images."""
+        images = jax.ShapeDtypeStruct((self.batch_size, *self.dataset.image_shape), jnp.uint8)
+        index = jax.ShapeDtypeStruct((self.batch_size,), jnp.int32)
+        epoch = jax.ShapeDtypeStruct((), jnp.int32)
+        apply = functools.partial(apply_augment, augment)
+        key = stream_key(self.seed, _AUGMENT)
+        result = jax.eval_shape(
+            lambda images, epoch, index: apply(key, images, epoch=epoch, index=index),
+            images,
+            epoch,
+            index,
+        )
+        if (getattr(result, "shape", None), getattr(result, "dtype", None)) != (
+            images.shape,
+            images.dtype,
+        ):
+            raise UserError(
+                f"an augmentation must return images of the shape and dtype that it is given, "
+                f"uint8{list(images.shape)}, not {describe_array(result)}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the train split."""
+        return len(self.dataset.train) // self.batch_size
+
+    @functools.cached_property
+    def train(self) -> DeviceSplit:
+        """The train split, on every device of the mesh."""
+        return self.place(self.dataset.train)
+
+    @functools.cached_property
+    def test(self) -> DeviceSplit:
+        """The test split, on every device of the mesh."""
+        return self.place(self.dataset.test)
+
+    def place(self, split: Split) -> DeviceSplit:
+        """A split of the dataset, on every device of the mesh, with its normalization."""
+        where = replicated_sharding(self.mesh)
+        if self.normalization == "scale":
+            return DeviceSplit.from_split(split, where)
+        dataset = self.dataset
+        return DeviceSplit.from_split(split, where, mean=dataset.mean, std=dataset.std)
+
+    def batches(
+        self, start: int, stop: int | None = None
+    ) -> Iterator[tuple[dict[str, jax.Array], int]]:
+        """The batches of steps `start` to `stop` of the run, several at a time.
+
+        Args:
+          start: the number of steps made before.
+          stop: the number of steps made after; None is the end of the epoch that `start` is in.
+
+        Yields:
+          `image` float32[S, B, H, W, C] and `label` int32[S, B], sharded over axis 1, where S is
+          `steps_per_execution`; and how many of the S batches count.
+        """
+        per_epoch = self.steps_per_epoch
+        stop = (start // per_epoch + 1) * per_epoch if stop is None else stop
+        while start < stop:
+            epoch = start // per_epoch
+            end = min(stop, (epoch + 1) * per_epoch)
+            order = epoch_permutation(self._shuffle_key, epoch, len(self.dataset.train))
+            order = jax.device_put(order, replicated_sharding(self.mesh))
+            while start < end:
+                num_steps = min(self.steps_per_execution, end - start)
+                yield self._make_batches(order, start), num_steps
+                start += num_steps
+
+    def epoch(self, epoch: int) -> Iterator[tuple[dict[str, jax.Array], int]]:
+        """The batches of an epoch, counted from 0: see `batches`."""
+        return self.batches(epoch * self.steps_per_epoch)
+
+    @functools.cached_property
+    def _shuffle_key(self) -> jax.Array:
+        return stream_key(self.seed, _SHUFFLE)
+
+    @functools.cached_property
+    def _augment_key(self) -> jax.Array:
+        return stream_key(self.seed, _AUGMENT)
+
+    def _make_batches(self, order: AnyArray, step: int) -> dict[str, jax.Array]:
+        return _make_batches(
+            self.train,
+            order,
+            self._augment_key,
+            step,
+            num_steps=self.steps_per_execution,
+            batch_size=self.batch_size,
+            augment=self.augment,
+            sharding=batch_sharding(self.mesh, axis=1),
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("num_steps", "batch_size", "augment", "sharding"))
+def _make_batches(
+    train: DeviceSplit,
+    order: AnyArray,
+    key: AnyArray,
+    step: AnyArray | int,
+    *,
+    num_steps: int,
+    batch_size: int,
+    augment: Augment | None,
+    sharding: NamedSharding,
+) -> dict[str, jax.Array]:
+    """Gathers, augments and normalizes the batches of some steps.
+
+    Compiled by itself: on a CPU, XLA would otherwise repeat it for each of the overlapping patches
+    of the first convolution.
+
+    Args:
+      train: the split.
+      order: of the epoch, `int32[N]`.
+      key: of the augmentation, into which each step is folded.
+      step: the number of steps made before.
+      num_steps: how many batches; those beyond the end of the epoch repeat its last image.
+      batch_size: images in each.
+      augment: of the images, if any.
+      sharding: of `[num_steps, batch_size]`.
+    """
+    steps_per_epoch = order.shape[0] // batch_size
+    start = (step % steps_per_epoch) * batch_size
+    index = order[jnp.minimum(start + jnp.arange(num_steps * batch_size), order.shape[0] - 1)]
+    index = jax.lax.with_sharding_constraint(index.reshape(num_steps, batch_size), sharding)
+    if augment is None:
+        return train.get_batch(index)
+
+    def transform(images: AnyArray) -> jax.Array:
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, step + i))(jnp.arange(num_steps))
+        apply = functools.partial(apply_augment, augment, epoch=step // steps_per_epoch)
+        return jax.vmap(lambda key, images, index: apply(key, images, index=index))(
+            keys, images, index
+        )
+
+    return train.get_batch(index, transform)

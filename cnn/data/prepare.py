@@ -1,11 +1,10 @@
-"""From a name to a directory of prepared files, in the layout and with the builders of TFDS."""
+"""Finds or prepares the files of a dataset, in the directory layout of TFDS."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
 import io
 import json
 import re
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnn.data import download
 from cnn.errors import UserError
-from cnn.runtime.checksums import write_manifest
+from cnn.runtime.checksums import write_checksums
 from cnn.runtime.disk import is_file, is_writable
 from cnn.runtime.screen import waiting
 
@@ -28,8 +27,8 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """`name[/config][:version]`, taken apart."""
+class DatasetSpec:
+    """The parts of `name[/config][:version]`."""
 
     name: str
     config: str | None
@@ -37,12 +36,12 @@ class Request:
 
     @property
     def title(self) -> str:
-        """What to call the dataset: its name without the version."""
+        """The dataset's name in messages: without the version."""
         return f"{self.name}/{self.config}" if self.config else self.name
 
     @classmethod
-    def parse(cls, text: str) -> Request:
-        """Raises `UserError` if the text has another form."""
+    def parse(cls, text: str) -> DatasetSpec:
+        """Parses `name[/config][:version]`; raises UserError for another form."""
         match = _NAME.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise UserError(
@@ -52,78 +51,82 @@ class Request:
         return cls(*match.groups())
 
 
-def find(root: Path, request: Request) -> Path | None:
+def find(root: Path, spec: DatasetSpec) -> Path | None:
     """The newest prepared version under a TFDS data directory, without importing TFDS."""
-    folder = root / request.name
-    default = folder / ".config" / "metadata.json"  # how TFDS notes the default config
-    if request.config:
-        folder /= request.config
+    folder = root / spec.name
+    default = folder / ".config" / "metadata.json"  # where TFDS records the default config
+    if spec.config:
+        folder /= spec.config
     elif is_file(default):
-        with contextlib.suppress(
-            ValueError, KeyError, TypeError, RecursionError
-        ):  # damaged: as if not prepared
+        # A damaged file counts as a dataset that is not prepared.
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             folder /= json.loads(default.read_text())["default_config_name"]
-    versions = [request.version] if request.version else _versions(folder)
+    versions = [spec.version] if spec.version else _versions(folder)
     prepared = [folder / v for v in versions if is_file(folder / v / "dataset_info.json")]
     return prepared[-1] if prepared else None
 
 
-def prepare(root: Path, request: Request) -> Path:
-    """Downloads and prepares a dataset under `root`; nothing half-made stays behind.
+def prepare(root: Path, spec: DatasetSpec) -> Path:
+    """Downloads and prepares a dataset in a TFDS data directory.
+
+    A failure leaves no partial files.
+
+    Returns:
+      The directory of the prepared files.
 
     Raises:
-      UserError: an unknown name, config or version; a directory that cannot be written; no
-        network; a wrong archive; or a dataset that only TensorFlow can prepare.
+      UserError: the name, config or version is unknown; the directory cannot be written; there is
+        no network; the archive is wrong; or only TensorFlow can prepare the dataset.
     """
     if not is_writable(root):
         raise UserError(
-            f"{request.name} is not in {root}, and that directory cannot be written to prepare it "
+            f"{spec.name} is not in {root}, and that directory cannot be written to prepare it "
             "there: set TFDS_DATA_DIR (or data_dir) to another directory"
         )
     from cnn.data.builders import BUILDERS
 
-    ours = request.name in BUILDERS
-    if ours and request.config:
-        raise UserError(f"{request.title}: {request.name} has no configs; name it without one")
-    cls: Any = BUILDERS[request.name] if ours else _stock_builder_class(request.name)
+    is_ours = spec.name in BUILDERS
+    if is_ours and spec.config:
+        raise UserError(f"{spec.title}: {spec.name} has no configs; name it without one")
+    cls: Any = BUILDERS[spec.name] if is_ours else _stock_builder_class(spec.name)
     try:
-        builder = cls(data_dir=root, config=request.config, version=request.version)
+        builder = cls(data_dir=root, config=spec.config, version=spec.version)
     except (AssertionError, ValueError) as error:
-        raise UserError(f"{request.name}: {first_line(error)}") from error
-    place = Path(builder.data_dir)
-    if place.exists():  # TFDS would take it as it is
-        if (place / "dataset_info.json").is_file():
-            return place
+        raise UserError(f"{spec.name}: {first_line(error)}") from error
+    destination = Path(builder.data_dir)
+    if destination.exists():  # TFDS would not prepare it again
+        if (destination / "dataset_info.json").is_file():
+            return destination
         raise UserError(
-            f"{place} is damaged (dataset_info.json is missing): delete it to have {request.name} "
-            "prepared again"
+            f"{destination} is damaged (dataset_info.json is missing): delete it to have "
+            f"{spec.name} prepared again"
         )
-    _check_features(builder.info.features, request.name)
-    _ensure_archives(builder, root / "downloads", only_check=not ours)
-    quiet = io.StringIO()  # TFDS writes the same at length
+    _check_features(builder.info.features, spec.name)
+    _ensure_archives(builder, root / "downloads", only_check=not is_ours)
+    quiet = io.StringIO()  # TFDS reports the same at length
     try:
         with (
-            waiting(f"preparing {request.name} in {place}", sys.stderr),
+            waiting(f"preparing {spec.name} in {destination}", sys.stderr),
             contextlib.redirect_stdout(quiet),
             contextlib.redirect_stderr(quiet),
         ):
-            builder.download_and_prepare(file_format=_file_format())
+            builder.download_and_prepare(file_format="array_record")
     except Exception as error:
-        if (found := find(root, request)) is not None:
-            return found  # another process was faster
-        raise UserError(_why_not_prepared(request.name, error)) from error
-    write_manifest(place)
-    return place
+        if (found := find(root, spec)) is not None:
+            return found  # another process has prepared it
+        raise UserError(_why_not_prepared(spec.name, error)) from error
+    write_checksums(destination)
+    return destination
 
 
 def check_label_names(names: Iterable[str], what: str) -> None:
-    """Raises UserError for class names that TFDS's label files cannot hold.
+    """Raises UserError for class names that a label file of TFDS cannot hold.
 
     >>> check_label_names(["cat", "polar bear"], "mine")
 
     Args:
-      names: of the classes.
-      what: begins the message.
+      names: the names of all classes.
+      what: the beginning of the message.
     """
     for index, name in enumerate(names):
         if name != name.strip() or not name or {"\n", "\r"} & set(name) or not _is_text(name):
@@ -150,7 +153,7 @@ def _check_features(features: Any, name: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What a library has to say, short enough to stand in a line of ours."""
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -181,21 +184,16 @@ def _ensure_archives(
     from tensorflow_datasets.core.download.resource import get_dl_fname
 
     for url, info in (builder.url_infos or {}).items():
-        place = downloads / "manual" / (info.filename or "")
-        file = get_dl_fname(url, info.checksum)  # where TFDS keeps what it downloaded itself
+        destination = downloads / "manual" / (info.filename or "")
+        file = get_dl_fname(url, info.checksum)  # the name that TFDS's own downloader gives it
         cached = [downloads / builder.name / file, downloads / file]
         if not only_check:
             download.ensure_archive(
-                url, size=info.size, sha256=info.checksum, place=place, cached=cached
+                url, size=info.size, sha256=info.checksum, destination=destination, cached=cached
             )
-        elif not any(path.is_file() for path in (place, *cached)):
-            # Which archives a stock builder wants is not known: one answer is enough.
-            return download.check_reachable(url, place)
-
-
-def _file_format() -> str:
-    """Both formats are read by `tfds.data_source`; array_record is not built for every system."""
-    return "array_record" if importlib.util.find_spec("array_record") else "parquet"
+        elif not any(path.is_file() for path in (destination, *cached)):
+            # Which of its archives a stock builder needs is unknown, so one answer is enough.
+            return download.check_reachable(url, destination)
 
 
 def _why_not_prepared(name: str, error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""`load_dataset`: find the prepared dataset, prepare it if need be, decode it once."""
+"""`load_dataset`: finds or prepares a dataset, and decodes it once."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ import numpy as np
 
 from cnn.data import cache
 from cnn.data.dataset import Dataset, Split
-from cnn.data.prepare import Request, check_label_names, find, first_line, prepare
+from cnn.data.prepare import DatasetSpec, check_label_names, find, first_line, prepare
 from cnn.errors import UserError, one_line
-from cnn.runtime.checksums import MANIFEST, read_through, verify_manifest
-from cnn.runtime.disk import is_file, is_writable, resolve_path, unreadable
-from cnn.runtime.screen import counted, waiting
+from cnn.runtime.checksums import CHECKSUMS, read_through, verify_checksums
+from cnn.runtime.disk import (
+    cache_directory,
+    describe_read_error,
+    is_file,
+    is_writable,
+    resolve_path,
+)
+from cnn.runtime.screen import counted, log_warning, waiting
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 _BATCH = 256  # records read at a time
@@ -35,33 +41,34 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
     >>> data.train.images.shape, data.test.images.shape, data.num_classes
     ((1437, 8, 8, 1), (360, 8, 8, 1), 10)
 
-    The first call downloads and prepares what is missing (without TensorFlow for cifar10,
-    cifar100, mnist, fashion_mnist and digits) and keeps the decoded arrays in the user's cache
-    directory; later calls map them into memory. The test split is the split named "test" or,
-    where there is none, "validation".
+    The first call downloads and prepares the dataset (cifar10, cifar100, mnist, fashion_mnist and
+    digits do not need TensorFlow) and stores the decoded arrays in the user's cache folder. Later
+    calls map them into memory. The test split is the one named "test" or, if there is none,
+    "validation".
 
     Args:
-      name: a TFDS name, `name[/config][:version]`, or "digits" (in scikit-learn, no download).
-      data_dir: where TFDS datasets are; by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
-        It may be read-only if it holds the dataset.
+      name: `name[/config][:version]` of a TFDS dataset, or "digits" (in scikit-learn, no download).
+      data_dir: the directory of TFDS datasets; by default `$TFDS_DATA_DIR` or
+        `~/tensorflow_datasets`. It may be read-only if it holds the dataset.
 
     Returns:
-      A `Dataset` of uint8 images [N, H, W, C] and int32 labels [N], to be read only.
+      A `Dataset` of images uint8[N, H, W, C] and labels int32[N], which are read-only.
 
     Raises:
-      UserError: one line saying what is wrong and what to do: unknown name, no network, wrong
-        archive, directory not writable, TensorFlow needed, images of several sizes, bad labels.
+      UserError: the name is unknown, there is no network, the archive is wrong, the directory
+        cannot be written, TensorFlow is needed, images differ in size, or labels are out of range.
+        The message is one line and says what to do.
     """
-    request = Request.parse(name)
+    spec = DatasetSpec.parse(name)
     try:
-        cache.directory()  # raises before anything is written
-        return _loaded(_prepared(_data_dir(data_dir), request), request.title)
+        cache_directory()  # its errors come before anything is written
+        return _load_or_decode(_find_or_prepare(_data_dir(data_dir), spec), spec.title)
     except OSError as error:
         raise UserError(f"{name}: {error}") from error
 
 
-def _loaded(prepared: Path, name: str) -> Dataset:
-    """The arrays from the cache, or else from the prepared files; the cache is kept current."""
+def _load_or_decode(prepared: Path, name: str) -> Dataset:
+    """Loads the arrays from the cache, or decodes the prepared files and writes the cache."""
     try:
         if (dataset := cache.load(prepared, name)) is not None:
             return dataset
@@ -69,18 +76,16 @@ def _loaded(prepared: Path, name: str) -> Dataset:
         if cache.store(prepared, dataset):
             return cache.load(prepared, name) or dataset
     except cache.UnreadableError as error:
-        file, reason = error.args
-        line = (
-            f"cnn: the decoded images in {file} cannot be read ({reason}); they are decoded again "
-            "and the file is left as it is (XDG_CACHE_HOME moves the cache)"
-        )
-        print(one_line(line), file=sys.stderr)
+        folder, reason = error.args
+        fault = f"the decoded images in {folder} cannot be read ({reason})"
+        advice = "they are decoded again, and the folder is kept (XDG_CACHE_HOME moves the cache)"
+        log_warning(one_line(f"{fault}; {advice}"))
         dataset = _decode(prepared, name)
     return dataset
 
 
 def _data_dir(given: str | os.PathLike[str] | None) -> Path:
-    root = resolve_path(given or os.environ.get("TFDS_DATA_DIR") or _usual_data_dir())
+    root = resolve_path(given or os.environ.get("TFDS_DATA_DIR") or _default_data_dir())
     try:
         os.fspath(root).encode()
     except UnicodeEncodeError as error:
@@ -88,43 +93,46 @@ def _data_dir(given: str | os.PathLike[str] | None) -> Path:
     return root
 
 
-def _usual_data_dir() -> Path:
-    """Where TFDS has its datasets; beside the cache for a user without a home directory."""
+def _default_data_dir() -> Path:
+    """The default of TFDS, or a folder beside the cache for a user without a home directory."""
     try:
         return Path.home() / "tensorflow_datasets"
     except RuntimeError:
-        return cache.directory() / "prepared"
+        return cache_directory() / "prepared"
 
 
-def _prepared(root: Path, request: Request) -> Path:
+def _find_or_prepare(root: Path, spec: DatasetSpec) -> Path:
     roots = [root]
-    if request.name == "digits":  # needs no download, so it must work wherever anything does
-        roots.append(cache.directory() / "prepared")
-    for place in roots:
-        if (found := find(place, request)) is not None:
+    if spec.name == "digits":  # needs no download, so it works without a writable data directory
+        roots.append(cache_directory() / "prepared")
+    for candidate in roots:
+        if (found := find(candidate, spec)) is not None:
             return found
-    return prepare(next(filter(is_writable, roots), root), request)
+    return prepare(next(filter(is_writable, roots), root), spec)
 
 
 def _decode(prepared: Path, name: str) -> Dataset:
-    """Reads the prepared files into arrays: seconds per 10,000 images, hence the cache."""
+    """Decodes the prepared files into arrays, which takes seconds per 10,000 images."""
     import PIL.Image
     import tensorflow_datasets as tfds
 
     try:
-        fault = _fault(prepared)
+        damage = _damage(prepared)
     except OSError as error:
-        raise UserError(f"the prepared {name} cannot be read: {unreadable(error)}") from error
-    if fault is not None:
         raise UserError(
-            f"the prepared {name} is damaged ({fault}): delete {prepared} to have it prepared again"
+            f"the prepared {name} cannot be read: {describe_read_error(error)}"
+        ) from error
+    if damage is not None:
+        raise UserError(
+            f"the prepared {name} is damaged ({damage}): delete {prepared} to have it prepared "
+            "again"
         )
     too_large = PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError
     try:
         _check_class_names(prepared, name)
         builder: Any = tfds.builder_from_directory(prepared)
         splits = builder.info.splits
-        image_key, label_key = _keys(builder, name)
+        image_key, label_key = _supervised_keys(builder, name)
         test = "test" if "test" in splits else "validation"
         if "train" not in splits or test not in splits:
             raise UserError(
@@ -149,19 +157,21 @@ def _decode(prepared: Path, name: str) -> Dataset:
         raise UserError(f"{name} does not fit in memory: choose a smaller dataset") from error
     except Exception as error:
         if isinstance(error, OSError) and error.filename and error.errno not in _MISSING:
-            raise UserError(f"the prepared {name} cannot be read: {unreadable(error)}") from error
+            raise UserError(
+                f"the prepared {name} cannot be read: {describe_read_error(error)}"
+            ) from error
         raise UserError(
             f"cannot read the prepared {name} ({first_line(error)}): delete {prepared} to have it "
             "prepared again"
         ) from error
 
 
-def _fault(prepared: Path) -> str | None:
-    """What is wrong with the files; raises OSError if one of them cannot be opened or read."""
-    if is_file(prepared / MANIFEST):
-        return verify_manifest(prepared, strict=False)
-    # What stock TFDS prepared has no manifest: the formats' own checks must do. They do not tell
-    # damage from a file that cannot be read, so all are read here.
+def _damage(prepared: Path) -> str | None:
+    """Describes damage to the files; raises OSError if one of them cannot be opened or read."""
+    if is_file(prepared / CHECKSUMS):
+        return verify_checksums(prepared, strict=False)
+    # Datasets that stock TFDS prepared have no manifest and rely on the checks of the file format.
+    # Those report an unreadable file as damage, so each file is read here first.
     for path in filter(is_file, sorted(prepared.iterdir())):
         read_through(path)
     return None
@@ -170,8 +180,8 @@ def _fault(prepared: Path) -> str | None:
 def _check_class_names(prepared: Path, name: str) -> None:
     """Raises UserError unless each line of a label file is the name of one class.
 
-    TFDS writes a name per line, and reads the lines that are not blank, without the blanks at their
-    ends. So a line break or an empty name would give the classes behind it the names of others.
+    TFDS writes one name per line, and strips and skips blank lines when it reads them. So a line
+    break in a name, or an empty name, would give later classes the names of other classes.
     """
     import tensorflow_datasets as tfds
 
@@ -189,7 +199,7 @@ def _check_class_names(prepared: Path, name: str) -> None:
                 )
 
 
-def _keys(builder: Any, name: str) -> tuple[str, str]:
+def _supervised_keys(builder: Any, name: str) -> tuple[str, str]:
     import tensorflow_datasets as tfds
 
     features, keys = builder.info.features, builder.info.supervised_keys
@@ -229,24 +239,30 @@ def _decode_split(builder: Any, split: str, image_key: str, label_key: str) -> S
     if index + 1 != number:
         raise ValueError(f"{index + 1} examples in {split}, {number} expected")
     for array in (images, labels):
-        array.setflags(write=False)  # as the mapped arrays of later calls
+        array.setflags(write=False)  # the mapped arrays of later calls are read-only too
     return Split(images, labels)
 
 
 def _examples(
     builder: Any, split: str, image_key: str, label_key: str
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """All examples of a split in the order of the files."""
+    """Yields image uint8[H, W, C] and label of each example, in the order of the files."""
     import PIL.Image
     import tensorflow_datasets as tfds
 
+    if builder.info.file_format.value == "parquet":
+        raise UserError(
+            f"{builder.data_dir} holds parquet files, which are not read here: prepare the dataset "
+            "with file_format='array_record' (docs/datasets.md), or set TFDS_DATA_DIR to another "
+            "directory to have it prepared there"
+        )
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    if not formats & {"array_record", "parquet"}:
+    if "array_record" not in formats:
         yield from _examples_through_tensorflow(builder, split, image_key, label_key)
         return
     too_large = PIL.Image.DecompressionBombWarning
     mode = _PIL_MODES[builder.info.features[image_key].shape[-1]]
-    # Pillow is called here, not by TFDS: a third faster, and grey and colour are converted.
+    # Decoded here, not by TFDS: this is a third faster, and converts the colour mode.
     source = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
     if builder.info.file_format.value == "array_record":
         _check_number(builder.info.splits[split].filepaths, len(source))
@@ -266,7 +282,7 @@ def _examples(
 
 
 def _check_number(files: list[Path], expected: int) -> None:
-    """Else a damaged dataset_info.json could leave out the last examples of array_record files."""
+    """Raises ValueError if dataset_info.json, which may be damaged, misses or adds examples."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     with ArrayRecordDataSource(list(map(str, files))) as records:

@@ -1,4 +1,4 @@
-"""What is about to be trained: data, devices, and the layers with shapes, parameters, FLOPs."""
+"""A table of the layers of a model, with shapes, parameters and FLOPs."""
 
 from __future__ import annotations
 
@@ -10,38 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cnn.experiment import Experiment
-from cnn.notes import notes
-
-
-def describe(plan: Experiment, variables: Any, num_devices: int, *, width: int) -> str:
-    """What is about to be trained: data, batches, devices, notes on settings, layers.
-
-    Args:
-      plan: of the run.
-      variables: the model's, parameters and all.
-      num_devices: that there are; the plan's mesh may use fewer.
-      width: columns that the table of layers may have.
-    """
-    data, used, batch_size = plan.dataset, plan.mesh.size, plan.config.batch_size
-    train_count, test_count = len(data.train.labels), len(data.test.labels)
-    kind = plan.mesh.devices.flat[0].device_kind
-    left_out = train_count - plan.steps_per_epoch * batch_size
-    lines = [
-        f"data: {data.name}, {_by(data.image_shape)}, {data.num_classes:,} classes",
-        f"images: {train_count:,} for training, {test_count:,} for testing",
-        f"batches: {plan.steps_per_epoch:,} of {batch_size:,} images in each epoch"
-        + (f"; {left_out:,} images left out" if left_out else ""),
-        f"devices: {used} x {kind}, {batch_size // used:,} images each per step",
-    ]
-    if used < num_devices:
-        lines.append(
-            f"note: batch_size={batch_size} does not divide evenly over {num_devices} devices; "
-            f"{num_devices - used} stay idle"
-        )
-    lines += [f"note: {line}" for line in notes(plan)]
-    table = model_summary(plan.model, variables, data.image_shape, width=width)
-    return "\n".join([*lines, table])
+from cnn.models.conv_pool import ConvPool
 
 
 def model_summary(
@@ -49,12 +18,13 @@ def model_summary(
 ) -> str:
     """A table of the layers that hold parameters.
 
-    FLOPs are of the forward pass for one image, two per multiply-add, convolutions and dense
-    layers only; biases, activations and pooling add a few per cent at most.
+    FLOPs are those of the forward pass for one image, two per multiply-add, in convolutions and
+    dense layers only; biases, activations and pooling add a few per cent at most. The output of a
+    `ConvPool` is shown as it is before the pooling.
 
     Args:
-      model: takes `[B, H, W, C]`.
-      variables: its parameters and other collections; shapes are enough.
+      model: a linen module of images `[B, H, W, C]`.
+      variables: its parameters and other collections, as arrays or as their shapes and dtypes.
       image_shape: (H, W, C).
       width: columns that the table may have; long names of layers are cut at their beginnings.
     """
@@ -64,7 +34,7 @@ def model_summary(
     for path, layer in _layers(variables["params"]):
         shape = outputs[path]
         size = sum(leaf.size for leaf in layer.values())
-        # Each weight of a kernel meets each output position once, and multiplies and adds there.
+        # Each weight of a kernel is multiplied and added once at each output position.
         weights = layer["kernel"].size if "kernel" in layer else 0
         flops = 2.0 * weights * math.prod(shape[:-1])
         rows.append(("/".join(path), _by(shape), f"{size:,}", f"{flops / 1e6:.2f}"))
@@ -72,7 +42,7 @@ def model_summary(
         total_flops += flops
     rows.append(("total", "", f"{total_size:,}", f"{total_flops / 1e6:.2f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    # The names of nested modules are long, and differ at their ends.
+    # Names of nested modules are long and differ at their ends.
     widths[0] = min(widths[0], max(width - sum(widths[1:]) - 8, 8))
     rows = [(_end_of(name, widths[0]), *cells) for name, *cells in rows]
     return "\n".join(
@@ -90,7 +60,7 @@ def _by(shape: tuple[int, ...]) -> str:
 
 
 def _layers(params: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    """The modules with parameters of their own: their paths and those parameters."""
+    """Paths and parameters of the modules that have parameters of their own."""
     own = {name: value for name, value in params.items() if not isinstance(value, Mapping)}
     layers = [(path, own)] if own else []
     for name in params.keys() - own.keys():
@@ -107,21 +77,19 @@ def _natural(name: str) -> tuple[str, int]:
 def _output_shapes(
     model: nn.Module, variables: Any, image_shape: tuple[int, int, int]
 ) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path of each module -> shape of its output for one image, without the batch axis."""
+    """Output shape of each module for one image, without the batch axis, by path."""
     shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
 
-    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def record(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         y, module = call(*args, **kwargs), context.module
-        own = y
-        if isinstance(module, nn.Conv) and module.conv_general_dilated is not None:
-            # It may pool in the same call; its arithmetic is that of the plain convolution.
-            plain = module.clone(parent=None, conv_general_dilated=None)
-            own, _ = jax.eval_shape(plain.init_with_output, jax.random.key(0), *args, **kwargs)
         if context.method_name == "__call__":
-            shapes[module.path] = jnp.shape(own)[1:]
+            is_pooled = isinstance(module, ConvPool)
+            shapes[module.path] = (
+                module.convolved_shape(args[0].shape) if is_pooled else jnp.shape(y)[1:]
+            )
         return y
 
-    with nn.intercept_methods(note):
+    with nn.intercept_methods(record):
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, image)
     return shapes

@@ -1,4 +1,4 @@
 """Operators: how a convolution, a pooling or a microbatch is computed on each backend.
 
-Pure functions of arrays. A researcher need not enter: models call `cnn.ops.convolution`.
+These are pure functions of arrays. To use them in a model, read `cnn.ops.convolution` only.
 """

@@ -1,38 +1,48 @@
 """Functions of arrays that lie on a mesh with explicit axes, JAX's default.
 
-On such a mesh the sharding of every intermediate array is part of its type. What a step computes
-within has no user to state them, so these axes are automatic while it is traced.
+On such a mesh the sharding of every intermediate array is part of its type. Within a step there is
+nobody to state these shardings, so the axes are automatic while it is traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
 
-def with_automatic_axes(
-    fn: Callable[..., Any], shardings: Callable[[AbstractMesh], Any], *args: Any
-) -> Any:
-    """`fn(*args)`, with the explicit axes of the arguments' mesh made automatic within.
+
+def automatic_axes(shardings: Callable[..., Any]) -> Callable[[_Fn], _Fn]:
+    """Decorates a function: the explicit axes of its arguments' mesh are automatic within it.
 
     Args:
-      fn: of arrays.
-      shardings: from that mesh to the shardings of the results, a pytree prefix of them.
-      *args: pytrees of arrays.
+      shardings: from that mesh and the arguments to the shardings of the results, a pytree prefix
+        of them.
     """
-    mesh = next(filter(_has_explicit_axes, map(_mesh, jax.tree.leaves(args))), None)
-    if mesh is None:
-        return fn(*args)
-    axes = tuple(
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    )
-    automatic = jax.sharding.auto_axes(fn, axes=axes, out_sharding=shardings(mesh))
-    return automatic(*jax.tree.map(_as_array, args))
+
+    def decorate(fn: _Fn) -> _Fn:
+        @functools.wraps(fn)
+        def wrapped(*args: Any) -> Any:
+            mesh = next(filter(_has_explicit_axes, map(_mesh, jax.tree.leaves(args))), None)
+            if mesh is None:
+                return fn(*args)
+            axes = tuple(
+                name
+                for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+                if kind == AxisType.Explicit
+            )
+            out = shardings(mesh, *args)
+            automatic = jax.sharding.auto_axes(fn, axes=axes, out_sharding=out)
+            plain = [dict(arg) if isinstance(arg, Mapping) else arg for arg in args]
+            return automatic(*jax.tree.map(_as_array, plain))
+
+        return cast(_Fn, wrapped)
+
+    return decorate
 
 
 def _as_array(leaf: Any) -> jax.Array:

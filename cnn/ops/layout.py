@@ -1,7 +1,7 @@
-"""Images as rows `[H, W, B, C]`: for CPUs, the layout in which XLA's loops are fast.
+"""Images as `[H, W, B, C]`, the layout that XLA's CPU compiler handles fastest, and products in it.
 
-Whatever is done to a pixel is done to it in all images of the batch at once, which is a long row
-of memory even where there are few channels, and shifting the images moves whole rows.
+One pixel of all images of a batch is then one contiguous run, which is long even with few channels,
+and shifting the images moves whole rows.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from jax import lax
 from cnn.ops.linear_map import bilinear
 
 
-def to_rows(images: jax.Array) -> jax.Array:
+def nhwc_to_hwnc(images: jax.Array) -> jax.Array:
     """`[..., B, H, W, C]` -> `[..., H, W, B, C]`."""
     return jnp.moveaxis(images, -4, -2)
 
 
-def from_rows(rows: jax.Array) -> jax.Array:
+def hwnc_to_nhwc(images: jax.Array) -> jax.Array:
     """`[..., H, W, B, C]` -> `[..., B, H, W, C]`."""
-    return jnp.moveaxis(rows, -2, -4)
+    return jnp.moveaxis(images, -2, -4)
 
 
 def pad(x: jax.Array, pads: Sequence[tuple[int, int]], axis: int = 0) -> jax.Array:
-    """Zeros before and behind, from an axis on; a negative number cuts."""
+    """Pads with zeros, by (low, high) for each axis from `axis` on; negative numbers crop."""
     if not any(map(any, pads)):
         return x
     config = [(0, 0, 0)] * x.ndim
@@ -35,20 +35,20 @@ def pad(x: jax.Array, pads: Sequence[tuple[int, int]], axis: int = 0) -> jax.Arr
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
-def lines(x: jax.Array, axis: int) -> list[jax.Array]:
-    """The slices along an axis, whose gradients are put together and not added up."""
-    return [line.squeeze(axis) for line in lax.split(x, [1] * x.shape[axis], axis)]
+def unstack(x: jax.Array, axis: int) -> list[jax.Array]:
+    """`jnp.unstack` by `lax.split`: its gradient is a concatenation, not a sum of padded slices."""
+    return [part.squeeze(axis) for part in lax.split(x, [1] * x.shape[axis], axis)]
 
 
 def _contract(
-    x: jax.Array, w: jax.Array, of_x: Sequence[int], of_w: Sequence[int], precision: Any
+    x: jax.Array, w: jax.Array, x_axes: Sequence[int], w_axes: Sequence[int], precision: Any
 ) -> jax.Array:
-    # jnp.einsum would change the order of the axes, and copy for it.
-    return lax.dot_general(x, w, ((tuple(of_x), tuple(of_w)), ((0,), (0,))), precision)
+    # jnp.einsum would reorder the axes, which costs a copy.
+    return lax.dot_general(x, w, ((tuple(x_axes), tuple(w_axes)), ((0,), (0,))), precision)
 
 
 def _product(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
-    """`[N, ..., K]` times `[N, K, O]`, N times: `[N, ..., O]`."""
+    """`[N, ..., C]` times `[N, C, K]` -> `[N, ..., K]`."""
     return _contract(x, w, [x.ndim - 1], [1], precision)
 
 
@@ -57,10 +57,11 @@ def _gradient_x(g: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
 
 
 def _gradient_w(g: jax.Array, x: jax.Array, precision: Any) -> jax.Array:
-    # Transposed in memory, or the product would go to a slower library (benchmarks/NOTES.md).
+    # Transposed in memory: XLA gives the product to a slower library otherwise
+    # (benchmarks/NOTES.md).
     last = x.ndim - 1
     transposed = lax.optimization_barrier(jnp.moveaxis(x, last, 1))
     return _contract(transposed, g, range(2, x.ndim), range(1, last), precision)
 
 
-product = bilinear(_product, _gradient_x, _gradient_w)
+batched_matmul = bilinear(_product, _gradient_x, _gradient_w)

@@ -1,8 +1,7 @@
-"""Linear and bilinear functions whose gradients are computed by functions of our own.
+"""Linear and bilinear functions with custom transposes, differentiable to any order in any mode.
 
-XLA computes what it is given, in the order of axes in which it is given. JAX's own transpose of a
-product yields the gradient of the right operand transposed, which is slow on a CPU
-(benchmarks/NOTES.md). What is defined here has every derivative, of any order and in any mode.
+XLA keeps the order of axes in which a program states a product. JAX's own transpose of a product
+states the gradient of the right operand transposed, which is slow on a CPU (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ def linear_map(
     residual: jax.Array,
     x: jax.Array,
 ) -> jax.Array:
-    """`forward(residual, x)`, whose transpose is computed by `transpose`.
+    """`forward(residual, x)`, with `transpose` as its transpose.
 
-    `jax.custom_vjp` has no forward mode, and `jax.custom_derivatives.linear_call` no `vmap` and no
-    derivative by its residual. `lax.custom_linear_solve` has all of it, so the function is put as
-    the solution (a, b) = (x, forward(x)) of the system (a, b - forward(a)) = (x, 0). The transposed
-    system (a - transpose(b), b) = (0, g) is solved by (transpose(g), g). What this adds to the
-    program are zeros, which XLA removes.
+    `jax.custom_vjp` has no forward mode; `jax.custom_derivatives.linear_call` has no `vmap` and no
+    derivative with respect to its residual. `lax.custom_linear_solve` has all three, so the
+    function is stated as the solution (a, b) = (x, forward(x)) of the system
+    (a, b - forward(a)) = (x, 0). The transposed system (a - transpose(b), b) = (0, g) has the
+    solution (transpose(g), g). This adds only zeros to the program, and XLA removes them.
 
     Args:
       forward: function of (residual, x), linear in x and differentiable.
-      transpose: function of (residual, g), where g is shaped as the result of `forward`. Returns
-        the cotangent of x.
+      transpose: function of (residual, g) that returns the cotangent of x; g has the shape of the
+        result of `forward`.
       residual: array on which the linear function depends.
-      x: array.
+      x: argument of the linear function.
     """
     residual, x = _vary_alike(residual, x)
 
@@ -62,16 +61,16 @@ def linear_map(
 
 
 def bilinear(product: Product, gradient_x: Product, gradient_w: Product) -> Product:
-    """The product, with gradients of our own.
+    """`product`, with custom gradients.
 
     Args:
       product: function of (x, w, precision), linear in x and in w.
-      gradient_x: function of (g, w, precision), with g shaped as the product. Returns the gradient
-        of x.
-      gradient_w: function of (g, x, precision). Returns the gradient of w.
+      gradient_x: function of (g, w, precision) that returns the gradient of x; g has the shape of
+        the product.
+      gradient_w: function of (g, x, precision) that returns the gradient of w.
 
     Returns:
-      Function of (x, w, precision).
+      A function of (x, w, precision).
     """
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -100,22 +99,23 @@ def bilinear(product: Product, gradient_x: Product, gradient_w: Product) -> Prod
 
 
 def _zero(x: jax.Array) -> jax.Array:
-    """A scalar zero that depends on x for JAX.
+    """A scalar zero that JAX takes to depend on x.
 
-    JAX transposes a linear solve only if every part of its right side depends on what is
-    differentiated.
+    JAX transposes a linear solve only if every part of its right side depends on the variable of
+    differentiation.
     """
-    return lax.slice_in_dim(x, 0, 0).sum()  # indexing would be constant for a symbolic batch size
+    # Indexing would give a constant where the batch size is symbolic.
+    return lax.slice_in_dim(x, 0, 0).sum()
 
 
 def _vary_alike(*arrays: jax.Array) -> list[jax.Array]:
-    """Within `jax.shard_map`, the arrays as varying over the axes over which any of them varies.
+    """Within `jax.shard_map`, marks every array as varying over the axes of any of them.
 
-    The transpose of this sums the cotangent of one that did not vary over the devices.
+    The transpose sums the cotangent of an array that did not vary over the devices.
     """
     varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    every = frozenset[Any]().union(*varying)
+    union = frozenset[Any]().union(*varying)
     return [
-        lax.pcast(array, tuple(sorted(every - own)), to="varying")
-        for array, own in zip(arrays, varying, strict=True)
+        lax.pcast(array, tuple(sorted(union - axes)), to="varying")
+        for array, axes in zip(arrays, varying, strict=True)
     ]

@@ -85,9 +85,7 @@ class ModuleApply:
             return True
         return self._hash is not None and self._hash == other._hash and self.module == other.module
 
-    def __call__(
-        self, variables: Any, image: jax.Array, train: bool = False, **options: Any
-    ) -> Any:
+    def __call__(self, variables: Any, image: Any, train: bool = False, **options: Any) -> Any:
         """What `module.apply` returns.
 
         Args:

@@ -1,10 +1,10 @@
-"""A batch in blocks, so that on a CPU what is computed with an image is still in the cache.
+"""Microbatching for the CPU: parts small enough that their activations stay in the L2 cache.
 
-A batch is cut into lanes, one for each device, which work side by side (`vmap`), and each lane into
-blocks of some images, which it works through one after the other (`scan`). The result is that of
-the whole batch, to rounding, for whatever treats each image for itself; so a batch is cut only
-where model and loss declare that they do: see `is_per_example`. Nothing is cut on GPU and TPU, nor
-where there are native convolutions: see `has_convolution`.
+A batch is split into shards, one for each device, which are computed in parallel (`vmap`), and each
+shard into microbatches, which are computed one after the other (`scan`). The result equals that of
+the whole batch up to rounding if each image is computed independently of the others; so a batch is
+split only where model and loss declare that: see `is_per_example`. GPUs and TPUs compute the whole
+batch at once, and so does a CPU where a model has native convolutions: see `has_convolution`.
 """
 
 from __future__ import annotations
@@ -16,63 +16,77 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 
-from cnn.runtime.devices import num_shards
-
-# Values in the images of a block: 16 images of CIFAR-10, with which the activations of the seed's
-# network and their gradients stay within 2 MiB (benchmarks/NOTES.md).
-_BLOCK_VALUES = 16 * 32 * 32 * 3
-# Adding up the gradients of so many parameters takes little of the time of an image's value.
+# Values in the images of a microbatch: 16 images of CIFAR-10, with which the activations of the
+# baseline network and their gradients stay within 2 MiB (benchmarks/NOTES.md).
+_MICROBATCH_VALUES = 16 * 32 * 32 * 3
+# A microbatch has at least one image value per 16 parameters, so that summing gradients over
+# microbatches stays cheap.
 _PARAMS_PER_VALUE = 16
 
 
-class Cut(NamedTuple):
-    """How a batch is cut.
+class MicrobatchPlan(NamedTuple):
+    """How a batch is split.
 
     Attributes:
-      lanes: parts of the batch that are computed side by side.
-      blocks: parts of a lane that are computed one after the other.
+      num_shards: parts of the batch that are computed in parallel.
+      num_microbatches: parts of a shard that are computed one after the other.
     """
 
-    lanes: int
-    blocks: int
+    num_shards: int
+    num_microbatches: int
 
     @classmethod
-    def of(cls, image: jax.Array, lanes: int | None = None, num_params: int = 0) -> Cut:
-        """By the backend and the shape of a batch of images `[B, H, W, C]`.
+    def for_batch(cls, image: Any, num_params: int = 0) -> MicrobatchPlan:
+        """By the backend, the devices and the shape of a batch of images.
+
+        The devices are those of the mesh that `jax.set_mesh` has made current, else all of this
+        process; of these the most that divide the batch, as `data_mesh` takes them.
 
         Args:
-          image: any array of that shape, traced or not.
-          lanes: the devices over which the batch is spread. None: the most of this process's
-            that divide it, as `data_mesh` has it; 0: do not cut.
-          num_params: of which gradients are summed over the blocks: that is work of its own for
-            each block, so the more there are, the larger the blocks.
+          image: `float[B, H, W, C]`, or any object with that `shape`.
+          num_params: the number of parameters of which gradients are summed.
         """
         batch_size = image.shape[0]
-        if lanes == 0 or jax.default_backend() != "cpu" or not isinstance(batch_size, int):
-            return cls(1, 1)  # a symbolic size, of `jax.export`, cannot be divided
+        if jax.default_backend() != "cpu" or not isinstance(batch_size, int):
+            return WHOLE  # a symbolic size, of `jax.export`, cannot be divided
+        mesh = jax.sharding.get_abstract_mesh()
         # Within `shard_map` the batch is one device's part already.
-        in_shard_map = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-        if in_shard_map or not math.prod(image.shape):
-            return cls(1, 1)
-        lanes = num_shards(lanes or jax.local_device_count(), batch_size)
-        most = (
-            max(_BLOCK_VALUES, num_params // _PARAMS_PER_VALUE)
-            * batch_size
-            // math.prod(image.shape)
-        )
-        blocks = _blocks(batch_size // lanes, max(most, 1))
-        return cls(lanes, blocks)
+        if AxisType.Manual in mesh.axis_types or not math.prod(image.shape):
+            return WHOLE
+        shards = num_shards(jax.local_device_count() if mesh.empty else mesh.size, batch_size)
+        values = max(_MICROBATCH_VALUES, num_params // _PARAMS_PER_VALUE)
+        most = max(values * batch_size // math.prod(image.shape), 1)
+        return cls(shards, _num_microbatches(batch_size // shards, most))
+
+
+WHOLE = MicrobatchPlan(num_shards=1, num_microbatches=1)
+
+
+def num_shards(num_devices: int, batch_size: int) -> int:
+    """The largest number of devices that divides a batch evenly.
+
+    >>> num_shards(8, batch_size=36)
+    6
+    """
+    return max(n for n in range(1, num_devices + 1) if batch_size % n == 0)
+
+
+def _num_microbatches(images: int, most: int) -> int:
+    """Of equal size and at most `most` images; 1 where they would be far smaller than that."""
+    size = next(n for n in range(min(images, most), 0, -1) if images % n == 0)
+    return images // size if 2 * size >= min(images, most) else 1
 
 
 def is_per_example(fn: Any) -> bool:
     """Whether a model or a loss declares that its result for an image depends on no other image.
 
-    It does so by an attribute `per_example` that is True, of its own or of its very class. What a
-    subclass inherits, or `functools.wraps` copies to a wrapper, does not count, since it may
-    compute something else.
+    The declaration is an attribute `per_example` that is True, of the object or of its very class.
+    One that a subclass inherits, or that `functools.wraps` copies to a wrapper, does not count,
+    since subclass and wrapper may compute something else.
 
     Args:
       fn: a linen module, or a loss of (logits, labels).
@@ -86,95 +100,97 @@ def is_per_example(fn: Any) -> bool:
     """
     own = getattr(fn, "__dict__", {})
     if isinstance(fn, types.FunctionType) and "__wrapped__" in own:
-        return False  # `functools.wraps` copies attributes to what may compute something else
+        return False
     return own.get("per_example", vars(type(fn)).get("per_example")) is True
 
 
-def _blocks(images: int, most: int) -> int:
-    """Blocks of equal size and at most so many images; one, where they would be far smaller."""
-    size = next(n for n in range(min(images, most), 0, -1) if images % n == 0)
-    return images // size if 2 * size >= min(images, most) else 1
-
-
 def has_convolution(fn: Callable[..., Any], *args: Any) -> bool:
-    """Whether a function has one that is not written as matrix products, by `cnn.ops.convolution` say.
+    """Whether a function computes a convolution that is not written as matrix products.
 
-    The gradients of such a one are ten times slower in a loop than outside, as XLA's CPU compiler
-    rewrites convolutions for its library in a program's entry only.
+    The gradients of such a convolution are ten times slower in a loop than outside: XLA's CPU
+    compiler rewrites convolutions for its library in the entry computation of a program only.
 
     Args:
       fn: of arrays.
       *args: pytrees of arrays or their shapes.
     """
-    return "conv_general_dilated[" in str(jax.make_jaxpr(fn)(*args))
+    return _convolves(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def map_blocks(fn: Callable[[Any], jax.Array], batch: Any, cut: Cut) -> jax.Array:
-    """`fn(batch)`, block by block.
+def _convolves(jaxpr: Jaxpr) -> bool:
+    return any(
+        eqn.primitive is jax.lax.conv_general_dilated_p
+        or any(map(_convolves, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def map_microbatches(fn: Callable[[Any], jax.Array], batch: Any, plan: MicrobatchPlan) -> jax.Array:
+    """`fn(batch)`, one microbatch after the other.
 
     Args:
-      fn: from a pytree of arrays `[n, ...]` to `[n, ...]`, each image for itself.
+      fn: from a pytree of arrays `[n, ...]` to `[n, ...]`, each image independently.
       batch: pytree of arrays `[B, ...]`.
-      cut: whose lanes and blocks divide B.
+      plan: whose numbers divide B.
     """
-    if (blocks := _in_blocks(batch, cut)) is None:
+    if (parts := _split(batch, plan)) is None:
         return fn(batch)
-    results = jax.lax.map(jax.vmap(lambda block: fn(_images_first(block))), blocks)
+    results = jax.lax.map(jax.vmap(lambda part: fn(_images_first(part))), parts)
     return results.swapaxes(0, 1).reshape(-1, *results.shape[3:])
 
 
-def sum_blocks(fn: Callable[[Any], Any], batch: Any, cut: Cut) -> Any:
-    """The sum of `fn` over all blocks, with one all-reduce of one array between the devices.
+def accumulate_microbatches(fn: Callable[[Any], Any], batch: Any, plan: MicrobatchPlan) -> Any:
+    """The sum of `fn` over all microbatches, with one all-reduce of one array between the devices.
 
-    (XLA's all-reduce on CPU devices waits for all of them once per array.)
+    XLA's all-reduce on CPU devices waits for all of them once per array.
 
     Args:
       fn: from a pytree of arrays `[n, ...]` to a pytree of sums over these images.
       batch: pytree of arrays `[B, ...]`.
-      cut: whose lanes and blocks divide B.
+      plan: whose numbers divide B.
     """
-    if (blocks := _in_blocks(batch, cut)) is None:
+    if (parts := _split(batch, plan)) is None:
         return fn(batch)
-    in_lanes = jax.vmap(lambda block: fn(_images_first(block)))
+    in_shards = jax.vmap(lambda part: fn(_images_first(part)))
 
-    def add(sums: Any, block: Any) -> tuple[Any, None]:
-        return jax.tree.map(lambda total, one: total + one, sums, in_lanes(block)), None
+    def add(sums: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(lambda total, one: total + one, sums, in_shards(part)), None
 
-    first = jax.tree.map(lambda x: x[0], blocks)
-    if cut.blocks == 1:
-        sums = in_lanes(first)
+    first = jax.tree.map(lambda x: x[0], parts)
+    if plan.num_microbatches == 1:
+        sums = in_shards(first)
     else:
-        shapes = jax.eval_shape(in_lanes, first)
+        shapes = jax.eval_shape(in_shards, first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _sum_dtype(x.dtype)), shapes)
-        sums, _ = jax.lax.scan(add, zeros, blocks)
+        sums, _ = jax.lax.scan(add, zeros, parts)
         sums = jax.tree.map(lambda x, like: x.astype(like.dtype), sums, shapes)
     unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), sums))[1]
-    return unravel(jax.vmap(lambda lane: ravel_pytree(lane)[0])(sums).sum(axis=0))
+    return unravel(jax.vmap(lambda shard: ravel_pytree(shard)[0])(sums).sum(axis=0))
 
 
 def _sum_dtype(dtype: Any) -> Any:
-    """float32 for shorter floats, whose digits would be lost in a sum over many blocks."""
+    """float32 for shorter floats, whose digits would be lost in a sum over many microbatches."""
     is_float = jnp.issubdtype(dtype, jnp.floating)
     return jnp.promote_types(dtype, jnp.float32) if is_float else dtype
 
 
-def _in_blocks(batch: Any, cut: Cut) -> Any | None:
-    """The batch as `[blocks, lanes, ..., n]`; None where it is not cut.
+def _split(batch: Any, plan: MicrobatchPlan) -> Any | None:
+    """The batch as `[num_microbatches, num_shards, ..., n]`; None where it is not split.
 
-    The images of a block lie side by side in memory, as the first convolution wants them (see
-    `cnn.ops.im2col`): they are moved once for all blocks.
+    The batch axis is moved last, once for all microbatches, as the first convolution wants it (see
+    `cnn.ops.im2col`).
     """
-    if cut == (1, 1):
+    if plan == WHOLE:
         return None
 
-    images = jax.tree.leaves(batch)[0].shape[0] // (cut.lanes * cut.blocks)
+    images = jax.tree.leaves(batch)[0].shape[0] // (plan.num_shards * plan.num_microbatches)
 
-    def in_blocks(x: jax.Array) -> jax.Array:
-        cut_up = x.reshape(*cut, images, -1).transpose(1, 0, 3, 2)
-        return cut_up.reshape(cut.blocks, cut.lanes, *x.shape[1:], images)
+    def split(x: jax.Array) -> jax.Array:
+        parts = x.reshape(*plan, images, -1).transpose(1, 0, 3, 2)
+        return parts.reshape(plan.num_microbatches, plan.num_shards, *x.shape[1:], images)
 
-    return jax.tree.map(in_blocks, batch)
+    return jax.tree.map(split, batch)
 
 
-def _images_first(block: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), block)
+def _images_first(part: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), part)

@@ -1,4 +1,4 @@
-"""Max-pooling with windows side by side, with a gradient that is cheap on a CPU."""
+"""Max pooling over windows that do not overlap, with a gradient that is cheap on a CPU."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cnn.ops.layout import from_rows, lines, to_rows
+from cnn.ops.layout import hwnc_to_nhwc, nhwc_to_hwnc, unstack
 
 
 def max_pool(images: jax.Array, window: tuple[int, int]) -> jax.Array:
-    """`[B, H, W, C]` -> `[B, H // h, W // w, C]`; what does not fill a window is dropped."""
-    x, (h, w) = to_rows(images), window
+    """`[B, H, W, C]` -> `[B, H // h, W // w, C]`; rows and columns left over are dropped."""
+    x, (h, w) = nhwc_to_hwnc(images), window
     height, width = x.shape[0] // h, x.shape[1] // w
     x = x[: height * h, : width * w].reshape(height, h, width, w, *x.shape[2:])
     x = x.transpose(1, 3, 0, 2, 4, 5)
-    return from_rows(largest(lines(x.reshape(h * w, *x.shape[2:]), 0)))
+    return hwnc_to_nhwc(tournament_max(unstack(x.reshape(h * w, *x.shape[2:]), 0)))
 
 
-def largest(parts: Sequence[jax.Array]) -> jax.Array:
+def tournament_max(arrays: Sequence[jax.Array]) -> jax.Array:
     """The elementwise maximum of arrays of one shape.
 
-    Of equal elements the first gets the gradient.
-    A tournament: the booleans of its matches are cheaper on a CPU than the index of the winner.
+    Of equal elements the first gets the gradient. The arrays are compared in pairs: on a CPU the
+    results of the comparisons are cheaper to keep for the gradient than the index of the maximum.
     """
-    if len(parts) == 1:
-        return parts[0]
-    half = len(parts) // 2
-    return _larger(largest(parts[:half]), largest(parts[half:]))
+    if len(arrays) == 1:
+        return arrays[0]
+    half = len(arrays) // 2
+    return _maximum(tournament_max(arrays[:half]), tournament_max(arrays[half:]))
 
 
 @jax.custom_jvp
-def _larger(left: jax.Array, right: jax.Array) -> jax.Array:
+def _maximum(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.maximum(left, right)
 
 
-@_larger.defjvp
-def _larger_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+@_maximum.defjvp
+def _maximum_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     left, right = primals
-    return _larger(left, right), jnp.where(left >= right, *tangents)
+    return _maximum(left, right), jnp.where(left >= right, *tangents)

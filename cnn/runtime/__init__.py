@@ -1,4 +1,4 @@
 """What a run needs of the machine: devices, files, signals, the screen.
 
-A researcher need not enter: `cnn.training` puts these parts together.
+A researcher need not read it: `cnn.training` puts these parts together.
 """

@@ -1,9 +1,9 @@
 """A tree of arrays as a folder of files, written and read by Orbax.
 
-Orbax, and TensorStore below it, have limits that a state or a path may exceed: they cannot hold
-arrays of size zero and some dtypes, confuse a key "a.b" with a key "b" below "a", and lose what is
-saved below a path with brackets or backslashes. So arrays are brought into a form that they hold,
-what is needed to undo this is written to `arrays.json`, and unusual paths are reached by a link.
+Orbax and TensorStore have limits that a state or a path may exceed: they cannot store arrays of
+size zero and some dtypes, confuse a key "a.b" with a key "b" below "a", and lose what is saved
+below a path with brackets or backslashes. So arrays are converted to a form that they can store,
+`arrays.json` holds what is needed to convert them back, and unusual paths are reached by a link.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cnn.runtime.checksums import read_bytes
 from cnn.runtime.disk import system_error
 from cnn.runtime.leaves import HostKey, HostLeaf, to_host
 
-_FORMAT = 2  # 1 had no arrays.json, names as they are, and no arrays of size zero
+_FORMAT = 2
 _ARRAYS, _FORMS = "state", "arrays.json"
 _PLAIN_DTYPES = {
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -38,13 +38,13 @@ _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]+")
 
 
 def host_tree(tree: Any) -> Any:
-    """A copy of a tree on the host, in nested dictionaries and lists.
+    """Copies a tree to the host, into nested dictionaries and lists.
 
-    Named tuples and dataclasses become dictionaries, tuples become lists, and what has no leaves,
-    such as None or an empty state of an optimizer, becomes None.
+    Named tuples and dataclasses become dictionaries, tuples become lists, and a node without
+    leaves, such as None or an empty optimizer state, becomes None.
 
     Returns:
-      A tree of `HostLeaf`; the caller may donate the buffers of the given one.
+      A tree of `HostLeaf`; the caller may donate the buffers of the given tree.
 
     Raises:
       UserError: a leaf is neither an array, nor a key, nor a number.
@@ -67,14 +67,10 @@ def _plain(node: Any, path: tuple[str, ...]) -> Any:
 
 
 def write_arrays(folder: Path, tree: Any) -> None:
-    """Writes a tree to a folder that exists.
-
-    Args:
-      folder: where `state` and `arrays.json` are made.
-      tree: from `host_tree`.
+    """Writes a tree of `host_tree` to `state` and `arrays.json` in a folder that exists.
 
     Raises:
-      UserError: the path needs a link, and none can be made.
+      UserError: the path needs a link, and none can be created.
       Exception: of many kinds, from Orbax.
     """
     forms: dict[str, dict[str, Any]] = {}
@@ -101,22 +97,19 @@ def write_arrays(folder: Path, tree: Any) -> None:
 
 
 def read_arrays(folder: Path) -> Any:
-    """Reads what `write_arrays` wrote, by this version or an earlier one.
+    """Reads what `write_arrays` wrote.
 
     Returns:
-      NumPy arrays, and typed keys as JAX has them, in nested dictionaries and lists.
+      NumPy arrays, and JAX's typed keys, in nested dictionaries and lists.
 
     Raises:
-      UserError: a later version wrote it, or the path needs a link and none can be made.
+      UserError: another version wrote it, or the path needs a link and none can be created.
       OSError: a file cannot be opened or read.
       Exception: of many kinds, from Orbax.
     """
-    try:
-        content = json.loads(read_bytes(folder / _FORMS))
-    except FileNotFoundError:
-        content = {"format": 1, "forms": {}}
-    if content["format"] > _FORMAT:
-        raise UserError(f"{folder} was saved by a later version of cnn: install that version")
+    content = json.loads(read_bytes(folder / _FORMS))
+    if content["format"] != _FORMAT:
+        raise UserError(f"{folder} was saved by another version of cnn: install that version")
     forms: dict[str, dict[str, Any]] = content["forms"]
 
     def take(path: str, stored: Any) -> Any:
@@ -136,12 +129,11 @@ def read_arrays(folder: Path) -> Any:
             if (refused := system_error(error)) is not None:
                 raise OSError(refused, os.strerror(refused), str(folder / _ARRAYS)) from error
             raise
-    tree = _map(take, stored)
-    return _rename(_unescape, tree) if content["format"] > 1 else tree
+    return _rename(_unescape, _map(take, stored))
 
 
 def _map(change: Callable[[str, Any], Any], node: Any, path: str = "") -> Any:
-    """A tree of dictionaries and lists with other leaves, each made from its path and itself."""
+    """Applies `change(path, leaf)` to the leaves of a tree of dictionaries and lists."""
     if isinstance(node, dict):
         return {name: _map(change, value, f"{path}/{name}") for name, value in node.items()}
     if isinstance(node, list | tuple):
@@ -150,14 +142,14 @@ def _map(change: Callable[[str, Any], Any], node: Any, path: str = "") -> Any:
 
 
 def _rename(change: Callable[[str], str], node: Any) -> Any:
-    """The same tree with other keys in its dictionaries."""
+    """Applies `change` to the keys of all dictionaries in a tree."""
     if isinstance(node, dict):
         return {change(name): _rename(change, value) for name, value in node.items()}
     return [_rename(change, value) for value in node] if isinstance(node, list) else node
 
 
 def _escape(name: str) -> str:
-    """A name in letters, digits, `_`, `-` and `%`.
+    """Encodes a name in letters, digits, `_`, `-` and `%`.
 
     >>> _escape("Conv_0"), _escape("a.b/c"), _escape("")
     ('Conv_0', 'a%2Eb%2Fc', '%')
@@ -172,7 +164,7 @@ def _unescape(name: str) -> str:
 
 @contextlib.contextmanager
 def _plain_path(folder: Path) -> Iterator[Path]:
-    """A path of the folder in characters that mean nothing to anybody."""
+    """Yields a path of the folder without characters that Orbax or TensorStore interpret."""
     if _PLAIN_PATH.fullmatch(str(folder)):
         yield folder
         return
@@ -189,7 +181,7 @@ def _plain_path(folder: Path) -> Iterator[Path]:
 
 def _link(folder: Path) -> Path:
     places = ["/tmp", "/var/tmp", "/dev/shm"]
-    with contextlib.suppress(FileNotFoundError):  # there is none that can be written
+    with contextlib.suppress(FileNotFoundError):  # there is no writable one
         places.insert(0, tempfile.gettempdir())
     for place in filter(_PLAIN_PATH.fullmatch, places):
         link = Path(place, f"cnn-{secrets.token_hex(8)}")
@@ -197,15 +189,15 @@ def _link(folder: Path) -> Path:
             link.symlink_to(folder)
             return link
     raise UserError(
-        f"{folder} has characters in its path that need a link to it, and no folder for temporary "
-        f"files can hold one: set TMPDIR to a folder that can be written, with letters, digits "
-        f"and ._-/ in its path"
+        f"the path of {folder} has characters that need a link to it, and no folder for temporary "
+        f"files can hold one: set TMPDIR to a writable folder whose path has only letters, digits "
+        f"and ._-/"
     )
 
 
 @functools.cache
 def _orbax() -> tuple[Any, Any]:
-    """Orbax's `args`, and what writes and reads a tree of arrays."""
-    import orbax.checkpoint as ocp  # takes most of a second, and scripts may do without
+    """Orbax's `args`, and its checkpointer of a pytree."""
+    import orbax.checkpoint as ocp  # takes most of a second, and not every script needs it
 
     return ocp.args, ocp.Checkpointer(ocp.PyTreeCheckpointHandler())

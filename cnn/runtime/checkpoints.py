@@ -1,8 +1,9 @@
 """Saving and restoring a run.
 
-A checkpoint is a folder named by its step. It holds the arrays (`cnn.runtime.checkpoint_arrays`), JSON values
-(`record.json`) and the SHA-256 of each file. It is written beside its place, read back, and renamed
-when all of it is on disk, so a folder of that name is complete, whenever the process dies.
+A checkpoint is a folder named by its step. It holds the arrays (`cnn.runtime.checkpoint_arrays`),
+JSON values (`record.json`) and the SHA-256 of each file. It is written under a temporary name, read
+back, and renamed when all of it is on disk. So a folder named by a step is complete, whenever the
+process dies.
 """
 
 from __future__ import annotations
@@ -18,39 +19,54 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 
 from cnn.errors import UserError
 from cnn.runtime import leaves
 from cnn.runtime.checkpoint_arrays import host_tree, read_arrays, write_arrays
-from cnn.runtime.checksums import read_bytes, verify_manifest, write_manifest
-from cnn.runtime.disk import describe_disk_error, resolve_path, system_error, unreadable
-from cnn.runtime.files import siblings, sync
-from cnn.steps import TrainState
+from cnn.runtime.checksums import read_bytes, verify_checksums, write_checksums
+from cnn.runtime.disk import (
+    describe_disk_error,
+    describe_read_error,
+    resolve_path,
+    siblings,
+    sync,
+    system_error,
+)
 
-_ARRAYS = ("step", "params", "model_state", "opt_state")
-_KEPT = 2  # of the newest: one to resume from, one for when that is damaged
-# A name that begins with a dot is none of a step.
+_MAX_TO_KEEP = 2  # of the newest: one to resume from, and one in case that is damaged
+# Unfinished work has a dotted name, so listing the steps never sees it.
 _SAVING, _DELETING = ".saving-", ".deleting-"
 _STEP = re.compile(r"0|[1-9][0-9]*")
-_TRIES = 5  # of reading what another process replaces
+_READ_ATTEMPTS = 5  # of a checkpoint that another process replaces
 
 
-def _arrays(state: TrainState) -> dict[str, Any]:
-    """What is stored. The random key is not: it follows from the config's seed."""
-    return {name: getattr(state, name) for name in _ARRAYS}
+class Checkpointable(Protocol):
+    """A state that can be saved and restored, such as `cnn.TrainState`."""
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """What is saved: a pytree for each name, among them the integer `step`."""
+        ...
+
+    def replace(self, **arrays: Any) -> Any:
+        """Returns a copy with other arrays."""
+        ...
 
 
-def digest(state: TrainState | dict[str, Any]) -> str:
+_State = TypeVar("_State", bound=Checkpointable)
+
+
+def digest(state: Checkpointable | dict[str, Any]) -> str:
     """SHA-256 over step, parameters, model state and optimizer state.
 
-    Covers every leaf's path, dtype, shape and bytes: two runs with the same digest are equal
+    Covers the path, dtype, shape and bytes of every leaf: two states with the same digest are equal
     to the last bit.
 
     Args:
-      state: a state, or the arrays that `CheckpointManager.read` gives.
+      state: a state, or the arrays that `CheckpointManager.read` returns.
 
     Returns:
       64 hexadecimal digits.
@@ -58,15 +74,15 @@ def digest(state: TrainState | dict[str, Any]) -> str:
     Raises:
       UserError: a leaf is neither an array, nor a typed random key, nor a number.
     """
-    return leaves.digest(_arrays(state) if isinstance(state, TrainState) else state)
+    return leaves.digest(state if isinstance(state, dict) else state.arrays)
 
 
 class _DamagedError(UserError):
-    """What was read of a checkpoint is not what was saved."""
+    """A checkpoint's bytes differ from those that were saved."""
 
 
 class _GoneError(UserError):
-    """There is no such checkpoint, or no longer."""
+    """A checkpoint was deleted, or never existed."""
 
 
 _Found = TypeVar("_Found")
@@ -74,24 +90,24 @@ _Identity = tuple[int, ...]
 
 
 class _Fault(Exception):  # noqa: N818 - caught below, never seen by a caller
-    """What is wrong with a checkpoint, in a few words."""
+    """What is wrong with a checkpoint."""
 
 
 class CheckpointManager:
     """The checkpoints of one run: the two latest, and the best by test accuracy.
 
-    Saves run in the background; use it as a context manager, which waits for them and so
-    lets their errors out. One process at a time may save (`RunDirectory` sees to it); any number
-    may read meanwhile, and only the one that saves changes anything.
+    Saves run in a background thread. Leaving the context manager waits for them and raises their
+    errors. Only one process at a time may save, which `RunDirectory.lock` ensures. Any number of
+    processes may read meanwhile; reading changes nothing on disk.
 
     Args:
-      directory: made by the first save if it is not there; `~` is the home directory.
+      directory: created by the first save if it does not exist; `~` is the home directory.
 
     Attributes:
-      directory: as an absolute path.
+      directory: the absolute path.
 
     Raises:
-      UserError: `directory` is an address such as `s3://bucket`, or no path.
+      UserError: `directory` is an address such as `s3://bucket`, or is not a path.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -99,8 +115,8 @@ class CheckpointManager:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "save")
         self._saving: concurrent.futures.Future[None] | None = None
         self._accuracies: dict[int, tuple[_Identity | None, float | None]] = {}
-        self._damaged: dict[int, _Identity | None] = {}  # to be moved aside by the next save
-        self._began = False
+        self._damaged: dict[int, _Identity | None] = {}  # the next save renames them
+        self._has_saved = False
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -113,10 +129,10 @@ class CheckpointManager:
     ) -> None:
         self._thread.shutdown()
         if error is None:
-            self.wait()
+            self.wait_until_finished()
 
-    def steps(self) -> list[int]:
-        """The steps that are complete on disk, in order, without those found damaged before.
+    def all_steps(self) -> list[int]:
+        """The steps with a complete checkpoint, ascending, without those found damaged before.
 
         Raises:
           UserError: the directory cannot be read.
@@ -126,7 +142,9 @@ class CheckpointManager:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise UserError(f"the checkpoints cannot be listed: {unreadable(error)}") from error
+            raise UserError(
+                f"the checkpoints cannot be listed: {describe_read_error(error)}"
+            ) from error
         steps = sorted(int(name) for name in names if _STEP.fullmatch(name))
         return [step for step in steps if not self._is_known_as_damaged(step)]
 
@@ -135,19 +153,19 @@ class CheckpointManager:
         return identity is not None and identity == _identity(self._folder(step))
 
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint; None without one."""
-        return max(self.steps(), default=None)
+        """The step of the newest checkpoint; None if there is no checkpoint."""
+        return max(self.all_steps(), default=None)
 
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the highest test accuracy; None without one.
+        """The step of the checkpoint with the highest test accuracy; None if there is none.
 
-        Damaged ones do not count, nor those that another process deletes meanwhile.
+        Ignores checkpoints that are damaged, and those that another process deletes meanwhile.
 
         Raises:
           UserError: a checkpoint cannot be read for another reason.
         """
         ranked = []
-        for step in self.steps():
+        for step in self.all_steps():
             with contextlib.suppress(_GoneError):
                 ranked.append((self._accuracy(step), step))
         return _best(ranked)
@@ -164,23 +182,23 @@ class CheckpointManager:
             self._accuracies[step] = identity, accuracy
         return accuracy
 
-    def save(self, state: TrainState, record: dict[str, Any]) -> None:
+    def save(self, state: Checkpointable, record: dict[str, Any]) -> None:
         """Starts saving a state under its step.
 
-        It takes the place of an earlier checkpoint of the same step only after it was read back
-        and found equal; older ones are deleted only after that.
+        An earlier checkpoint of the same step is replaced, and older ones are deleted, only after
+        the new one was read back and found equal.
 
         Args:
-          state: copied before this returns, so the caller may donate it.
-          record: JSON values kept beside it. `test_accuracy`, if there, ranks it for "best".
+          state: its arrays are copied before this returns, so the caller may donate them.
+          record: JSON values, stored beside the arrays. `test_accuracy` ranks the checkpoint.
 
         Raises:
-          UserError: if the save before this one failed; if there is a later step, which would
-            be taken for the latest; or if something in the state or the record cannot be saved.
+          UserError: the previous save failed; or there is a later step, which would be resumed
+            instead; or a leaf of the state or a value of the record cannot be saved.
         """
-        self.wait()
-        # A copy: the caller's next step donates these buffers while they are being written.
-        arrays = host_tree(_arrays(state))
+        self.wait_until_finished()
+        # The caller's next step donates these buffers while they are being written.
+        arrays = host_tree(state.arrays)
         step, latest = int(arrays["step"]), self.latest_step()
         if latest is not None and step < latest:
             raise UserError(f"step {step} is older than step {latest} in {self.directory}")
@@ -191,7 +209,7 @@ class CheckpointManager:
         self._saving = self._thread.submit(self._save, step, arrays, record)
 
     def _save(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
-        """In the thread: writes a checkpoint, puts it in its place, deletes what is not kept."""
+        """In the thread: writes and renames a checkpoint, then deletes what is not kept."""
         try:
             self._write(step, arrays, {**record, "digest": digest(arrays)})
             accuracy = record.get("test_accuracy")
@@ -199,39 +217,36 @@ class CheckpointManager:
             self._prune()
         except Exception as error:  # of many kinds, from Orbax
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-            what = (
-                error
-                if isinstance(error, UserError)
-                else describe_disk_error(error, self.directory)
-            )
+            is_ours = isinstance(error, UserError)
+            reason = error if is_ours else describe_disk_error(error, self.directory)
             raise UserError(
                 f"the checkpoint of step {step:,} ({size / 1e6:.1f} MB) could not be written: "
-                f"{what}{self.then()}"
+                f"{reason}{self.resume_hint()}"
             ) from error
 
     def _write(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
-        if not self._began:  # later on, a directory that is gone is an error
+        if not self._has_saved:  # if the directory disappears later, that is an error
             self.directory.mkdir(parents=True, exist_ok=True)
             sync(self.directory.parent)
-            self._sweep()
-            self._began = True
+            self._delete_retired()
+            self._has_saved = True
         new = self.directory / f"{_SAVING}{step}"
         try:
             new.mkdir()
             write_arrays(new, arrays)
             (new / "record.json").write_text(json.dumps(record))
-            write_manifest(new)
+            write_checksums(new)
             sync(*new.rglob("*"), new, self.directory)
             _read_back(new, step)
-            self._set_aside()
-            self._drop(step)
+            self._set_damaged_aside()
+            self._retire(step)
             new.rename(self._folder(step))
             sync(self.directory)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)  # a full disk needs the space
             raise
 
-    def _set_aside(self) -> None:
+    def _set_damaged_aside(self) -> None:
         """Renames the checkpoints that `restore_latest` found damaged."""
         for step in list(self._damaged):
             if self._is_known_as_damaged(step):
@@ -241,76 +256,75 @@ class CheckpointManager:
             del self._damaged[step]
 
     def _prune(self) -> None:
-        steps = self.steps()
-        kept, ranked = set(steps[-_KEPT:]), []
+        steps = self.all_steps()
+        kept, ranked = set(steps[-_MAX_TO_KEEP:]), []
         for step in steps:
             try:
                 ranked.append((self._accuracy(step), step))
             except UserError:  # it cannot be read now, and may be the best
                 kept.add(step)
         for step in set(steps) - kept - {_best(ranked)}:
-            self._drop(step)
-        self._sweep()
+            self._retire(step)
+        self._delete_retired()
 
-    def _drop(self, step: int) -> None:
-        """Takes a step away at once; `_sweep` deletes its files."""
+    def _retire(self, step: int) -> None:
+        """Removes a step from the listing by one rename; `_delete_retired` deletes its files."""
         with contextlib.suppress(FileNotFoundError):
             self._folder(step).rename(self.directory / f"{_DELETING}{step}")
 
-    def _sweep(self) -> None:
-        for kind in (_SAVING, _DELETING):
-            for path in siblings(self.directory, kind):
+    def _delete_retired(self) -> None:
+        for prefix in (_SAVING, _DELETING):
+            for path in siblings(self.directory, prefix):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def then(self) -> str:
-        """How a run resumes that could not save, for the end of a message; never raises."""
+    def resume_hint(self) -> str:
+        """The end of a message about a failed save: where the run will resume; never raises."""
         with contextlib.suppress(OSError, UserError):
             if (step := self.latest_step()) is not None:
-                return f"; the same command then goes on from step {step:,}"
+                return f"; the same command then resumes from step {step:,}"
         return ""
 
-    def check(self) -> None:
+    def check_for_errors(self) -> None:
         """Raises the UserError of a save that has failed; does not wait."""
         if self._saving is not None and self._saving.done():
-            self.wait()
+            self.wait_until_finished()
 
-    def wait(self) -> None:
-        """Returns when everything is on disk; raises UserError if it is not."""
+    def wait_until_finished(self) -> None:
+        """Waits until the last save is on disk; raises UserError if it failed."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
     def read(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A checkpoint as it is: for a program without the model, a machine without the device.
+        """Reads a checkpoint without its model, on any machine.
 
-        Another process may be training meanwhile: what it replaces is read again.
-
-        Args:
-          step: which one.
+        Another process may be training meanwhile: a checkpoint that it replaces is read again.
 
         Returns:
-          NumPy arrays in nested dictionaries and lists: `step`, `params`, `model_state`,
-          `opt_state`; and the record that was saved with them. Typed random keys are JAX arrays.
+          NumPy arrays in nested dictionaries and lists (`step`, `params`, `model_state`,
+          `opt_state`), and the record that was saved with them. Typed random keys are JAX arrays.
 
         Raises:
-          UserError: any bit of it is not as it was saved ("is damaged"); or there is no such
+          UserError: any bit differs from what was saved ("is damaged"); or there is no such
             checkpoint, or no longer ("is gone"); or a file cannot be read for another reason.
         """
         return self._look(step, functools.partial(_load, step=step))
 
     def _look(self, step: int, look: Callable[[Path], _Found]) -> _Found:
-        """What a function finds in the folder of a step, while others may replace or delete it."""
+        """Calls `look` on the folder of a step, again if another process replaced it meanwhile."""
         folder = self._folder(step)
-        for _ in range(_TRIES):
+        for _ in range(_READ_ATTEMPTS):
             try:
                 status = os.stat(folder)
             except FileNotFoundError as error:
                 raise _GoneError(
                     f"checkpoint {folder} is gone: it was deleted, or never saved; "
-                    f"CheckpointManager.steps() lists those that exist"
+                    f"CheckpointManager.all_steps() lists those that exist"
                 ) from error
             except OSError as error:
-                raise UserError(f"a checkpoint cannot be read: {unreadable(error)}") from error
+                raise UserError(
+                    f"a checkpoint cannot be read: {describe_read_error(error)}"
+                ) from error
             if not stat.S_ISDIR(status.st_mode):
                 raise _DamagedError(f"checkpoint {folder} is damaged: it is not a folder")
             try:
@@ -320,61 +334,61 @@ class CheckpointManager:
             except Exception as error:  # of many kinds, from Orbax
                 if _identity(folder) == _identity_of(status):
                     raise _explained(error, folder) from error
-        raise UserError(f"checkpoint {folder} is replaced all the time: read it again later")
+        raise UserError(f"checkpoint {folder} is being replaced again and again: read it later")
 
-    def restore(self, state: TrainState, step: int) -> TrainState:
+    def restore(self, state: _State, step: int) -> _State:
         """Reads a checkpoint into the structure and onto the devices of `state`.
 
-        A function that was compiled for `state` takes the result without compiling again.
+        A function that was compiled for `state` accepts the result without compiling again.
 
         Args:
-          state: a fresh state of the same run; its arrays say shapes, dtypes and shardings.
-          step: which checkpoint; on how many devices it was made does not matter.
+          state: a fresh state of the same run: it gives shapes, dtypes and shardings.
+          step: the checkpoint; the number of devices that saved it does not matter.
 
         Raises:
           UserError: as for `read`, or the checkpoint is of another model or optimizer.
         """
-        return self._place(state, step, self.read(step)[0])
+        return self._into(state, step, self.read(step)[0])
 
     def restore_latest(
-        self, state: TrainState, tell: Callable[[str], None]
-    ) -> tuple[TrainState, dict[str, Any]] | None:
-        """Restores the newest checkpoint that is whole; None if there is no checkpoint at all.
+        self, state: _State, warn: Callable[[str], None]
+    ) -> tuple[_State, dict[str, Any]] | None:
+        """Restores the newest undamaged checkpoint; None if there is no checkpoint at all.
 
-        Nothing on disk is changed. Those found damaged are passed over, here and by `steps`, and
-        the next save renames them to "<step>.damaged": so only a process that saves moves them.
+        Changes nothing on disk. Damaged checkpoints are skipped, here and by `all_steps`, and the
+        next save renames them to "<step>.damaged": so only a process that saves moves them.
 
         Args:
           state: as for `restore`.
-          tell: takes a line for each damaged checkpoint.
+          warn: called with one line for each damaged checkpoint.
 
         Returns:
           The state and its record.
 
         Raises:
-          UserError: if all are damaged, if the newest whole one is of another model or
-            optimizer, or if a file cannot be read for another reason than damage.
+          UserError: all are damaged, or the newest undamaged one is of another model or
+            optimizer, or a file cannot be read for another reason than damage.
         """
-        for _ in range(_TRIES):
+        for _ in range(_READ_ATTEMPTS):
             # Another process deletes a step only when there is a newer one.
             with contextlib.suppress(_GoneError):
-                return self._restore_latest(state, tell)
-        raise UserError(f"{self.directory} changes all the time: read it again later")
+                return self._restore_latest(state, warn)
+        raise UserError(f"{self.directory} is changing again and again: read it later")
 
     def _restore_latest(
-        self, state: TrainState, tell: Callable[[str], None]
-    ) -> tuple[TrainState, dict[str, Any]] | None:
+        self, state: _State, warn: Callable[[str], None]
+    ) -> tuple[_State, dict[str, Any]] | None:
         damaged: dict[int, tuple[_Identity | None, str]] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(self.all_steps()):
             identity = _identity(self._folder(step))
             try:
                 arrays, record = self.read(step)
             except _DamagedError as error:
                 damaged[step] = identity, str(error)
                 continue
-            restored = self._place(state, step, arrays)
+            restored = self._into(state, step, arrays)
             for other, (identity, fault) in damaged.items():
-                tell(
+                warn(
                     f"{fault}; the run resumes from step {step}, and its next save renames the "
                     f"damaged one to {_aside(other)}"
                 )
@@ -382,19 +396,19 @@ class CheckpointManager:
             return restored, record
         if damaged:
             raise UserError(
-                f"{'; '.join(fault for _, fault in damaged.values())}; no other is left: put a "
-                f"whole one back, or begin anew in another --workdir"
+                f"{'; '.join(fault for _, fault in damaged.values())}; no other is left: restore "
+                f"one from a backup, or start again in another --workdir"
             )
         return None
 
-    def _place(self, state: TrainState, step: int, arrays: dict[str, Any]) -> TrainState:
-        """The arrays of a step in the structure and on the devices of a state."""
-        mine, theirs = leaves.by_path(_arrays(state)), leaves.by_path(arrays)
+    def _into(self, state: _State, step: int, arrays: dict[str, Any]) -> _State:
+        """The state with the arrays of a step, in its structure and on its devices."""
+        mine, theirs = leaves.by_path(state.arrays), leaves.by_path(arrays)
         wrong = [
-            f"{path}: {theirs_kind} -> {my_kind}"
+            f"{path}: {theirs_type} -> {my_type}"
             for path in sorted({*mine, *theirs}, key=lambda path: (path[:6] != "params", path))
-            if (theirs_kind := leaves.kind(theirs.get(path)))
-            != (my_kind := leaves.kind(mine.get(path)))
+            if (theirs_type := leaves.leaf_type(theirs.get(path)))
+            != (my_type := leaves.leaf_type(mine.get(path)))
         ]
         if wrong:
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
@@ -402,7 +416,7 @@ class CheckpointManager:
                 f"checkpoint {self._folder(step)} is of another model or optimizer "
                 f"({'; '.join(wrong[:4])}{more})"
             )
-        structure = jax.tree.structure(_arrays(state))
+        structure = jax.tree.structure(state.arrays)
         values = [leaves.like(leaf, theirs[path]) for path, leaf in mine.items()]
         return state.replace(**jax.tree.unflatten(structure, values))
 
@@ -421,7 +435,7 @@ def _best(ranked: list[tuple[float | None, int]]) -> int | None:
 
 
 def _identity(folder: Path) -> _Identity | None:
-    """What tells a folder from another that takes its place; None if there is none."""
+    """Distinguishes a folder from another that replaces it; None if it does not exist."""
     try:
         return _identity_of(os.stat(folder))
     except OSError:
@@ -429,18 +443,18 @@ def _identity(folder: Path) -> _Identity | None:
 
 
 def _identity_of(status: os.stat_result) -> _Identity:
-    # Its number may be that of a folder deleted before; the time of its renaming is another.
+    # The inode of a deleted folder may be used again; the time of the rename then differs.
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _checked_record(folder: Path) -> dict[str, Any]:
-    """The record of a checkpoint whose files are all as they were written.
+    """The record of a checkpoint, after a check of all its files.
 
     Raises:
-      _Fault: they are not.
-      OSError: one of them cannot be read.
+      _Fault: a file differs from what was saved.
+      OSError: a file cannot be read.
     """
-    if (fault := verify_manifest(folder, strict=True)) is not None:
+    if (fault := verify_checksums(folder, strict=True)) is not None:
         raise _Fault(fault)
     try:
         record = json.loads(read_bytes(folder / "record.json"))
@@ -452,7 +466,7 @@ def _checked_record(folder: Path) -> dict[str, Any]:
 
 
 def _load(folder: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays and the record of a checkpoint, each bit checked; raises as `_checked_record`."""
+    """The arrays and the record, with every bit checked; raises as `_checked_record`."""
     record = _checked_record(folder)
     arrays = read_arrays(folder)
     if digest(arrays) != record["digest"] or int(arrays["step"]) != step:
@@ -475,13 +489,13 @@ def _read_back(folder: Path, step: int) -> None:
 
 
 def _explained(error: Exception, folder: Path) -> UserError:
-    """The error for a person whose checkpoint could not be read and was not replaced meanwhile."""
+    """The error to raise for a checkpoint that was not replaced while reading it failed."""
     if isinstance(error, _Fault):
         return _DamagedError(f"checkpoint {folder} is damaged: {error}")
     if isinstance(error, OSError) and system_error(error) is not None:
-        return UserError(f"a checkpoint cannot be read: {unreadable(error)}")
+        return UserError(f"a checkpoint cannot be read: {describe_read_error(error)}")
     return UserError(
-        f"checkpoint {folder} cannot be read, although its SHA256SUMS fit: {_first_line(error)}; "
+        f"checkpoint {folder} cannot be read, although its SHA256SUMS match: {_first_line(error)}; "
         f"nothing was changed; try the versions of cnn and Orbax that saved it"
     )
 

@@ -1,7 +1,8 @@
-"""A folder's `SHA256SUMS`: what was written is what is read, down to the last bit.
+"""A folder's `SHA256SUMS`, by which every changed bit of its files is noticed.
 
 The format is that of coreutils, so `sha256sum -c SHA256SUMS` checks a folder too. The last line, a
-comment to that program, is the digest of the lines above it: a damaged list is no damaged file.
+comment to that program, is the digest of the lines above it. So damage to the list is not mistaken
+for damage to a file.
 """
 
 from __future__ import annotations
@@ -13,45 +14,45 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from cnn.runtime.files import replacing
+from cnn.runtime.disk import atomic_write
 
-MANIFEST = "SHA256SUMS"
+CHECKSUMS = "SHA256SUMS"
 
 _LINE = rb"([0-9a-f]{64})  ([^\n]+)\n"
 _WHOLE = re.compile(rb"((?:%s)+)# sha256 of the lines above: ([0-9a-f]{64})\n" % _LINE)
 
 
-def write_manifest(folder: Path) -> None:
-    """Lists the files below a folder with their SHA-256; the list is there whole or not at all."""
+def write_checksums(folder: Path) -> None:
+    """Writes the SHA-256 of each file below a folder to its `SHA256SUMS`, atomically."""
     body = b"".join(
         b"%s  %s\n" % (_sha256(folder / path).encode(), os.fsencode(path))
         for path in _files(folder)
     )
     seal = b"# sha256 of the lines above: %s\n" % hashlib.sha256(body).hexdigest().encode()
-    with replacing(folder / MANIFEST) as stream:
+    with atomic_write(folder / CHECKSUMS) as stream:
         stream.write(body + seal)
 
 
-def verify_manifest(folder: Path, *, strict: bool) -> str | None:
-    """The first fault of a folder in a few words, or None if it is as its manifest says.
+def verify_checksums(folder: Path, *, strict: bool) -> str | None:
+    """Returns the first fault of a folder, or None if all files match its `SHA256SUMS`.
 
-    Only what was read and is wrong is a fault, and a listed file that does not exist.
+    A file whose content differs or that is missing is a fault; one that cannot be read is not.
 
     Args:
-      folder: where `write_manifest` was called.
+      folder: the argument of `write_checksums`.
       strict: whether a file that is not listed is a fault.
 
     Raises:
-      OSError: a file exists and cannot be opened or read now; its `filename` says which.
+      OSError: a file exists but cannot be opened or read; `filename` names it.
     """
     try:
-        whole = _WHOLE.fullmatch(read_bytes(folder / MANIFEST))
+        whole = _WHOLE.fullmatch(read_bytes(folder / CHECKSUMS))
     except FileNotFoundError:
-        return f"{MANIFEST} is missing"
+        return f"{CHECKSUMS} is missing"
     except IsADirectoryError:
-        return f"{MANIFEST} is a folder"
+        return f"{CHECKSUMS} is a folder"
     if whole is None or hashlib.sha256(whole[1]).hexdigest().encode() != whole[4]:
-        return f"{MANIFEST} is damaged"
+        return f"{CHECKSUMS} is damaged"
     listed = {os.fsdecode(name): digest for digest, name in re.findall(_LINE, whole[1])}
     for path, digest in listed.items():
         try:
@@ -62,18 +63,18 @@ def verify_manifest(folder: Path, *, strict: bool) -> str | None:
         except IsADirectoryError:
             return f"{path} is a folder"
     extra = [name for name in _files(folder) if name not in listed] if strict else []
-    return f"{extra[0]} is not listed in {MANIFEST}" if extra else None
+    return f"{extra[0]} is not listed in {CHECKSUMS}" if extra else None
 
 
 def _files(folder: Path) -> list[str]:
-    """All files below the folder, save the manifest and what a killed writer left of one."""
+    """All files below the folder, except `SHA256SUMS` and what a killed writer left of it."""
     found = [
         path.relative_to(folder).as_posix()
         for place, _, names in os.walk(folder, onerror=_reraise)
         for path in (Path(place, name) for name in names)
         if path.is_file()
     ]
-    return sorted(name for name in found if not name.startswith(MANIFEST))
+    return sorted(name for name in found if not name.startswith(CHECKSUMS))
 
 
 def _reraise(error: OSError) -> None:
@@ -81,17 +82,17 @@ def _reraise(error: OSError) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file.
+    """Reads a file.
 
     Raises:
-      OSError: with the file's name also where reading fails, not only where opening does.
+      OSError: it names the file even if reading fails and not opening.
     """
     with _named(path), open(path, "rb") as stream:
         return stream.read()
 
 
 def read_through(path: Path) -> None:
-    """Raises OSError, with the file's name, unless all of a file can be read."""
+    """Raises OSError, which names the file, unless all of it can be read."""
     _sha256(path)
 
 

@@ -1,4 +1,4 @@
-"""Which devices a run uses, and how its arrays lie on them."""
+"""The devices of a run, and how its arrays are sharded over them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn.errors import UserError
+from cnn.ops.microbatch import num_shards
 
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
-Device = Any  # jax.Device, which type checkers take for a variable
+Device = Any  # jax.Device, which is a variable to type checkers
 # Options of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _FAKE_CPUS_FLAG = "xla_force_host_platform_device_count"
@@ -28,15 +29,15 @@ _DETERMINISTIC_FLAG = "xla_gpu_deterministic_ops"
 
 
 def use_all_cpu_cores() -> None:
-    """Makes each CPU core this process may use a JAX device, and lets it keep freed memory.
+    """Makes each CPU core that this process may use a JAX device, and keeps freed memory.
 
-    A batch sharded over the cores trains faster than one device with a thread pool. Call it
-    before the first array is made: afterwards, or if `jax_num_cpu_devices` or `XLA_FLAGS` say
-    already how many there are, the devices stay as they are. Other platforms are untouched.
-    In a loop of your own over several CPU devices, call `limit_in_flight` too.
+    A batch sharded over the cores trains faster than on one device with a thread pool. Call this
+    before creating the first array. After that, or if `jax_num_cpu_devices` or `XLA_FLAGS` already
+    set the number of devices, it does not change them. It does not affect other platforms. A
+    training loop over several CPU devices must also call `limit_in_flight`.
 
-    The memory of a step's temporary arrays is, with glibc's defaults, given back to the kernel
-    after each step and zeroed page by page in the next: a third of the time at batch 128.
+    By default glibc returns the memory of a step's temporary arrays to the kernel after each step,
+    which zeroes it page by page in the next: a third of the time at batch 128.
     """
     _keep_freed_memory()
     chosen = getattr(jax.config, _NUM_CPUS) > 0
@@ -47,46 +48,44 @@ def use_all_cpu_cores() -> None:
 
 
 def usable_cores() -> int:
-    """The CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # respects cpusets and taskset; Linux only
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:
-    """Asks glibc, where that is the C library, to reuse large blocks (`man 3 mallopt`)."""
+    """Makes glibc, if it is the C library, reuse large blocks (`man 3 mallopt`)."""
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    # The heaps of further arenas are too small for such blocks, and would map them anew.
+    # The heaps of other arenas are too small for such blocks, and would map them each time.
     mallopt(_M_ARENA_MAX, 1)
 
 
 def select_devices(
     platform: str = "auto", limit: int = 0, *, deterministic: bool = False
 ) -> list[Device]:
-    """The devices of a platform; of the fastest one there is for "auto".
+    """Returns the devices of a platform, and never those of another.
 
     Args:
-      platform: one of `PLATFORMS`.
-      limit: take so many at most; 0 takes all.
-      deterministic: have XLA take only such kernels on a GPU that give the same bits each time
-        (its flag --xla_gpu_deterministic_ops, which `XLA_FLAGS` may set otherwise). CPUs and TPUs
-        do by themselves.
+      platform: one of `PLATFORMS`; "auto" selects the fastest available platform.
+      limit: the largest number of devices; 0 for all.
+      deterministic: whether XLA may use only GPU kernels that give the same bits each time (its
+        flag --xla_gpu_deterministic_ops, if `XLA_FLAGS` does not set it). CPUs and TPUs always do.
 
     Raises:
-      UserError: if the platform is unknown or not there (it never falls back to another one), if
-        XLA does not take what `XLA_FLAGS` holds, or if a GPU was in use before it could be made
-        deterministic.
+      UserError: the platform is unknown or not available, or XLA rejects `XLA_FLAGS`, or a GPU was
+        in use before it could be made deterministic.
     """
     if platform not in PLATFORMS:
         raise UserError(f"unknown platform {platform!r}; known: {', '.join(PLATFORMS)}")
     in_time = _settle_xla_flags(deterministic=deterministic)
     use_all_cpu_cores()
     if platform == "cpu":
-        # Keeps a GPU that is there from being started, and its memory from being taken.
+        # Otherwise JAX starts a GPU as well, and reserves its memory.
         jax.config.update("jax_platforms", "cpu")
     try:
         devices = jax.devices(None if platform == "auto" else platform)
@@ -106,32 +105,34 @@ def select_devices(
 
 
 def _settle_xla_flags(*, deterministic: bool) -> bool:
-    """Checks `XLA_FLAGS`, and adds XLA's flag for deterministic kernels unless that is set.
+    """Checks `XLA_FLAGS`, and adds XLA's flag for deterministic kernels unless it is set.
 
-    XLA itself ends the process when it meets a flag that it does not know.
+    Without this check XLA ends the process at a flag that it does not know.
 
     Returns:
-      False if kernels should be deterministic, but XLA has read its flags already.
+      False if kernels should be deterministic, but XLA has already read its flags.
 
     Raises:
-      UserError: if XLA refuses the flags.
+      UserError: XLA rejects the flags.
     """
     flags = os.environ.get(_XLA_FLAGS, "").strip()
-    try:  # to set it again is refused once a backend has started
+    # There is no function that tells whether a backend has started. This option tells: JAX rejects
+    # a new value for it from then on. So set another value, and the old one again.
+    try:
         jax.config.update(_NUM_CPUS, getattr(jax.config, _NUM_CPUS) + 1)
         jax.config.update(_NUM_CPUS, getattr(jax.config, _NUM_CPUS) - 1)
     except RuntimeError:
         return not deterministic or _DETERMINISTIC_FLAG in flags
-    if flags and not flags.startswith("-"):  # the name of a file that holds them
+    if flags and not flags.startswith("-"):  # the name of a file with flags
         try:
             flags = " ".join(Path(flags).read_text().split())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"{_XLA_FLAGS}={flags} is neither flags, which begin with --, nor a file of such "
-                f"({error})"
+                f"{_XLA_FLAGS}={flags} is neither a list of flags, which begin with --, nor a file "
+                f"with flags ({error})"
             ) from error
     if flags and (reason := _refusal(flags)):
-        raise UserError(f"XLA does not take {_XLA_FLAGS}={flags} ({reason})")
+        raise UserError(f"XLA rejects {_XLA_FLAGS}={flags} ({reason})")
     if deterministic and _DETERMINISTIC_FLAG not in flags:
         flags = f"{flags} --{_DETERMINISTIC_FLAG}=true".strip()
     if flags:
@@ -140,20 +141,20 @@ def _settle_xla_flags(*, deterministic: bool) -> bool:
 
 
 def _refusal(flags: str) -> str | None:
-    """What XLA, started in a process of its own on a CPU, says of flags that it does not take."""
+    """XLA's message if it rejects the flags, from a new process on a CPU."""
     variables = {**os.environ, _XLA_FLAGS: flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     try:
         done = subprocess.run(command, env=variables, capture_output=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return None
-    said = done.stderr.decode(errors="replace").splitlines()
-    about = [line.rpartition("] ")[2] for line in said if "flag" in line]
-    return about[0] if done.returncode and about else None
+    lines = done.stderr.decode(errors="replace").splitlines()
+    messages = [line.rpartition("] ")[2] for line in lines if "flag" in line]
+    return messages[0] if done.returncode and messages else None
 
 
 def data_mesh(devices: list[Device], batch_size: int) -> Mesh:
-    """A one-axis mesh, "batch", over the most devices that divide the batch evenly.
+    """A mesh with one axis, "batch", over the largest number of devices that divides the batch.
 
     >>> data_mesh(jax.devices(), batch_size=32).axis_names
     ('batch',)
@@ -164,37 +165,27 @@ def data_mesh(devices: list[Device], batch_size: int) -> Mesh:
     )
 
 
-def num_shards(num_devices: int, batch_size: int) -> int:
-    """The most devices that divide a batch evenly.
-
-    >>> num_shards(8, batch_size=36)
-    6
-    """
-    return max(n for n in range(1, num_devices + 1) if batch_size % n == 0)
-
-
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """The sharding by which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """One axis, that of the batch, is cut into one piece per device."""
+    """The sharding that splits one axis, that of the batch, over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "batch"))
 
 
 def limit_in_flight(results: Sequence[Any], ahead: int = 8) -> None:
-    """Waits until at most so many of these results are still being computed.
+    """Waits until at most `ahead` of the results are still being computed.
 
-    A host that dispatches steps without ever waiting gets ahead of its devices. With several
-    CPU devices that is a deadlock (seen with jaxlib 0.10.2 on 2 cores): at 32 executions in
-    flight a device takes no more, its launcher keeps the thread that another device needs to
-    reach the all-reduce, and XLA aborts the process after 40 s. Eight are plenty to keep
-    devices busy.
+    A host that dispatches steps without waiting gets ahead of its devices. With several CPU devices
+    that is a deadlock (observed with jaxlib 0.10.2 on 2 cores): with 32 executions in flight a
+    device accepts no more, its launcher blocks the thread that another device needs to reach the
+    all-reduce, and XLA aborts the process after 40 s. Eight suffice to keep the devices busy.
 
     Args:
-      results: of calls in the order of dispatch, any pytree each.
-      ahead: how many; fewer where each holds much memory.
+      results: a pytree for each call, in the order of dispatch.
+      ahead: the number of results; choose fewer if each needs much memory.
     """
     if len(results) > ahead:
         jax.block_until_ready(results[-ahead - 1])

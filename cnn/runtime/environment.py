@@ -1,4 +1,4 @@
-"""What the bits of a run depend on besides its config: versions, devices, processor, settings."""
+"""What the bits of a run depend on, apart from its config: versions, devices, settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cnn.runtime.devices import usable_cores
 from cnn.runtime.jax_settings import PINNED
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
-# JAX's options that change how numbers are rounded. A run leaves them as they are.
+# JAX's options that change how numbers are rounded. A run does not change them.
 _ROUNDING = (
     "jax_default_matmul_precision",
     "jax_optimization_level",
@@ -30,10 +30,10 @@ _ROUNDING = (
     "jax_use_direct_linearize",
     "jax_use_shardy_partitioner",
 )
-# Variables of the libraries below: `_XLA_FLAGS` apart, since `cnn.runtime.devices` adds to it.
+# Variables of the libraries below JAX. XLA_FLAGS is separate, as `cnn.runtime.devices` adds to it.
 _XLA_FLAGS = "XLA_FLAGS"
 _VARIABLES = (
-    # The threads of a CPU device, on whose number its rounding depends; else one for each core.
+    # The number of threads of a CPU device, which affects rounding; by default one per core.
     "PJRT_NPROC",
     "NPROC",
     "LIBTPU_INIT_ARGS",
@@ -42,18 +42,18 @@ _VARIABLES = (
     "TF_CUDNN_DETERMINISTIC",
     "TF_XLA_FLAGS",
 )
-_OWN_FLAGS = ("--xla_gpu_deterministic_ops=true",)  # as the config asks for
-# What the processor offers to a compiler of numeric code, by the names of Linux.
+_OWN_FLAGS = ("--xla_gpu_deterministic_ops=true",)  # set because of the config
+# The processor's features that matter to a compiler of numeric code, as Linux names them.
 _INSTRUCTIONS = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "sve", "sme", "bf16", "i8mm")
-# Fields of which a difference may change the bits of what follows.
+# A difference in one of these fields may change the bits of later steps.
 _MATTERS = ("devices", "runtime", "processor", "cores", "packages", "settings", "commit")
 
 
 def environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Versions, devices, processor, commit and settings at this moment: JSON values.
+    """Versions, devices, processor, commit and settings of this process, as JSON values.
 
     Args:
-      mesh: the devices of the run.
+      mesh: over the devices of the run.
     """
     devices = mesh.devices.ravel()
     return {
@@ -80,16 +80,16 @@ def environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 def begun_at(
     step: int, now: dict[str, Any] | None, before: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The environments of a run's parts, when a process begins another part.
+    """Adds the start of this process to the environments in which a run was trained.
 
     Args:
       step: the step from which this process trains.
-      now: `environment` of this process; None if it is not known.
-      before: what this function returned for the part before, read from the checkpoint.
+      now: `environment` of this process; None if it is unknown.
+      before: the result of this function for the previous process, from the checkpoint.
 
     Returns:
-      An entry for each part that was trained in an environment of its own: `environment`, and
-      `starts`, the steps at which processes began in it.
+      For each part of the run that was trained in one environment: the fields of `environment`,
+      and `starts`, the steps at which a process started in it.
     """
     parts, now = list(before), now or {}
     last = parts[-1] if parts else {}
@@ -102,18 +102,18 @@ def begun_at(
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two environments and may change bits, as "name: old -> new".
+    """The differences between two environments that may change bits, as "name new (was old)".
 
-    Fields that only one of them has are left out.
+    Fields that only one of them has are ignored.
 
     >>> before = {"devices": ["cpu", "cpu"], "packages": {"jax": "0.10.1", "numpy": "2.4"}}
     >>> now = {"devices": ["cpu"], "packages": {"jax": "0.10.2", "numpy": "2.4"}}
     >>> changes(before, now)
-    ['devices: 2 x cpu -> 1 x cpu', 'jax: 0.10.1 -> 0.10.2']
+    ['1 x cpu (was 2 x cpu)', 'jax 0.10.2 (was 0.10.1)']
     """
     old, new = _flat(before), _flat(now)
     return [
-        f"{name}: {old[name]} -> {new[name]}"
+        f"{name} {new[name]} (was {old[name]})".removeprefix("devices ")
         for name in old
         if name in new and old[name] != new[name]
     ]
@@ -129,11 +129,11 @@ def _flat(environment: dict[str, Any]) -> dict[str, Any]:
             values.update(value)
         elif name in environment:
             values[name] = value
-    return values
+    return {name: "unset" if value in (None, "") else value for name, value in values.items()}
 
 
 def _settings() -> dict[str, Any]:
-    """The settings on which random numbers and rounding depend, as they are for the run."""
+    """The settings on which random numbers and rounding depend, as they are during the run."""
     options = {name: getattr(jax.config, name, None) for name in (*PINNED, *_ROUNDING)}
     flags = os.environ.get(_XLA_FLAGS, "").split()
     return {
@@ -148,9 +148,9 @@ def _is_json(value: Any) -> bool:
 
 
 def _version(package: str) -> str | None:
-    """The version of a package; None if there is nothing from which to know it.
+    """The version of a package; None if it cannot be determined.
 
-    The metadata may be missing, or be of a package of another name (a nightly build, say).
+    The metadata may be missing, or belong to a package of another name, such as a nightly build.
     """
     version = None
     with contextlib.suppress(Exception):  # of many kinds, where the metadata is damaged
@@ -160,7 +160,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> dict[str, Any]:
-    """`model` and `instructions` of the processor, for which XLA compiles."""
+    """`model` and `instructions` of the processor for which XLA compiles."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0].splitlines()
     except OSError:
@@ -173,21 +173,16 @@ def _processor() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, "+changes" if it was edited; None outside git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit of this source tree, with "-dirty" if it was edited; None outside git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
     try:
-        # Fails where this file is not of the repository around it, as in an environment's folder.
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", Path(__file__).name],
-            capture_output=True, check=True, timeout=10,
-        )  # fmt: skip
-        revision = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True, text=True, check=True, timeout=10,
-        ).stdout  # fmt: skip
+        # Fails if the repository around this file does not hold it: an installed package, say.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    return revision + ("+changes" if dirty else "")

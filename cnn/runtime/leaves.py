@@ -1,6 +1,6 @@
-"""The leaves of a train state: their names, their bytes on the host, and their way back.
+"""The leaves of a train state: their paths, their bytes on the host, and their way back.
 
-A leaf is what JAX takes for one: an array, a typed random key, a NumPy or a Python number.
+A leaf is what JAX regards as one: an array, a typed random key, a NumPy or a Python number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnn.errors import UserError
+from cnn.errors import UserError, array_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,8 @@ class HostKey:
     """A typed random key on the host.
 
     Attributes:
-      impl: name of the generator, as `jax.random.key_impl` gives it.
-      data: as `jax.random.key_data` gives it.
+      impl: the name of the generator, from `jax.random.key_impl`.
+      data: the words of the key, from `jax.random.key_data`.
     """
 
     impl: str
@@ -30,7 +30,7 @@ class HostKey:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the data."""
+        """The size of the data in bytes."""
         return self.data.nbytes
 
 
@@ -40,14 +40,14 @@ HostLeaf = np.ndarray | HostKey
 def by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their paths, such as `params/Conv_0/kernel`.
 
-    A field of a named tuple, a key of a dictionary and an index read alike, so a tree of plain
+    Fields of a named tuple, keys of a dictionary and indices look alike, so a tree of plain
     dictionaries and lists has the paths of the state it was made of.
 
     Raises:
-      UserError: two leaves have one path, because keys of a dictionary read alike.
+      UserError: two leaves have the same path, because keys of a dictionary look alike.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    for escaped in (False, True):  # a slash within a key matters only if two paths then agree
+    for escaped in (False, True):  # a slash within a key is escaped only if two paths then agree
         named = {"/".join(_names(path, escaped)): leaf for path, leaf in leaves}
         if len(named) == len(leaves):
             return named
@@ -69,22 +69,20 @@ def digest(tree: Any) -> str:
     for path, leaf in sorted(by_path(jax.device_get(tree)).items()):
         leaf = to_host(path, leaf)
         if isinstance(leaf, HostKey):
-            sha.update(
-                f"{path} key<{leaf.impl}> {leaf.data.shape}\n".encode(errors="surrogatepass")
-            )
-            leaf = leaf.data
+            dtype, data = f"key<{leaf.impl}>", leaf.data
         else:
-            sha.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode(errors="surrogatepass"))
-        sha.update(np.ascontiguousarray(leaf).tobytes())
+            dtype, data = leaf.dtype, leaf
+        sha.update(f"{path} {dtype} {data.shape}\n".encode(errors="surrogatepass"))
+        sha.update(np.ascontiguousarray(data).tobytes())
     return sha.hexdigest()
 
 
 def to_host(path: str, leaf: Any, *, copy: bool = False) -> HostLeaf:
-    """A leaf as NumPy has it, in the byte order of the machine.
+    """Converts a leaf to NumPy, in the byte order of the machine.
 
     Args:
-      path: for the message.
-      leaf: from a tree.
+      path: names the leaf in the message.
+      leaf: an array, a typed random key or a number.
       copy: whether the result must own its memory.
 
     Raises:
@@ -108,21 +106,18 @@ def is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def kind(leaf: Any) -> str:
+def leaf_type(leaf: Any) -> str:
     """Dtype and shape of a leaf, such as `float32[3, 3]`; "nothing" for None."""
     if leaf is None:
         return "nothing"
-    if is_key(leaf):
-        return f"key<{jax.random.key_impl(leaf)}>{list(leaf.shape)}"
-    value = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return f"{value.dtype.newbyteorder('=')}{list(value.shape)}"
+    return array_type(leaf if hasattr(leaf, "dtype") else np.asarray(leaf))
 
 
 def like(fresh: Any, value: Any) -> Any:
-    """A value made such that a compiled function takes it as it took the fresh leaf.
+    """Makes a value that a compiled function accepts in place of the fresh leaf.
 
-    A compiled function looks at dtype, weak type, sharding, and whether the array is committed to
-    its devices: where one of them differs it is compiled again.
+    A function is compiled again where dtype, weak type or sharding differ, or whether the array is
+    committed to its devices.
 
     Args:
       fresh: a leaf of a state.

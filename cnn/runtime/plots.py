@@ -1,7 +1,7 @@
 """Pictures of a run, as PNG files.
 
-They depend on nothing but their arguments and the fonts that are installed: neither on matplotlib's
-backend nor on its settings, wherever a person made these.
+They depend only on their arguments and the installed fonts, and not on matplotlib's backend or any
+of its settings.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from cnn.data import Split
 from cnn.runtime.disk import local_path
 
-# Blue and vermilion of Okabe & Ito's palette differ for every kind of colour vision, and in
-# lightness; line style and marker differ too, for a print in grey.
+# Blue and vermilion of Okabe & Ito's palette differ for every kind of colour vision and in
+# lightness. Line style and marker differ too, for a print in grey.
 _TRAIN = {"color": "#0072B2", "linestyle": "-", "marker": "o"}
 _TEST = {"color": "#D55E00", "linestyle": "--", "marker": "s"}
 _FONT = "DejaVu Sans"  # comes with matplotlib
@@ -38,13 +37,13 @@ def plot_curves(
     title: str,
     label_smoothing: float = 0.0,
 ) -> None:
-    """Train and test accuracy and loss against the epoch.
+    """Plots train and test accuracy and loss against the epoch.
 
     Args:
-      records: of `metrics.jsonl`, one per epoch, in order.
-      path: of the PNG.
-      title: above both panels.
-      label_smoothing: of the train loss, which the legend names.
+      records: the records of `metrics.jsonl`, in order.
+      path: the PNG file.
+      title: shown above both panels.
+      label_smoothing: named in the legend of the train loss if it is not zero.
 
     Raises:
       ImportError: if matplotlib is not installed.
@@ -71,38 +70,38 @@ def plot_curves(
 
 
 def plot_samples(
-    split: Split,
+    images: np.ndarray,
+    labels: np.ndarray,
     predictions: np.ndarray,
     class_names: Sequence[str],
     path: str | os.PathLike[str],
     *,
     title: str,
 ) -> None:
-    """A grid of images with their predicted class and, where it is another, the true one.
+    """Draws a grid of images with their predicted class and, where it differs, the true class.
 
     Args:
-      split: N images with their true labels. One channel is grey, two are grey and opacity, three
-        are colour, four colour and opacity; of more the first is shown in grey.
-      predictions: `int[N]`.
-      class_names: by label; shown character by character, none has a meaning.
-      path: of the PNG.
-      title: above the grid.
+      images: `uint8[N, H, W, C]`. One channel is grey, two are grey and opacity, three are colour,
+        four are colour and opacity; of more channels the first is shown in grey.
+      labels: `int[N]`, the true classes.
+      predictions: `int[N]`, the predicted classes.
+      class_names: by label; shown as they are, without any markup.
+      path: the PNG file.
+      title: shown above the grid.
 
     Raises:
       ImportError: if matplotlib is not installed.
       OSError: if the file cannot be written.
     """
     columns = 6
-    rows = -(-len(split) // columns)
-    shown = [class_names[int(label)] for label in (*split.labels, *predictions)]
+    rows = -(-len(images) // columns)
+    shown = [class_names[int(label)] for label in (*labels, *predictions)]
     with _figure(1.5 * columns, 1.9 * rows + 0.4, path, [title, *shown]) as figure:
         figure.suptitle(title, fontsize=11, parse_math=False)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes in grid:
             axes.axis("off")
-        for axes, image, label, prediction in zip(
-            grid, split.images, split.labels, predictions, strict=False
-        ):
+        for axes, image, label, prediction in zip(grid, images, labels, predictions, strict=False):
             axes.imshow(_pixels(image), interpolation="nearest")
             if label == prediction:
                 text, style = f"{class_names[prediction]}", {"color": "black"}
@@ -113,7 +112,7 @@ def plot_samples(
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
-    """`uint8[H, W, C]` with any channels as red, green, blue and maybe opacity."""
+    """Converts `uint8[H, W, C]` to red, green, blue and perhaps opacity."""
     channels = image.shape[-1]
     if channels in (3, 4):
         return image
@@ -121,7 +120,7 @@ def _pixels(image: np.ndarray) -> np.ndarray:
 
 
 def _folded(text: str) -> str:
-    """A text in lines that fit above an image, with nothing that cannot be encoded."""
+    """Wraps a text into lines that fit above an image, and escapes what cannot be encoded."""
     lines = text.encode("utf-8", "backslashreplace").decode().split("\n")
     fold = textwrap.TextWrapper(
         _LINE_LENGTH, expand_tabs=False, replace_whitespace=False, drop_whitespace=False
@@ -133,16 +132,16 @@ def _folded(text: str) -> str:
 def _figure(
     width: float, height: float, path: str | os.PathLike[str], texts: Sequence[str]
 ) -> Iterator[Any]:
-    """A figure to draw into, saved as a PNG at the end.
+    """Yields a figure to draw into, and saves it as a PNG file at the end.
 
     Args:
       width: in inches.
       height: in inches.
-      path: of the file.
-      texts: that will be drawn; fonts that have their characters are chosen.
+      path: the PNG file.
+      texts: all texts in the figure, by whose characters the fonts are chosen.
     """
     target = local_path(path)
-    # What matplotlib warns of here, such as a character that no font has, is nobody's mistake.
+    # Nobody can act on matplotlib's warnings here, such as a character that no font has.
     with warnings.catch_warnings(action="ignore"), _silent_logger("matplotlib"):
         matplotlib = _import_matplotlib()
         defaults = {k: v for k, v in matplotlib.rcParamsDefault.items() if k != "backend"}
@@ -150,7 +149,7 @@ def _figure(
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
 
-            # Without pyplot: no window system, no global state, nothing for a script to close.
+            # Not by pyplot, which has a window system, global state, and figures to close.
             figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
             canvas = FigureCanvasAgg(figure)
             yield figure
@@ -158,12 +157,12 @@ def _figure(
 
 
 def _import_matplotlib() -> Any:
-    """The package, also where its import fails because a setting cannot be read."""
+    """Imports the package, even where that fails because a setting cannot be read."""
     try:
         return importlib.import_module("matplotlib")
     except ImportError:
         raise
-    except Exception:  # of the environment, or of a matplotlibrc here or at home
+    except Exception:  # a variable, or a matplotlibrc here or at home, is at fault
         for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
             del sys.modules[name]
         found = importlib.util.find_spec("matplotlib")
@@ -195,14 +194,14 @@ def _silent_logger(name: str) -> Iterator[None]:
 
 
 def _families(text: str) -> list[str]:
-    """Font families that have the characters of a text, as far as any installed font has them."""
+    """Font families that together cover the characters of a text, as far as installed fonts do."""
     from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
     def known(path: str) -> set[str]:
         try:
             font = get_font(path)
             return {c for c in missing if font.scalable and font.get_char_index(ord(c))}
-        except (OSError, RuntimeError):  # no font that can be drawn with
+        except (OSError, RuntimeError):  # matplotlib cannot draw with this font
             return set()
 
     families, missing = [_FONT], {c for c in text if c.isprintable() and not c.isspace()}

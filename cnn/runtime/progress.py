@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -27,8 +28,8 @@ class Progress:
     On a terminal one line is redrawn in place; elsewhere a plain line appears every half minute.
 
     Args:
-      num_epochs: of the whole run.
-      steps_per_epoch: optimizer steps.
+      num_steps: of the whole run.
+      steps_per_epoch: a run may end within an epoch.
       batch_size: images per step.
       test_count: images that are evaluated after each epoch.
       start_step: the step from which this process trains.
@@ -38,14 +39,14 @@ class Progress:
     def __init__(
         self,
         *,
-        num_epochs: int,
+        num_steps: int,
         steps_per_epoch: int,
         batch_size: int,
         test_count: int,
         start_step: int,
         best_accuracy: float = 0.0,
     ) -> None:
-        self._num_epochs = num_epochs
+        self._num_steps = num_steps
         self._steps_per_epoch = steps_per_epoch
         self._batch_size = batch_size
         self._evaluation_steps = _COST_OF_EVALUATION * test_count / batch_size
@@ -55,7 +56,8 @@ class Progress:
         self._is_estimated = False
         self._header = ""
         self._rate = 0.0  # steps per second
-        self.lap(start_step)
+        self._done: set[str] = set()
+        self.begin_epoch(start_step)
         self._shown = self._lap_time
 
     def __enter__(self) -> Progress:
@@ -69,16 +71,40 @@ class Progress:
     ) -> None:
         screen.live("")
 
-    def lap(self, step: int) -> None:
-        """Starts the clock that gives images/s, when nothing but training follows this step."""
+    def begin_epoch(self, step: int) -> None:
+        """Starts the clock of an epoch, of which nothing but training follows this step."""
+        self._epoch_step, self._epoch_time = step, time.monotonic()
+        self._lap_step, self._lap_time = self._epoch_step, self._epoch_time
+
+    @contextlib.contextmanager
+    def first_time(self, what: str, step: int) -> Iterator[None]:
+        """Announces what takes longer when this process does it for the first time.
+
+        It does not count for the speed.
+
+        Args:
+          what: such as "compiling the training step".
+          step: the number of steps made when it is over.
+        """
+        if what in self._done:
+            yield
+            return
+        with screen.waiting(what):
+            yield
+        self._done.add(what)
         self._lap_step, self._lap_time = step, time.monotonic()
 
     def images_per_second(self, step: int) -> float:
-        """Images trained per second since `lap`, when this step is done; 0 without any."""
-        if not (steps := step - self._lap_step):
-            return 0.0
-        self._rate = steps / max(time.monotonic() - self._lap_time, 1e-9)
-        return self._rate * self._batch_size
+        """Images trained per second of this epoch until a step.
+
+        Without compilation, unless all steps of the epoch came with it.
+        """
+        since_step, since = self._lap_step, self._lap_time
+        if step > since_step:
+            self._rate = (step - since_step) / max(time.monotonic() - since, 1e-9)
+            return self._rate * self._batch_size
+        seconds = max(time.monotonic() - self._epoch_time, 1e-9)
+        return (step - self._epoch_step) * self._batch_size / seconds
 
     def due(self) -> bool:
         """Whether it is time to show something: asking is cheap, fetching metrics is not."""
@@ -92,24 +118,25 @@ class Progress:
         """Shows where the run is.
 
         Args:
-          step: steps done of the whole run.
+          step: steps made of the whole run.
           metrics: of the epoch so far, on the host.
         """
+        is_timed = step > self._lap_step
         speed = self.images_per_second(step)
         if self._may_estimate():
             self._estimate(step)
         if time.monotonic() - self._shown < self._period:
             return
         self._shown = time.monotonic()
-        if not metrics.count or not speed:
+        if not metrics.count or not is_timed:
             return  # every step so far was skipped, or none is timed
         epoch = (step - 1) // self._steps_per_epoch
         part = (step - epoch * self._steps_per_epoch) / self._steps_per_epoch
         # In the order of the line, with their ranks: the least important go first.
         parts = (
-            (0, f"epoch {epoch + 1}/{self._num_epochs}"),
+            (0, self._title(step)),
             (2, f"{100 * part:.0f} %"),
-            (4, f"loss {loss(float(metrics.loss))}"),
+            (4, f"train loss {loss(float(metrics.loss))}"),
             (3, f"accuracy {percent(float(metrics.accuracy))}"),
             (5, f"{speed:,.0f} images/s"),
             (1, f"{format_duration(self._seconds_left(step))} left"),
@@ -119,17 +146,24 @@ class Progress:
         else:
             screen.log(fitted(parts, screen.width()))
 
-    def evaluating(self, epoch: int) -> None:
+    def _title(self, step: int) -> str:
+        return f"epoch {(step - 1) // self._steps_per_epoch + 1}/{self._num_epochs}"
+
+    @property
+    def _num_epochs(self) -> int:
+        """Epochs of the run, the last of which may be a part."""
+        return -(-self._num_steps // self._steps_per_epoch)
+
+    def evaluating(self, step: int) -> None:
         """Shows on a terminal that the test images are being evaluated."""
-        screen.live(f"epoch {epoch + 1}/{self._num_epochs}  evaluating the test images")
+        screen.live(f"{self._title(step)}  evaluating the test images")
 
     def _seconds_left(self, step: int) -> float:
         """Training and evaluation after this step, at the present rate."""
         if not self._rate:
             return math.inf
-        epochs = self._num_epochs - step // self._steps_per_epoch
-        steps = self._num_epochs * self._steps_per_epoch - step
-        return (steps + epochs * self._evaluation_steps) / self._rate
+        evaluations = self._num_epochs - step // self._steps_per_epoch
+        return (self._num_steps - step + evaluations * self._evaluation_steps) / self._rate
 
     def _estimate(self, step: int) -> None:
         """Prints how long this process trains, from its first step to the last."""
@@ -142,17 +176,17 @@ class Progress:
             number = "1 epoch takes" if epochs == 1 else f"{epochs:,} epochs take"
             screen.log(f"estimate: {number} about {format_duration(seconds)}")
 
-    def epoch(self, record: Mapping[str, Any], seconds: float) -> None:
+    def epoch(self, record: Mapping[str, Any]) -> None:
         """Prints the row of a finished epoch; above the first one, and if it changed, the header.
 
         Args:
           record: a line of `metrics.jsonl`.
-          seconds: the whole epoch took.
         """
         if not self._is_estimated:
             self._estimate(record["step"])
         is_best = record["test_accuracy"] >= self._best_accuracy
         self._best_accuracy = max(record["test_accuracy"], self._best_accuracy)
+        seconds = time.monotonic() - self._epoch_time
         header, row = epoch_table(
             {**record, "seconds": seconds, "is_best": is_best},
             num_epochs=self._num_epochs,
@@ -164,9 +198,10 @@ class Progress:
             self._header = header
         screen.log(re.sub(r"\S+ %\*", lambda mark: screen.styled(mark[0], "green"), row))
         if skipped := record["skipped_steps"]:
+            steps = record["step"] - self._epoch_step
             screen.log(
-                f"note: {skipped:,} of the {self._steps_per_epoch:,} steps of epoch "
-                f"{record['epoch']} were not finite and were skipped"
+                f"note: {skipped:,} of the {max(steps, skipped):,} steps of epoch "
+                f"{record['epoch']:g} were not finite and were skipped"
             )
 
 

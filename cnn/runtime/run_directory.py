@@ -9,50 +9,35 @@ import json
 import os
 import platform
 from pathlib import Path
-from types import TracebackType
+from types import TracebackType, UnionType
 from typing import IO, Any
 
-from cnn.config import differences
 from cnn.errors import UserError
-from cnn.runtime.disk import describe_disk_error, nearest_existing, resolve_path, write_error
-from cnn.runtime.files import replacing, sync
+from cnn.runtime.disk import (
+    atomic_write,
+    describe_disk_error,
+    nearest_existing,
+    resolve_path,
+    sync,
+    write_error,
+)
 
-RECORD_FIELDS = (
-    "step",
-    "epoch",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "test_count",
-    "learning_rate",
-    "skipped_steps",
-    "images_per_second",
-)
-_RESULT_FIELDS = (
-    "digest",
-    "test_accuracy",
-    "test_count",
-    "best_test_accuracy",
-    "best_epoch",
-    "wall_seconds",
-)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that has none
+_CONFIG, _METRICS, _RESULT = "config.json", "metrics.jsonl", "result.json"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without locks
 
 
 class RunDirectory:
     """A run's folder: `config.json`, `environment.json`, `metrics.jsonl`, `result.json`.
 
-    Making the object only looks; `lock` is the first to write. Use it as a context manager, which
-    lets go of the lock.
+    Creating the object writes nothing: `lock` is the first to write. Leaving the context manager
+    releases the lock.
 
     Args:
-      path: the folder; it need not exist. `~` is the home directory.
+      path: the folder, which need not exist; `~` is the home directory.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = resolve_path(path)
-        self._metrics = self.path / "metrics.jsonl"
         self._lock_file = self.path / ".lock"
         self._lock: IO[bytes] | None = None
 
@@ -69,15 +54,48 @@ class RunDirectory:
             self._lock.close()
 
     @property
-    def exists(self) -> bool:
-        """Whether a run was begun here."""
-        return self._lock_file.exists()
+    def has_begun(self) -> bool:
+        """Whether `begin` was called, which requires a checkpoint."""
+        return any((self.path / name).exists() for name in (_CONFIG, _METRICS, _RESULT))
 
-    def lock(self) -> None:
-        """Makes the folder, and keeps other processes out until this one ends, however it does.
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def check_writable(self) -> None:
+        """Raises UserError if the folder cannot be created or written, or is a file."""
+        if (error := write_error(self.path)) is None:
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(describe_disk_error(error, self.path)) from error
+        raise UserError(
+            f"work directory {self.path} cannot be written ({nearest_existing(self.path)} is not a "
+            f"writable directory); choose another --workdir"
+        ) from error
+
+    def check(self) -> dict[str, Any] | None:
+        """Checks whether a run may start or resume here.
+
+        Returns:
+          The result of a finished run, else None.
 
         Raises:
-          UserError: if another process is in it, or it cannot be written.
+          UserError: the folder cannot be written, a file of the run is damaged, or another process
+            is training there.
+        """
+        if (finished := self.result()) is None:
+            self.check_writable()
+            if self._lock_file.exists():  # else there is no folder yet, and none is made in vain
+                self.lock()
+        self.records()
+        return finished
+
+    def lock(self) -> None:
+        """Creates the folder, and excludes other processes until this one ends, however it ends.
+
+        Raises:
+          UserError: another process holds the lock, or the folder cannot be written.
         """
         if self._lock is not None:
             return
@@ -100,115 +118,89 @@ class RunDirectory:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-        with contextlib.suppress(OSError):  # a full disk; the lock holds without a name
+        with contextlib.suppress(OSError):  # a full disk; the lock does not need the name
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}".encode())
 
-    def check_writable(self) -> None:
-        """Raises UserError if the folder cannot be made or written, or is a file."""
-        if (error := write_error(self.path)) is None:
-            return
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(describe_disk_error(error, self.path)) from error
-        raise UserError(
-            f"work directory {self.path} cannot be written ({nearest_existing(self.path)} is not a "
-            f"writable directory); choose another --workdir"
-        ) from error
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the checkpoints are."""
-        return self.path / "checkpoints"
-
-    def check_config(self, config: dict[str, Any]) -> None:
-        """Refuses to go on with a run of another config.
+    def begin(self, config: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        """Writes `config.json` and `metrics.jsonl` before the first step of a process.
 
         Args:
-          config: resolved.
-
-        Raises:
-          UserError: names the fields that differ.
+          config: the resolved config.
+          records: the records stored in the checkpoint that is resumed. `metrics.jsonl` is
+            rewritten to these: later or half-written lines are dropped, since the run writes them
+            again.
         """
-        if (before := self._read("config.json")) is None:
-            return
-        if changed := differences(before, config):
-            raise UserError(
-                f"{self.path} holds a run of another config ({'; '.join(changed)}); "
-                f"choose another --workdir, or delete that one"
-            )
+        self._replace(_METRICS, "".join(map(_line, records)))
+        self.write(_CONFIG, config)
 
-    def start(self, config: dict[str, Any], records: list[dict[str, Any]]) -> None:
-        """Writes what is known before the next step.
-
-        Args:
-          config: resolved.
-          records: those that the checkpoint knows, from which the run goes on. Others, and what is
-            left of one that a killed process did not finish, make way: it will make them again.
-        """
-        self._replace(self._metrics.name, "".join(map(_line, records)))
-        self.write("config.json", config)
-
-    @property
-    def was_started(self) -> bool:
-        """Whether `start` was called: not before there was a checkpoint."""
-        names = ("config.json", self._metrics.name, "result.json")
-        return any((self.path / name).exists() for name in names)
-
-    def forget_result(self) -> None:
-        """Deletes `result.json`: the run is not finished, or no longer."""
-        (self.path / "result.json").unlink(missing_ok=True)
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record to `metrics.jsonl`: JSON values, among them the numbers `step`, `epoch`."""
+        file = self.path / _METRICS
+        with file.open("a") as stream:
+            stream.write(_line(record))
+        sync(file)
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        """Writes a JSON file so that a reader finds the old one or the new one, never half."""
+        """Writes a JSON file atomically: a reader finds the old file or the new one."""
         self._replace(name, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
-        with replacing(self.path / name) as stream:
+        with atomic_write(self.path / name) as stream:
             stream.write(text.encode())
 
-    def _read(self, name: str, *fields: str) -> dict[str, Any] | None:
-        path = self.path / name
-        return _object(path.read_bytes(), path, *fields) if path.exists() else None
+    def delete_result(self) -> None:
+        """Deletes `result.json`, because the run is not finished, or no longer."""
+        (self.path / _RESULT).unlink(missing_ok=True)
 
-    def result(self) -> dict[str, Any] | None:
-        """The final figures, if the run is finished."""
-        return self._read("result.json", *_RESULT_FIELDS)
-
-    def records(self) -> list[dict[str, Any]]:
-        """All records of `metrics.jsonl`, in order; one that was not finished is left out.
+    def config(self) -> dict[str, Any] | None:
+        """The resolved config of the run; None before `begin`.
 
         Raises:
-          UserError: if the file is damaged.
+          UserError: the file is damaged.
         """
-        if not self._metrics.exists():
+        return self._read(_CONFIG)
+
+    def result(self) -> dict[str, Any] | None:
+        """The final figures, among them `digest`; None while the run is not finished.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        return self._read(_RESULT, digest=str)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl`, in order, without a half-written last line.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        file = self.path / _METRICS
+        if not file.exists():
             return []
-        lines = self._metrics.read_bytes().split(b"\n")[:-1]
-        return [_object(line, self._metrics, *RECORD_FIELDS) for line in lines]
+        lines = file.read_bytes().split(b"\n")[:-1]
+        return [_parse_object(line, file, step=int, epoch=int | float) for line in lines]
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Adds a record.
-
-        Args:
-          record: JSON values, all `RECORD_FIELDS`.
-        """
-        with self._metrics.open("a") as file:
-            file.write(_line(record))
-        sync(self._metrics)
+    def _read(self, name: str, **required: type) -> dict[str, Any] | None:
+        path = self.path / name
+        return _parse_object(path.read_bytes(), path, **required) if path.exists() else None
 
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
-def _object(text: bytes, path: Path, *names: str) -> dict[str, Any]:
-    """A JSON object with these names; UserError for anything else."""
+def _parse_object(text: bytes, path: Path, **required: type | UnionType) -> dict[str, Any]:
+    """Parses a JSON object with the required names and types; UserError for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
-    if not isinstance(value, dict) or not value.keys() >= set(names):
+    if not isinstance(value, dict) or not all(
+        isinstance(value.get(name), kind) for name, kind in required.items()
+    ):
         raise UserError(
-            f"{path} is damaged: not the JSON of a run; delete it, and the next start makes it "
-            f"again from the checkpoints"
+            f"{path} is damaged: it is not the JSON of a run; delete it, and the next start "
+            f"writes it again from the checkpoints"
         )
     return value

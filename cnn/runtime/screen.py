@@ -1,6 +1,6 @@
-"""Standard output and standard error: lines, one live line below them, and what takes a while.
+"""Standard output and standard error: lines, one live line below them, and long tasks.
 
-On a terminal the live line is redrawn in place. In files and pipes there are plain lines only.
+On a terminal the live line is redrawn in place. Files and pipes get plain lines only.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+from cnn.errors import one_line
+
 _T = TypeVar("_T")
 _MOST_COLUMNS = 79
-_PATIENCE = 0.5  # seconds that need no explanation
-_LIVE_PERIOD, _PLAIN_PERIOD = 0.2, 30.0  # seconds between two lines that say where something is
+_PATIENCE = 0.5  # seconds; a task that takes longer is announced
+_LIVE_PERIOD, _PLAIN_PERIOD = 0.2, 30.0  # seconds between two reports of a task
 _STYLES = {"bold": "1", "green": "32", "yellow": "33"}
-# To the end of the screen: a terminal that has become narrower has broken the line into rows.
+# Clears to the end of the screen: a terminal that became narrower has wrapped the line.
 _CLEAR = "\r\x1b[J"
 
 # Reentrant: a signal handler may write while the main thread writes.
 _lock = threading.RLock()
-_live: tuple[str, TextIO | None] | None = None  # what the live line is, and where
+_live: tuple[str, TextIO | None] | None = None  # the live line and its stream
 
 
 def is_live(stream: TextIO | None = None) -> bool:
@@ -42,35 +44,35 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 
 def width(stream: TextIO | None = None) -> int:
-    """Columns that a line may have now: at most 79, and one less than the terminal has.
+    """The columns that a line may have now: at most 79, and one less than the terminal has.
 
     Args:
-      stream: on which; by default standard output.
+      stream: by default standard output.
     """
     stream, columns = stream or sys.stdout, 0
     if stream is not None and _is_terminal(stream):
         with contextlib.suppress(OSError, ValueError):
             columns = os.get_terminal_size(stream.fileno()).columns
-    # A terminal that does not know its size has zero columns.
+    # A terminal of unknown size reports zero columns.
     return min(_MOST_COLUMNS, (columns or _MOST_COLUMNS + 1) - 1)
 
 
 def styled(text: str, style: str) -> str:
-    """A text in a style of `_STYLES`, where standard output shows them and NO_COLOR is unset."""
+    """Adds a style of `_STYLES` to a text if standard output shows it and NO_COLOR is not set."""
     if not is_live() or os.environ.get("NO_COLOR"):
         return text
     return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
 
 
 def shown(path: Path) -> str:
-    """A path as it is shortest: relative to the working directory, if it is within."""
-    with contextlib.suppress(OSError, ValueError):  # it is elsewhere, or there is none
+    """The shortest form of a path: relative to the working directory if it is inside."""
+    with contextlib.suppress(OSError, ValueError):  # it is outside, or there is no such directory
         return str(path.relative_to(Path.cwd()))
     return str(path)
 
 
 def log(text: str) -> None:
-    """Prints lines to standard output, above the live line; a terminal's are folded at blanks."""
+    """Prints lines to standard output, above the live line; a terminal gets them wrapped."""
     _print(text, sys.stdout)
 
 
@@ -80,11 +82,23 @@ def log_warning(text: str) -> None:
     _print(f"{styled(label, 'yellow') if is_live(sys.stderr) else label} {text}", sys.stderr)
 
 
-def live(text: str) -> None:
-    """Draws the live line; "" removes it. Does nothing where there is no terminal.
+@contextlib.contextmanager
+def warning_on_failure(what: str) -> Iterator[None]:
+    """Turns any error within it into a warning, for what is never worth a run.
 
     Args:
-      text: cut to the width that the terminal has now.
+      what: the consequence, such as "the environment is not recorded".
+    """
+    try:
+        yield
+    except Exception as error:
+        log_warning(one_line(f"{what} ({error or type(error).__name__})"))
+
+
+def live(text: str) -> None:
+    """Draws the live line, cut to the width of the terminal; "" removes it.
+
+    Does nothing if standard output is not a terminal.
     """
     _draw(text, sys.stdout)
 
@@ -94,7 +108,7 @@ def _draw(text: str, stream: TextIO | None) -> None:
     with _lock:
         if is_live(stream) and (text or _live):
             _live = (text, stream) if text else None
-            # The cursor waits at the beginning, where other programs' messages then begin.
+            # The cursor waits at the start of the line, where messages of other programs begin.
             _write(stream, f"{_CLEAR}{text[: width(stream)]}\r")
 
 
@@ -118,7 +132,7 @@ def _write(stream: TextIO | None, text: str) -> None:
 
 
 def _fold(line: str, columns: int) -> list[str]:
-    """A line cut at blanks to the width of the terminal; longer words stay whole."""
+    """Wraps a line at blanks to the width of the terminal; longer words stay whole."""
     if len(line) <= columns or "\x1b" in line:
         return [line]
     indent = line[: len(line) - len(line.lstrip())]
@@ -133,13 +147,13 @@ def _fold(line: str, columns: int) -> list[str]:
 
 @dataclasses.dataclass
 class Task:
-    """Something that takes a while.
+    """A task that may take long.
 
     Attributes:
-      what: it is, such as "decoding cifar10 train".
+      what: its description, such as "decoding cifar10 train".
       stream: where it is reported.
-      detail: how far it is; may be set at any time.
-      begun: on the monotonic clock.
+      detail: its progress; may be set at any time.
+      begun: the time of its start on the monotonic clock.
     """
 
     what: str
@@ -148,7 +162,7 @@ class Task:
     begun: float = dataclasses.field(default_factory=time.monotonic)
 
     def text(self) -> str:
-        """One line on the task while it is running."""
+        """One line about the running task."""
         return " ".join(filter(None, (self.what, "...", self.detail)))
 
 
@@ -157,17 +171,17 @@ _tasks: list[Task] = []  # the innermost last
 
 @contextlib.contextmanager
 def waiting(what: str, stream: TextIO | None = None) -> Iterator[Task]:
-    """Within it, a person learns what is running if it takes longer than half a second.
+    """Reports a task that takes longer than half a second.
 
-    On a terminal the live line says it, with the seconds so far. In a file a line says it, and
-    another one each half minute. A last line says how long it took. The innermost of nested tasks
-    is shown.
+    On a terminal the live line shows it with the seconds so far. In a file there is a line at first
+    and one each half minute. A last line gives the time it took. The innermost of nested tasks is
+    shown.
 
     Args:
-      what: is done, such as "compiling the training step".
+      what: describes the task, such as "compiling the training step".
       stream: where it is reported, if this is the outermost task; by default standard output.
     """
-    # The stream of now: a library may be silenced within by redirecting standard output.
+    # Read the stream now: a library may be silenced within by redirecting standard output.
     task = Task(what, _tasks[-1].stream if _tasks else stream or sys.stdout)
     over = threading.Event()
     thread = threading.Thread(target=_watch, args=(task, over), daemon=True)
@@ -185,7 +199,7 @@ def waiting(what: str, stream: TextIO | None = None) -> Iterator[Task]:
 
 
 def _watch(task: Task, over: threading.Event) -> None:
-    """In a thread: reports a task until it is over."""
+    """Reports a task until it is over; runs in a thread."""
     period = _PATIENCE
     while not over.wait(period):
         is_terminal = is_live(task.stream)
@@ -199,7 +213,7 @@ def _watch(task: Task, over: threading.Event) -> None:
 
 
 def counted(items: Iterable[_T], task: Task, total: int, unit: str) -> Iterator[_T]:
-    """The items, while the task's detail says how many of the total have passed.
+    """Yields the items, and sets the task's detail to how many of the total were yielded.
 
     >>> task = Task("decoding", None)
     >>> [task.text() for _ in counted("ab", task, 1000, "images")]

@@ -1,4 +1,4 @@
-"""Signals and preemption notices, as a wish to stop that a loop can ask for."""
+"""Signals and preemption notices, as a request to stop that a training loop polls."""
 
 from __future__ import annotations
 
@@ -17,59 +17,51 @@ from jax.experimental import multihost_utils
 from cnn.errors import Interrupted
 
 _NOTICE = b"\nstopping: the running step ends and is saved; Ctrl-C again stops at once\n"
-# What sends a signal to a process may send it to the process's group too, in the same moment.
+# Some senders signal the process and then its group: a second signal within this time is the same.
 _ECHO_SECONDS = 0.2
-# A closed terminal, warnings of batch systems before they kill (Slurm, Grid Engine, LSF), and the
-# limit on processor time, of which the kernel reminds each second.
+_REQUESTS = (signal.SIGINT, signal.SIGTERM)
+# A closed terminal, the warnings of batch systems before they kill (Slurm, Grid Engine, LSF), and
+# the limit on processor time, of which the kernel reminds the process every second.
 _WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class GracefulShutdown:
-    """Within it SIGINT (Ctrl-C), SIGTERM and what warns of an end are noted.
+    """Within it, a signal is a request to stop, which `requested` returns.
 
-    The latter are SIGHUP (a closed terminal), SIGUSR1, SIGUSR2 (batch systems) and SIGXCPU, where
-    the program has no handlers of its own for them.
+    SIGINT (Ctrl-C) and SIGTERM are such signals. So are the warnings SIGHUP (a closed terminal),
+    SIGUSR1, SIGUSR2 (batch systems) and SIGXCPU, unless the program handles them itself.
 
-    After the first signal a Ctrl-C, or a SIGTERM that follows either of these two, ends the process
-    at once: a thread listens, as Python's own handlers wait while the main thread compiles, say. In
-    a notebook, where the process is not the run's alone, that is a KeyboardInterrupt. Warnings may
-    come again and again, and hurry nothing.
+    After the first signal, another Ctrl-C ends the process at once, as does a SIGTERM after a
+    Ctrl-C or a SIGTERM. In a notebook, whose process is not only the run's, it raises
+    KeyboardInterrupt instead. A repeated warning does neither.
 
     A signal that was ignored before, as SIGINT is under `nohup ... &` and SIGHUP under `nohup`,
-    stays ignored. In a thread other than the main one, which Python lets handle no signals, nothing
-    changes. Where `jax.distributed` runs, SIGTERM belongs to JAX's preemption service, which has
-    all processes stop after the same step.
+    stays ignored. Outside the main thread, in which alone Python handles signals, nothing changes.
+    Where `jax.distributed` runs, JAX's preemption service handles SIGTERM, and makes all processes
+    stop after the same step.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
         self._when = 0.0
         self._before: dict[int, Any] = {}
-        self._asked = 0
+        self._polls = 0
         self._ends_process = hasattr(sys.modules["__main__"], "__file__")
-        # getattr: jax declares its options at run time, unseen by type checkers.
+        # getattr: JAX declares its options at run time, unseen by type checkers.
         option = "jax_enable_preemption_service"
         self._service = jax.distributed.is_initialized() and getattr(jax.config, option)
 
     def __enter__(self) -> GracefulShutdown:
         if threading.current_thread() is not threading.main_thread():
             return self
-        wanted = [signal.SIGINT] if self._service else [signal.SIGINT, signal.SIGTERM]
-        before = {signum: signal.getsignal(signum) for signum in (*wanted, *_WARNINGS)}
-        self._before = {
-            signum: handler
-            for signum, handler in before.items()
-            # None: not a handler of Python's.
-            if handler not in (signal.SIG_IGN, None)
-            and (signum in wanted or handler in (signal.SIG_DFL, _interrupt))
-        }
-        ears, self._mouth = os.pipe()
-        os.set_blocking(self._mouth, False)
-        # The thread listens before the first handler is silenced, and until the last one is back.
-        threading.Thread(target=self._listen, args=(ears,), daemon=True).start()
-        self._wakeup = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
-        for signum in self._before:
-            signal.signal(signum, self._handle)
+        requests = [signum for signum in _REQUESTS if signum == signal.SIGINT or not self._service]
+        for signum in (*requests, *_WARNINGS):
+            handler = signal.getsignal(signum)
+            if handler in (signal.SIG_IGN, None):  # None: the handler is not one of Python's
+                continue
+            if signum in requests or handler in (signal.SIG_DFL, _interrupt):
+                self._before[signum] = handler
+                signal.signal(signum, self._handle)
         return self
 
     def __exit__(
@@ -78,60 +70,43 @@ class GracefulShutdown:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
         for signum, handler in self._before.items():
             ends = handler is _interrupt and isinstance(error, Interrupted)
             signal.signal(signum, signal.SIG_IGN if ends else handler)
-        signal.set_wakeup_fd(self._wakeup)
-        os.close(self._mouth)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        """In the main thread, when it comes to it."""
-        if self._hurries(signum):
+        """Runs in the main thread; JAX lets it run while it compiles and while it waits."""
+        if self._received is None:
+            self._received, self._when = signum, time.monotonic()
+            # Standard error may be gone; if it was closed from the start, 2 may be another file.
+            with contextlib.suppress(OSError):
+                if sys.__stderr__ is not None:
+                    os.write(2, _NOTICE)
+        elif time.monotonic() - self._when > _ECHO_SECONDS and (
+            signum == signal.SIGINT or (signum in _REQUESTS and self._received in _REQUESTS)
+        ):
+            if self._ends_process:
+                os._exit(128 + signum)
             raise KeyboardInterrupt
 
-    def _hurries(self, signum: int) -> bool:
-        """Whether a signal, after the one before it, means that the process shall end at once."""
-        if self._received is None or time.monotonic() - self._when <= _ECHO_SECONDS:
-            return False
-        by_hand = (signal.SIGINT, signal.SIGTERM)
-        return signum == signal.SIGINT or (signum in by_hand and self._received in by_hand)
-
-    def _listen(self, ears: int) -> None:
-        """In a thread: reads the numbers of signals as they come, until nobody can send more."""
-        with open(ears, "rb", buffering=0) as stream:
-            while number := stream.read(1):
-                if number[0] not in self._before:
-                    continue
-                if self._hurries(number[0]) and self._ends_process:
-                    os._exit(128 + number[0])
-                if self._received is None:
-                    self._received, self._when = number[0], time.monotonic()
-                    # Nobody may look any more; or standard error was closed from the beginning,
-                    # and its number may be that of another file.
-                    with contextlib.suppress(OSError):
-                        if sys.__stderr__ is not None:
-                            os.write(2, _NOTICE)
-
     def requested(self) -> int | None:
-        """The signal that wants the run to stop now; None if there is none.
+        """The signal that requests the run to stop; None if there is none.
 
-        Where there are several processes, each asks after the same steps.
+        Where there are several processes, all must call this after the same steps.
         """
         if self._received is None and self._service:
-            # JAX names a number for all to stop at: one more than any has asked for.
-            self._asked += 1
-            if multihost_utils.reached_preemption_sync_point(self._asked):
+            # JAX names the poll at which all stop: one that no process has reached yet.
+            self._polls += 1
+            if multihost_utils.reached_preemption_sync_point(self._polls):
                 return signal.SIGTERM
         return self._received
 
 
 def raise_on_signals() -> None:
-    """Makes signals an `Interrupted` wherever no `GracefulShutdown` waits for them, as Ctrl-C is one.
+    """Makes SIGTERM and the warnings raise `Interrupted` outside of `GracefulShutdown`.
 
-    These are SIGTERM and those that warn of an end; what is ignored stays so. After the first one
-    they are ignored, so that the process, which ends now, says so once.
+    Signals that are ignored stay ignored. After the first one all are ignored, so that the process,
+    which then ends, prints one message.
     """
     for signum in (signal.SIGTERM, *_WARNINGS):
         if signal.getsignal(signum) == signal.SIG_DFL:
@@ -139,12 +114,8 @@ def raise_on_signals() -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    _ignore_further()
+    for other in (signal.SIGTERM, *_WARNINGS):
+        if signal.getsignal(other) is _interrupt:
+            signal.signal(other, signal.SIG_IGN)
     name = signal.Signals(signum).name
-    raise Interrupted(f"stopped by {name}; the same command continues the run", signum)
-
-
-def _ignore_further() -> None:
-    for signum in (signal.SIGTERM, *_WARNINGS):
-        if signal.getsignal(signum) is _interrupt:
-            signal.signal(signum, signal.SIG_IGN)
+    raise Interrupted(f"stopped by {name}; the same command resumes the run", signum)

@@ -1,7 +1,7 @@
 """Standard output and standard error that never end a program.
 
-A closed terminal, a full disk behind `> log` or a reader that has gone must cost no result, and are
-not the fault of the folder that a run writes to.
+A closed terminal, a full disk behind `> log` or a reader that has gone must not cost a result, and
+must not be reported as a fault of the folder that a run writes to.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 
 @contextlib.contextmanager
 def lenient_streams() -> Iterator[None]:
-    """Within it, what cannot be written to standard output and standard error is dropped.
+    """Within it, text that cannot be written to standard output and standard error is dropped.
 
-    That standard output fails is told once on standard error. A stream that was closed from the
-    beginning is `/dev/null`, and so is its file descriptor, which the next file to be opened would
-    get otherwise, and with it what libraries print. Characters that a stream cannot show are
-    escaped. Streams that are not those of the process (a notebook's, a test's) stay as they are.
+    The first failure of standard output is reported on standard error. A stream that was closed
+    from the start becomes `/dev/null`, and so does its file descriptor: the next file to be opened
+    would get it otherwise, and with it the output of libraries. Characters that a stream cannot
+    encode are escaped. Streams other than those of the process (a notebook's, a test's) are not
+    changed.
     """
 
-    def tell(error: OSError) -> None:
+    def report(error: OSError) -> None:
         if sys.stderr is not None:
             reason = error.strerror or type(error).__name__
             print(f"warning: standard output cannot be written ({reason})", file=sys.stderr)
@@ -33,9 +34,9 @@ def lenient_streams() -> Iterator[None]:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     before = sys.stdout, sys.stderr
-    sys.stdout = _lenient(sys.stdout, 1, tell)
+    sys.stdout = _lenient(sys.stdout, 1, report)
     sys.stderr = _lenient(sys.stderr, 2, lambda error: None)
     try:
         yield
@@ -46,10 +47,10 @@ def lenient_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def _lenient(stream: Any, number: int, tell: Callable[[OSError], None]) -> Any:
-    """A text stream to the same place; the stream itself if it is none of the process's."""
+def _lenient(stream: Any, number: int, report: Callable[[OSError], None]) -> Any:
+    """A lenient text stream to the same file; the stream itself if the process does not own it."""
     if stream is None:
-        raw = io.BufferedWriter(_Lenient(number, tell))
+        raw = io.BufferedWriter(_Lenient(number, report))
         return io.TextIOWrapper(raw, encoding="utf-8", line_buffering=True)
     if not isinstance(stream, io.TextIOWrapper):
         return stream
@@ -60,7 +61,7 @@ def _lenient(stream: Any, number: int, tell: Callable[[OSError], None]) -> Any:
     with contextlib.suppress(OSError):
         stream.flush()
     return io.TextIOWrapper(
-        io.BufferedWriter(_Lenient(number, tell)),
+        io.BufferedWriter(_Lenient(number, report)),
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,
@@ -69,11 +70,11 @@ def _lenient(stream: Any, number: int, tell: Callable[[OSError], None]) -> Any:
 
 
 class _Lenient(io.RawIOBase):
-    """Writes to a file descriptor; the first failure is told, and what fails is dropped."""
+    """Writes to a file descriptor; drops what cannot be written, and reports the first failure."""
 
-    def __init__(self, number: int, tell: Callable[[OSError], None]) -> None:
+    def __init__(self, number: int, report: Callable[[OSError], None]) -> None:
         self._number = number
-        self._tell: Callable[[OSError], None] | None = tell
+        self._report: Callable[[OSError], None] | None = report
 
     def writable(self) -> bool:
         return True
@@ -88,7 +89,7 @@ class _Lenient(io.RawIOBase):
         try:
             return os.write(self._number, data)
         except OSError as error:
-            tell, self._tell = self._tell, None
-            if tell is not None:
-                tell(error)
+            report, self._report = self._report, None
+            if report is not None:
+                report(error)
             return memoryview(data).nbytes

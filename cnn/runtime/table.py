@@ -49,33 +49,47 @@ def _whole(value: float) -> str:
     return f"{value:,.0f}" if value < 1e6 else f"{value:.0f}"
 
 
-_COLUMNS = (
-    _Column("epoch", "epoch", 0, lambda r: f"{r['epoch']}"),
-    _Column("train loss", "train loss", 3, lambda r: loss(r["train_loss"])),
-    _Column("train accuracy", "accuracy", 4, lambda r: percent(r["train_accuracy"])),
-    _Column("test loss", "test loss", 2, lambda r: loss(r["test_loss"])),
-    # The blank is the place of the mark.
-    _Column(
-        "test accuracy ",
-        "accuracy ",
-        1,
-        lambda r: percent(r["test_accuracy"]) + ("*" if r["is_best"] else " "),
-    ),
-    _Column("images/s", "images/s", 5, lambda r: _whole(r["images_per_second"])),
-    _Column(
-        "seconds",
-        "seconds",
-        6,
-        lambda r: f"{r['seconds']:.1f}" if r["seconds"] < 1e4 else _whole(r["seconds"]),
-    ),
-)
+def _columns(record: Mapping[str, Any]) -> list[_Column]:
+    """Of a record: loss and metrics of training, those of testing, and the speed."""
+    metrics = [name.removeprefix("test_") for name in record if name.startswith("test_")]
+    others = [name for name in metrics if name not in ("loss", "accuracy", "count")]
+    return [
+        _Column("epoch", "epoch", 0, lambda r: f"{r['epoch']:g}"),
+        _Column("train loss", "train loss", 3, lambda r: loss(r["train_loss"])),
+        _metric_column("train", "accuracy", 4),
+        *(_metric_column("train", name, 8) for name in others),
+        _Column("test loss", "test loss", 2, lambda r: loss(r["test_loss"])),
+        # The blank is the place of the mark.
+        _Column(
+            "test accuracy ",
+            "accuracy ",
+            1,
+            lambda r: percent(r["test_accuracy"]) + ("*" if r["is_best"] else " "),
+        ),
+        *(_metric_column("test", name, 5) for name in others),
+        _Column("images/s", "images/s", 6, lambda r: _whole(r["images_per_second"])),
+        _Column(
+            "seconds",
+            "seconds",
+            7,
+            lambda r: f"{r['seconds']:.1f}" if r["seconds"] < 1e4 else _whole(r["seconds"]),
+        ),
+    ]
+
+
+def _metric_column(part: str, name: str, rank: int) -> _Column:
+    """A column of a metric; accuracies are shown in per cent."""
+    title, field = name.replace("_", " "), f"{part}_{name}"
+    show = percent if name.endswith("accuracy") else loss
+    return _Column(f"{part} {title}", title, rank, lambda r: show(r[field]))
 
 
 def epoch_table(record: Mapping[str, Any], *, num_epochs: int, width: int) -> tuple[str, str]:
     """The header and the row of an epoch, aligned with those of all other epochs.
 
     Where the width does not suffice for all columns, their names are shortened, and then the least
-    important columns are left out: seconds first, images/s, train accuracy, train loss.
+    important columns are left out: further metrics of training first, then seconds, images/s,
+    further metrics of testing, train accuracy and train loss.
 
     Args:
       record: a line of `metrics.jsonl` with two more entries: `seconds`, of the whole epoch, and
@@ -86,7 +100,8 @@ def epoch_table(record: Mapping[str, Any], *, num_epochs: int, width: int) -> tu
     Returns:
       Two lines of at most `width` characters, if it is 39 or more.
     """
-    names = {column: column.name for column in _COLUMNS}
+    columns = _columns(record)
+    names = {column: column.name for column in columns}
     digits = len(f"{num_epochs}")
 
     def widths() -> dict[_Column, int]:
@@ -96,7 +111,7 @@ def epoch_table(record: Mapping[str, Any], *, num_epochs: int, width: int) -> tu
         return sum(widths().values()) + len(_GAP) * (len(names) - 1) > width
 
     if is_too_wide():
-        names = {column: column.short for column in _COLUMNS}
+        names = {column: column.short for column in columns}
     while is_too_wide() and len(names) > 2:
         del names[max(names, key=lambda column: column.rank)]
     sizes = widths()

@@ -1,18 +1,23 @@
-"""The records of a run as a TensorBoard event file, written without TensorFlow."""
+"""Writers: any callable that takes a record, such as `TensorBoardWriter(...)`.
+
+A record is one line of `metrics.jsonl`: numbers by name, among them `step` and `epoch`. A writer
+that raises is called no more, and costs the run one warning.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cnn.errors import UserError, one_line
+from cnn.errors import UserError
+
+Writer = Callable[[Mapping[str, Any]], None]
 
 _PREFIX, _SUFFIX = "events.out.tfevents.", ".cnn"  # TensorBoard looks for the prefix
 
@@ -25,57 +30,52 @@ def require_tensorboard() -> None:
         )
 
 
-class EventFile:
-    """Each record of a run once: one file, which every start of the run writes anew.
+class TensorBoardWriter:
+    """Writes each record once to a TensorBoard event file, without TensorFlow.
 
-    A file of TensorBoard's can only grow. A process that continued the file of another one would
-    repeat what that one recorded behind its last checkpoint, and would lack what was recorded
-    while no event files were wanted.
+    An event file can only grow. A resumed process that appended to it would repeat the records that
+    a killed process wrote after its last checkpoint, and would lack those of epochs for which no
+    event file was wanted. So each start writes all records to a new file and deletes its old ones.
 
-    Nothing here raises: after the first failure, which is one warning, nothing more is written.
+    Each record is in the file when the call returns. (The `SummaryWriter` of tensorboardX 2.6.5
+    writes in a thread: when the disk is full the thread ends, and the run then waits forever for
+    room in its queue.)
 
     Args:
-      directory: where `tensorboard --logdir` finds it; made if it is not there. Files of other
-        programs in it stay.
-      records: those of the epochs before.
-      warn: takes the warning.
+      directory: where `tensorboard --logdir` finds the file; created if it does not exist. Files of
+        other programs in it are kept.
+      records: the records of earlier epochs.
+
+    Raises:
+      ImportError: tensorboard is not installed, or does not work.
+      OSError: the file cannot be written.
     """
 
-    def __init__(
-        self, directory: Path, records: Sequence[dict[str, Any]], warn: Callable[[str], None]
-    ) -> None:
-        self._warn = warn
-        self._path: Path | None = None
-        with self._failure_is_a_warning():
-            # The classes are made at run time from protobuf descriptors: `Any` to a type checker.
-            event: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
-            summary: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
-            writer: Any = importlib.import_module("tensorboard.summary.writer.record_writer")
-            self._event, self._summary = event.Event, summary.Summary
-            self._writer = writer.RecordWriter
-            directory.mkdir(parents=True, exist_ok=True)
-            for old in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
-                old.unlink()
-            host = socket.gethostname()
-            # TensorBoard reads files in the order of their names.
-            name = f"{_PREFIX}{time.time():.6f}.{host}.{os.getpid()}{_SUFFIX}"
-            path = directory / name
-            self._append(
-                path,
-                {"file_version": "brain.Event:2"},
-                # A TensorBoard that is running forgets what it has read of the file before.
-                {"session_log": event.SessionLog(status=event.SessionLog.START)},
-                *map(self._scalars, records),
-            )
-            self._path = path
+    def __init__(self, directory: Path, records: Iterable[Mapping[str, Any]] = ()) -> None:
+        # The classes are created at run time from protobuf descriptors: `Any` to a type checker.
+        event: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
+        summary: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
+        writer: Any = importlib.import_module("tensorboard.summary.writer.record_writer")
+        self._event, self._summary = event.Event, summary.Summary
+        self._record_writer = writer.RecordWriter
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
+            old.unlink()
+        # TensorBoard reads the files of a directory in the order of their names.
+        name = f"{_PREFIX}{time.time():.6f}.{socket.gethostname()}.{os.getpid()}{_SUFFIX}"
+        self._path = directory / name
+        self._append(
+            {"file_version": "brain.Event:2"},
+            # A running TensorBoard then forgets what it has read of the old file.
+            {"session_log": event.SessionLog(status=event.SessionLog.START)},
+            *map(self._scalars, records),
+        )
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Adds a record's numbers at its step."""
-        if self._path is not None:
-            with self._failure_is_a_warning():
-                self._append(self._path, self._scalars(record))
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        """Appends the numbers of a record at its step."""
+        self._append(self._scalars(record))
 
-    def _scalars(self, record: dict[str, Any]) -> dict[str, Any]:
+    def _scalars(self, record: Mapping[str, Any]) -> dict[str, Any]:
         values = [
             self._summary.Value(tag=name, simple_value=float(value))
             for name, value in record.items()
@@ -83,17 +83,8 @@ class EventFile:
         ]
         return {"step": record["step"], "summary": self._summary(value=values)}
 
-    def _append(self, path: Path, *events: dict[str, Any]) -> None:
-        with path.open("ab") as file:
-            writer = self._writer(file)
+    def _append(self, *events: dict[str, Any]) -> None:
+        with self._path.open("ab") as file:
+            writer = self._record_writer(file)
             for fields in events:
                 writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
-
-    @contextlib.contextmanager
-    def _failure_is_a_warning(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # of many kinds, from the package and from the disk
-            self._path = None
-            reason = str(error) or type(error).__name__
-            self._warn(one_line(f"no more records are written for TensorBoard ({reason})"))

@@ -1,7 +1,6 @@
 """What our builders prepare is what the stock ones would: stock TFDS reads it, pixel by pixel."""
 
 import hashlib
-import json
 import subprocess
 import sys
 
@@ -91,20 +90,6 @@ def test_we_read_what_the_stock_class_wrote(data_dir, as_set):
     builder.download_and_prepare(file_format="array_record")
     data = load_dataset("mnist")
     assert as_set(data.train.images, data.train.labels) == as_set(images, labels)
-
-
-def test_parquet_where_array_record_is_missing(data_dir, cifar10, by_hand, monkeypatch):
-    archive, _ = cifar10
-    by_hand({"cifar-10-binary.tar.gz": archive})
-    with_array_record = load_dataset("cifar10")
-    monkeypatch.setattr("cnn.data.prepare._file_format", lambda: "parquet")
-    other = data_dir.with_name("other")
-    data_dir.joinpath("downloads").rename(other.mkdir() or other / "downloads")
-    data = load_dataset("cifar10", other)
-    info = json.loads((other / "cifar10" / "3.0.2" / "dataset_info.json").read_text())
-    assert info["fileFormat"] == "parquet"
-    assert data.fingerprint == with_array_record.fingerprint  # of the content, not of the files
-    np.testing.assert_array_equal(stock("cifar10", "test", other)[0], data.test.images)
 
 
 def test_digits(data_dir):

@@ -1,5 +1,6 @@
 """A prepared dataset or a decoded cache that was damaged is named in one line; none is believed."""
 
+import json
 import random
 import shutil
 
@@ -7,7 +8,8 @@ import pytest
 
 from cnn.data import cache, load_dataset
 from cnn.errors import UserError
-from cnn.runtime.checksums import MANIFEST
+from cnn.runtime.checksums import CHECKSUMS
+from cnn.runtime.disk import cache_directory
 
 FILES = (
     "SHA256SUMS",
@@ -39,7 +41,7 @@ def some_places(content, number, seed):
 
 def test_all_files_are_listed(digits_dir):
     assert tuple(sorted(path.name for path in digits_dir.iterdir())) == FILES
-    lines = (digits_dir / MANIFEST).read_text().splitlines()
+    lines = (digits_dir / CHECKSUMS).read_text().splitlines()
     assert tuple(line.split("  ")[1] for line in lines[:-1]) == FILES[1:]
 
 
@@ -51,7 +53,7 @@ def test_a_damaged_file_is_named(name, digits_dir):
     damaged += [flipped(content, *place) for place in some_places(content, 12, seed=name)]
     for other in damaged:
         file.write_bytes(other)
-        fault = "is damaged" if name == MANIFEST else "was changed"
+        fault = "is damaged" if name == CHECKSUMS else "was changed"
         assert message_of() == (
             f"the prepared digits is damaged ({name} {fault}): delete {digits_dir} to have it "
             "prepared again"
@@ -69,14 +71,14 @@ def test_a_missing_file_is_named(name, digits_dir):
         assert str(digits_dir) in message
 
 
-def test_a_dataset_deleted_as_told_is_prepared_again(digits_dir):
+def test_a_dataset_that_was_deleted_is_prepared_again(digits_dir):
     expected = load_dataset("digits").fingerprint
     file = digits_dir / FILES[2]
     file.write_bytes(file.read_bytes()[1:])
     assert f"delete {digits_dir} to" in message_of()
     shutil.rmtree(digits_dir)
     assert load_dataset("digits").fingerprint == expected
-    assert (digits_dir / MANIFEST).is_file()
+    assert (digits_dir / CHECKSUMS).is_file()
 
 
 def test_what_a_file_manager_leaves_is_no_damage(digits_dir):
@@ -87,7 +89,7 @@ def test_what_a_file_manager_leaves_is_no_damage(digits_dir):
 def test_records_without_a_manifest(digits_dir):
     """As stock TFDS prepares: Riegeli's hashes are what stands between a flip and an image."""
     expected = load_dataset("digits").fingerprint
-    (digits_dir / MANIFEST).unlink()
+    (digits_dir / CHECKSUMS).unlink()
     outcomes = []
     for name in FILES[2:4]:
         content = (digits_dir / name).read_bytes()
@@ -108,78 +110,77 @@ def test_records_without_a_manifest(digits_dir):
 
 @pytest.mark.parametrize("number", [437, 1436, 1438])
 def test_a_wrong_number_of_examples_without_a_manifest(number, digits_dir):
-    (digits_dir / MANIFEST).unlink()
+    (digits_dir / CHECKSUMS).unlink()
     file = digits_dir / "dataset_info.json"
     file.write_text(file.read_text().replace('"1437"', f'"{number}"'))
     assert f"the files hold 1437 examples, not {number}" in message_of()
 
 
 @pytest.fixture
-def loaded(digits_dir, capsys):
-    """Gives (the cache's file, a function: what stderr tells of a cache of this content)."""
+def cache_files(digits_dir, capsys):
+    """Gives (the files of the cache, a function: the warning if one of them has this content)."""
     load_dataset("digits")
-    (file,) = (cache.directory() / "decoded").iterdir()
+    (folder,) = (cache_directory() / "decoded").iterdir()
     capsys.readouterr()
 
-    def told(content):
+    def warning(file, content):
+        whole = file.read_bytes()
         file.write_bytes(content)
         assert cache.load(digits_dir, "digits") is None
-        return capsys.readouterr().err
-
-    return file, told
-
-
-def test_a_flip_in_the_cache_is_named(loaded):
-    """All bytes of the header and between the arrays, and some of the arrays."""
-    file, told = loaded
-    content = file.read_bytes()
-    header = content.index(b"\n")
-    header += 64 - header % 64
-    places = [(where, where % 8) for where in range(header)] + some_places(content, 200, seed=0)
-    for place in places:
-        line = told(flipped(content, *place))
-        assert line.startswith(f"cnn: the decoded images in {file} are damaged (")
-        assert line.endswith("); decoding them anew\n")
+        file.write_bytes(whole)
+        line = capsys.readouterr().err
+        assert line.startswith(f"warning: the decoded images in {folder} are damaged (")
+        assert line.endswith("); the dataset is decoded again\n")
         assert line.count("\n") == 1
+        return line
+
+    files = sorted(folder.iterdir())
+    yield files, warning
+    assert cache.load(digits_dir, "digits") is not None
 
 
-def test_each_bit_of_the_caches_checksum_counts(loaded):
-    file, told = loaded
-    content = file.read_bytes()
-    for where in range(9):
-        for bit in range(8):
-            assert "its first line" in told(flipped(content, where, bit))
+def test_a_flip_in_the_cache_is_named(cache_files):
+    """All bytes of meta.json, a quarter of the .npy headers, and some bytes of the arrays."""
+    files, warning = cache_files
+    for file in files:
+        content = file.read_bytes()
+        header = range(len(content)) if file.name == "meta.json" else range(0, 128, 4)
+        places = [(where, where % 8) for where in header]
+        for place in places + some_places(content, 50, seed=file.name):
+            line = warning(file, flipped(content, *place))
+            assert file.name == "meta.json" or f"({file.name} was changed)" in line
 
 
 @pytest.mark.parametrize(
-    ("damage", "what"),
+    "damage",
     [
-        (lambda content: b"", "empty"),
-        (lambda content: content[:100], "its first line"),
-        (lambda content: content[: len(content) // 2], "cut short"),
-        (lambda content: content[:-1], "cut short"),
-        (lambda content: content + b"\0", "too long"),
-        (lambda content: bytes(len(content)), "its first line"),
-        (lambda content: b"\n\xff" * 100, "its first line"),
+        lambda content: b"",
+        lambda content: content[:100],
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
+        lambda content: content + b"\0",
+        lambda content: bytes(len(content)),
+        lambda content: b"\n\xff" * 100,
+        lambda content: b"[" * 100_000,
+        lambda content: b"[]",
+        lambda content: b"1",
+        lambda content: b"{}",
     ],
 )
-def test_what_is_wrong_with_a_cache(damage, what, loaded):
-    file, told = loaded
-    line = told(damage(file.read_bytes()))
-    assert what in line
-    assert line.count("\n") == 1
+def test_a_damaged_cache_is_named(damage, cache_files):
+    files, warning = cache_files
+    for file in files:
+        content = damage(file.read_bytes())
+        line = warning(file, content)
+        fault = f"({file.name} was changed)" if content else "(cannot mmap an empty file)"
+        assert file.name == "meta.json" or fault in line
 
 
-def test_all_padding_of_the_cache_counts(loaded):
-    file, told = loaded
-    content = file.read_bytes()
-    start = content.index(b"\n") + 1
-    sizes = (1437 * 64, 1437 * 4, 360 * 64, 360 * 4)
-    gaps = []
-    for size in sizes:
-        gaps += range(start, start := start + -start % 64)
-        start += size
-    assert start == len(content)
-    assert len(gaps) > 60
-    for where in gaps:
-        assert "bytes between the arrays" in told(flipped(content, where, where % 8))
+@pytest.mark.parametrize("field", ["class_names", "mean", "std", "fingerprint", "checksums"])
+def test_a_damaged_field_of_the_cache_is_named(field, cache_files):
+    (meta, *_), warning = cache_files
+    content = json.loads(meta.read_bytes())
+    content[field] = list(reversed(content[field])) if field != "fingerprint" else "0" * 64
+    if field in ("mean", "std"):
+        content[field] = [0.5]
+    assert "(meta.json was changed)" in warning(meta, json.dumps(content).encode())

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cnn.data import cache
 from cnn.data.sources import load_dataset
+from cnn.runtime.disk import cache_directory
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def test_a_folder_that_others_can_write_is_not_trusted(homeless):
     homeless.mkdir()
     homeless.chmod(0o777)
     with pytest.raises(PermissionError, match="should be yours alone"):
-        cache.directory()
+        cache_directory()
     homeless.rmdir()
     homeless.symlink_to("/etc")
     with pytest.raises(PermissionError, match="should be yours alone"):
-        cache.directory()
+        cache_directory()

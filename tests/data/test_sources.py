@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 
 from cnn.data import load_dataset
 from cnn.errors import UserError
-from cnn.runtime.checksums import MANIFEST
+from cnn.runtime.checksums import CHECKSUMS
 
 
 def message_of(name, data_dir=None):
@@ -160,7 +160,7 @@ def test_a_file_that_cannot_be_opened_is_no_damage(
     number, listed, name, digits_dir, monkeypatch, capsys
 ):
     if not listed:
-        (digits_dir / MANIFEST).unlink()
+        (digits_dir / CHECKSUMS).unlink()
     (file,) = digits_dir.glob(name)
     refuse(monkeypatch, file, number)
     message = message_of("digits")
@@ -222,7 +222,7 @@ def test_not_a_name(name, data_dir):
 
 def as_tfrecord(prepared):
     """Makes it a directory such as stock TFDS with TensorFlow leaves (all but the records)."""
-    (prepared / MANIFEST).unlink()
+    (prepared / CHECKSUMS).unlink()
     info = json.loads((prepared / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
     (prepared / "dataset_info.json").write_text(json.dumps(info))
@@ -255,6 +255,14 @@ def test_tfrecord_with_tensorflow(digits_dir, monkeypatch):
     monkeypatch.setattr(tfds, "ReadConfig", types.SimpleNamespace)
     monkeypatch.setattr(tfds, "as_numpy", iter)
     assert load_dataset("digits").fingerprint == expected.fingerprint
+
+
+def test_parquet(data_dir):
+    OwnImages(data_dir=data_dir).download_and_prepare(file_format="parquet")
+    message = message_of("own_images")
+    assert f"{data_dir / 'own_images' / '1.2.0'} holds parquet files" in message
+    assert "file_format='array_record'" in message
+    assert "TFDS_DATA_DIR" in message
 
 
 def test_damaged_records(digits_dir):

@@ -6,7 +6,7 @@ from cnn import CNN
 from cnn.models.summary import model_summary
 
 
-def test_the_summary_of_the_seed_network():
+def test_the_summary_of_the_baseline():
     model = CNN(10)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     lines = model_summary(model, variables, (32, 32, 3)).splitlines()

@@ -23,11 +23,10 @@ BOUNDS = {"patches": 5e-7, "winograd": 5e-6, "bfloat16": 2**-6}
 WHOLE = 24**2
 
 NAMED = [name for name in convolution.IMPLEMENTATIONS if name != "auto"]
+conv_max_pool = functools.partial(convolution.conv_general_dilated, pool=2)
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-each_function = pytest.mark.parametrize(
-    "fn", [convolution.conv_general_dilated, convolution.conv_max_pool]
-)
-each_lowering = pytest.mark.parametrize("implementation", convolution.IMPLEMENTATIONS)
+each_function = pytest.mark.parametrize("fn", [convolution.conv_general_dilated, conv_max_pool])
+each_implementation = pytest.mark.parametrize("implementation", convolution.IMPLEMENTATIONS)
 # Without shrinking: each attempt would compile anew, for longer than a test may take.
 examples = functools.partial(
     hypothesis.settings,
@@ -83,7 +82,7 @@ def apply(fn, x, kernel, implementation="native", window_strides=(1, 1), padding
 
 
 def with_gradients(fn, names=convolution.IMPLEMENTATIONS, **arguments):
-    """`(images, kernel, cotangent) -> {implementation: (result, its gradients)}`, as one program."""
+    """`(images, kernel, cotangent) -> {implementation: (result, gradients)}`, as one program."""
 
     def one(x, kernel, g, name):
         y, pull = jax.vjp(functools.partial(apply, fn, implementation=name, **arguments), x, kernel)
@@ -128,7 +127,7 @@ def operators(fn, *operands):
 @pytest.mark.parametrize("kind", KINDS)
 @examples(max_examples=8)
 @hypothesis.given(st.data())
-def test_every_lowering_agrees_with_the_native_one(fn, kind, data):
+def test_every_implementation_agrees_with_the_native_one(fn, kind, data):
     image, kernel, arguments, dtype = data.draw(KINDS[kind])
     conv = functools.partial(apply, convolution.conv_general_dilated, **arguments)
     everything = with_gradients(fn, NAMED, **arguments)
@@ -136,7 +135,7 @@ def test_every_lowering_agrees_with_the_native_one(fn, kind, data):
     out = jax.eval_shape(functools.partial(apply, fn, **arguments), *whole(image, kernel)).shape
     x, w, g = normal(image, kernel, out, dtype=dtype)
     (results, y), (magnitudes, magnitude) = run(x, w, g), run(abs(x), abs(w), abs(g))
-    if fn is convolution.conv_max_pool:
+    if fn is conv_max_pool:
         margin = 2 * BOUNDS.get(dtype, BOUNDS["winograd"]) * float(np.max(magnitude))
         g *= is_decided(y, margin)
         results, magnitudes = run(x, w, g)[0], run(abs(x), abs(w), abs(g))[0]
@@ -186,12 +185,12 @@ def test_max_pool_is_that_of_flax_to_the_bit(data):
         assert_equal(actual, expected)
 
 
-@each_lowering
+@each_implementation
 def test_the_first_of_equal_elements_gets_the_gradient(implementation):
     same = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(WHOLE)  # the kernel that changes nothing
 
     def convolved(x):
-        return apply(convolution.conv_max_pool, x, same, implementation, padding="SAME")
+        return apply(conv_max_pool, x, same, implementation, padding="SAME")
 
     def pooled(x):
         return convolution.max_pool(x, (2, 2), (2, 2), implementation=implementation)
@@ -206,7 +205,7 @@ def test_the_first_of_equal_elements_gets_the_gradient(implementation):
 def test_a_zero_kernel_and_a_constant_image_have_the_native_gradients():
     (w,) = whole((3, 3, 9, 4))
     image, g = np.ones((2, 8, 9, 9), np.float32), np.full((2, 3, 3, 4), WHOLE, np.float32)
-    run = quick(with_gradients(convolution.conv_max_pool))
+    run = quick(with_gradients(conv_max_pool))
     for kernel in (WHOLE * w, np.zeros_like(w)):
         results = run(image, kernel, g)
         for result in results.values():
@@ -230,14 +229,14 @@ def test_a_nan_reaches_every_output_that_it_should_and_no_other_image(fn):
             np.testing.assert_array_equal(y[1], clean[name][0][1])
 
 
-@each_lowering
+@each_implementation
 def test_a_nan_is_the_largest_of_its_pooling_window(implementation):
     x = jnp.zeros((1, 4, 6, 1)).at[0, (0, 3), (1, 4), 0].set(jnp.nan)
     y = convolution.max_pool(x, (2, 2), (2, 2), implementation=implementation)
     np.testing.assert_array_equal(jnp.isnan(y[0, :, :, 0]), [[1, 0, 0], [0, 0, 1]])
 
 
-@each_lowering
+@each_implementation
 @pytest.mark.parametrize(
     ("shape", "kernel_size", "fields"),
     [
@@ -248,7 +247,7 @@ def test_a_nan_is_the_largest_of_its_pooling_window(implementation):
         ((2, 6, 5, 4, 3), (2, 3, 2), {"strides": 2}),
     ],
 )
-def test_what_no_lowering_covers_is_native(implementation, shape, kernel_size, fields):
+def test_what_no_implementation_covers_is_native(implementation, shape, kernel_size, fields):
     own = functools.partial(convolution.conv_general_dilated, implementation=implementation)
     plain = nn.Conv(4, kernel_size, **fields)
     layer = nn.Conv(4, kernel_size, conv_general_dilated=own, **fields)
@@ -259,7 +258,7 @@ def test_what_no_lowering_covers_is_native(implementation, shape, kernel_size, f
 
 
 @each_function
-@each_lowering
+@each_implementation
 @pytest.mark.parametrize("shape", [(2, 2, 9, 4), (2, 1, 1, 20), (0, 8, 8, 20)])
 def test_there_may_be_nothing_to_compute(fn, implementation, shape):
     """An image smaller than the kernel, or no image."""
@@ -270,7 +269,7 @@ def test_there_may_be_nothing_to_compute(fn, implementation, shape):
     assert_equal((y, *pull(y)), (expected, x, w))
 
 
-@each_lowering
+@each_implementation
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -287,11 +286,11 @@ def test_other_layouts_and_groups_of_the_batch_are_native(implementation, argume
     assert_equal(
         convolution.conv_general_dilated(x, w, implementation=implementation, **fields), expected
     )
-    pooled = convolution.conv_max_pool(x, w, implementation=implementation, **fields)
+    pooled = conv_max_pool(x, w, implementation=implementation, **fields)
     assert_equal(pooled, nn.max_pool(expected, (2, 2), (2, 2)))
 
 
-@each_lowering
+@each_implementation
 @pytest.mark.parametrize(
     "fields", [{}, {"padding": "VALID", "strides": 2}, {"padding": "CIRCULAR", "use_bias": False}]
 )
@@ -317,7 +316,7 @@ def test_pooling_before_bias_and_relu_is_pooling_after_them(numbers):
         return nn.max_pool(nn.relu(y + b), (2, 2), (2, 2))
 
     def before(x, w, b):
-        return nn.relu(apply(convolution.conv_max_pool, x, w) + b)
+        return nn.relu(apply(conv_max_pool, x, w) + b)
 
     (expected, pull), (actual, own_pull) = (jax.vjp(fn, x, w, b) for fn in (after, before))
     assert_equal(actual, expected)
@@ -327,7 +326,7 @@ def test_pooling_before_bias_and_relu_is_pooling_after_them(numbers):
 
 def test_vmap_over_kernels_agrees_with_each_kernel():
     x, w, g = normal((2, 8, 8, 9), (3, 3, 3, 9, 4), (2, 3, 3, 4))
-    run = jax.jit(with_gradients(convolution.conv_max_pool))
+    run = jax.jit(with_gradients(conv_max_pool))
     together = jax.jit(jax.vmap(run, in_axes=(None, 0, None)))(x, w, g)
     magnitudes = run(abs(x), abs(w).max(0), abs(g))["native"]
     for seed in range(3):
@@ -336,12 +335,12 @@ def test_vmap_over_kernels_agrees_with_each_kernel():
             assert_close([leaf[seed] for leaf in result], alone[name], magnitudes)
 
 
-@each_lowering
+@each_implementation
 def test_scan_over_steps_agrees_with_one_at_a_time(implementation):
     x, w = normal((2, 8, 8, 9), (3, 3, 9, 4))
 
     def step(w, _):
-        y, pull = jax.vjp(lambda w: apply(convolution.conv_max_pool, x, w, implementation), w)
+        y, pull = jax.vjp(lambda w: apply(conv_max_pool, x, w, implementation), w)
         return w - 1e-2 * pull(jnp.sign(y))[0], y
 
     scanned, results = jax.jit(lambda w: lax.scan(step, w, length=3))(w)
@@ -355,7 +354,7 @@ def test_scan_over_steps_agrees_with_one_at_a_time(implementation):
 
 def test_a_sharded_batch_gives_the_same_and_twice_the_same_bits():
     operands = normal((8, 8, 8, 3), (3, 3, 3, 4), (8, 3, 3, 4))
-    run = jax.jit(with_gradients(convolution.conv_max_pool))
+    run = jax.jit(with_gradients(conv_max_pool))
     alone, magnitudes = run(*operands), run(*map(abs, operands))["native"]
     mesh = data_mesh(jax.devices(), 8)
     places = batch_sharding(mesh), replicated_sharding(mesh), batch_sharding(mesh)
@@ -388,14 +387,14 @@ def test_flattening_is_reshaping(side):
 
 
 @each_function
-def test_an_unknown_lowering_is_refused_with_the_choices(fn):
+def test_an_unknown_implementation_is_refused_with_the_choices(fn):
     with pytest.raises(
         ValueError, match="unknown implementation 'nope'; known: auto, native, patches"
     ):
         apply(fn, jnp.zeros((1, 4, 4, 1)), jnp.zeros((3, 3, 1, 1)), "nope")
 
 
-def test_the_network_has_the_same_parameters_and_logits_with_each_lowering():
+def test_the_network_has_the_same_parameters_and_logits_with_each_implementation():
     (x,) = normal((2, 18, 18, 3))
     models = [
         CNN(10, (8, 12), hidden_features=16, conv_implementation=name)
@@ -448,7 +447,7 @@ def test_native_operators_are_those_of_a_gpu_on_any_backend():
 
 def test_winograd_is_for_float32_and_3x3_kernels_without_strides():
     x, w = normal((1, 8, 8, 3), (3, 3, 3, 4))
-    own = functools.partial(apply, convolution.conv_max_pool, implementation="winograd")
+    own = functools.partial(apply, conv_max_pool, implementation="winograd")
     assert "conv_general_dilated" not in operators(own, x, w)
     strided = functools.partial(own, window_strides=(2, 1))
     other = (x.astype("bfloat16"), w.astype("bfloat16")), (x, w[:2])
@@ -460,8 +459,8 @@ def test_winograd_is_for_float32_and_3x3_kernels_without_strides():
     ("fn", "side", "products"),
     [
         # 12x12 outputs: nine tiles of 4x4, not 36 of 2x2; 6x6: nine of 2x2, not four of 4x4.
-        (convolution.conv_max_pool, 14, 36),
-        (convolution.conv_max_pool, 8, 16),
+        (conv_max_pool, 14, 36),
+        (conv_max_pool, 8, 16),
         (convolution.conv_general_dilated, 15, 36),
     ],
 )
@@ -471,9 +470,9 @@ def test_winograd_takes_the_tiles_with_the_fewest_products(fn, side, products):
     assert f"f32[{products},12,4]" in str(program)
 
 
-def test_the_native_lowering_has_forward_mode_derivatives():
+def test_the_native_implementation_has_forward_mode_derivatives():
     x, w, dx, dw = whole((1, 6, 6, 2), (3, 3, 2, 3), (1, 6, 6, 2), (3, 3, 2, 3))
-    fn = functools.partial(apply, convolution.conv_max_pool)
+    fn = functools.partial(apply, conv_max_pool)
     y, slope = jax.jvp(fn, (x, w), (dx, dw))
     _, pull = jax.vjp(fn, x, w)
     back = pull(jnp.ones_like(y))

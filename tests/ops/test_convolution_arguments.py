@@ -13,6 +13,7 @@ from jax import lax
 
 from cnn.ops import convolution
 
+conv_max_pool = functools.partial(convolution.conv_general_dilated, pool=2)
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 IMAGES, KERNEL = (2, 6, 6, 5), (3, 3, 5, 4)
 OWN = [name for name in convolution.IMPLEMENTATIONS if name != "native"]
@@ -70,7 +71,7 @@ def test_a_wrong_call_gets_the_sentence_of_jax(case):
     with pytest.raises(Exception) as expected:  # noqa: PT011 (the types are JAX's)
         lax.conv_general_dilated(**arguments)
     for implementation in OWN:
-        for fn in (convolution.conv_general_dilated, convolution.conv_max_pool):
+        for fn in (convolution.conv_general_dilated, conv_max_pool):
             with pytest.raises(type(expected.value)) as actual:
                 fn(**arguments, implementation=implementation)
             assert str(actual.value)[:100] == str(expected.value)[:100]  # no line numbers

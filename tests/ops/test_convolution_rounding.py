@@ -9,7 +9,7 @@ import pytest
 from cnn.ops import convolution
 
 # Largest error, as a part of the largest value of the exact result. Measured on x86 for results
-# and both gradients: up to 1e-5 for "winograd", 9.5e-7 for the others (cnn/ops/winograd.py says where).
+# and both gradients: up to 1e-5 for "winograd", 9.5e-7 for the others (see cnn/ops/winograd.py).
 BOUNDS = {"native": 2e-6, "patches": 2e-6, "winograd": 2e-5}
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 

@@ -7,19 +7,22 @@ import pytest
 
 from cnn import (
     CNN,
+    Pipeline,
     batch_sharding,
     create_train_state,
     data_mesh,
-    load_config,
+    execution,
     predict_step,
     replicated_sharding,
     train_step,
 )
-from cnn.experiment import create_experiment
-from cnn.ops.microbatch import Cut, has_convolution, map_blocks, sum_blocks
-from tests.helpers import REPOSITORY
-
-WHOLE = Cut(lanes=1, blocks=1)
+from cnn.ops.microbatch import (
+    WHOLE,
+    MicrobatchPlan,
+    accumulate_microbatches,
+    has_convolution,
+    map_microbatches,
+)
 
 
 def images(count, size=32):
@@ -43,27 +46,34 @@ def images(count, size=32):
 )
 def test_the_cut(monkeypatch, shape, num_params, devices, cut):
     monkeypatch.setattr(jax, "local_device_count", lambda: devices)
-    assert Cut.of(jax.ShapeDtypeStruct(shape, jnp.float32), num_params=num_params) == cut
+    assert (
+        MicrobatchPlan.for_batch(jax.ShapeDtypeStruct(shape, jnp.float32), num_params=num_params)
+        == cut
+    )
 
 
-def test_the_lanes_that_a_state_names_go_before_the_devices():
+def test_the_devices_are_those_of_the_current_mesh():
     image = jax.ShapeDtypeStruct((96, 32, 32, 3), jnp.float32)
-    assert Cut.of(image, lanes=3) == (3, 2)
-    assert Cut.of(image, lanes=0) == WHOLE
+    with jax.set_mesh(data_mesh(jax.devices()[:3], 96)):
+        assert MicrobatchPlan.for_batch(image) == (3, 2)
 
 
 def test_nothing_is_cut_on_an_accelerator(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert Cut.of(jax.ShapeDtypeStruct((512, 32, 32, 3), jnp.float32)) == WHOLE
+    assert MicrobatchPlan.for_batch(jax.ShapeDtypeStruct((512, 32, 32, 3), jnp.float32)) == WHOLE
 
 
 @pytest.mark.parametrize("cut", [(1, 1), (1, 6), (2, 1), (2, 3), (12, 1)])
 def test_blocks_cover_each_example_once_and_in_order(cut):
     batch = {"a": jnp.arange(12.0), "b": jnp.arange(24.0).reshape(12, 2)}
-    doubled = jax.jit(lambda b: map_blocks(lambda b: 2 * b["b"], b, Cut(*cut)))(batch)
+    doubled = jax.jit(lambda b: map_microbatches(lambda b: 2 * b["b"], b, MicrobatchPlan(*cut)))(
+        batch
+    )
     np.testing.assert_array_equal(doubled, 2 * batch["b"])
     sums = jax.jit(
-        lambda b: sum_blocks(lambda b: (b["a"].sum(), {"n": jnp.int32(b["a"].size)}), b, Cut(*cut))
+        lambda b: accumulate_microbatches(
+            lambda b: (b["a"].sum(), {"n": jnp.int32(b["a"].size)}), b, MicrobatchPlan(*cut)
+        )
     )(batch)
     assert (float(sums[0]), int(sums[1]["n"])) == (66.0, 12)
     assert sums[1]["n"].dtype == jnp.int32
@@ -74,7 +84,7 @@ def test_a_step_in_blocks_is_the_step_of_the_whole_batch(monkeypatch):
     batch = {"image": images(96), "label": jnp.arange(96) % 4}
     model = CNN(4, features=(4, 8), hidden_features=8)
     state = create_train_state(model, optax.sgd(0.1, 0.9), jax.random.key(0), (32, 32, 3))
-    assert Cut.of(batch["image"]).blocks > 1
+    assert MicrobatchPlan.for_batch(batch["image"]).num_microbatches > 1
     blocks, metrics = jax.jit(train_step)(state, batch)
     logits = jax.jit(predict_step)(state, batch["image"])
     mesh = data_mesh(jax.devices()[:2], 96)
@@ -83,14 +93,17 @@ def test_a_step_in_blocks_is_the_step_of_the_whole_batch(monkeypatch):
         jax.device_put(batch, batch_sharding(mesh)),
     )
     spread, _ = jax.jit(train_step)(*placed)
-    monkeypatch.setattr(Cut, "of", lambda *_, **__: WHOLE)
+    monkeypatch.setattr(MicrobatchPlan, "for_batch", lambda *_, **__: WHOLE)
     whole, expected = jax.jit(lambda *a: train_step(*a))(state, batch)
     for one in (blocks, spread):
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(whole), strict=True):
             if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=1e-6)
-    assert (int(metrics.correct), int(metrics.count)) == (int(expected.correct), 96)
+    assert (int(metrics.sums["accuracy"]), int(metrics.count)) == (
+        int(expected.sums["accuracy"]),
+        96,
+    )
     whole = jax.jit(lambda *a: predict_step(*a))(state, batch["image"])
     np.testing.assert_allclose(logits, whole, rtol=1e-4, atol=1e-5)
 
@@ -100,13 +113,13 @@ def test_the_devices_meet_once_per_step(devices):
     """One all-reduce of one array: XLA's CPU devices wait for each other once per array."""
     mesh = data_mesh(jax.devices()[:devices], 128)
     state = create_train_state(CNN(4), optax.adam(1e-3), jax.random.key(0), (32, 32, 3))
-    state = state.replace(lanes=devices)
     batch = {"image": images(128), "label": jnp.arange(128) % 4}
     placed = (
         jax.device_put(state, replicated_sharding(mesh)),
         jax.device_put(batch, batch_sharding(mesh)),
     )
-    text = jax.jit(train_step).lower(*placed).compile().as_text()
+    with jax.set_mesh(mesh):
+        text = jax.jit(train_step).lower(*placed).compile().as_text()
     met = [line for line in text.splitlines() if " all-reduce(" in line]
     assert len(met) == 1
     assert "= f32[" in met[0], "one array, not a tuple"
@@ -130,13 +143,29 @@ def test_a_native_convolution_is_never_in_a_loop(digits):
     for one, is_looped in ((ours, True), (state, False)):
         for step, argument in ((train_step, batch), (predict_step, batch["image"])):
             assert ("scan[" in str(jax.make_jaxpr(step)(one, argument))) == is_looped
-    config = load_config(REPOSITORY / "configs" / "digits.py")
-    calls = {}
+    pipeline = Pipeline(digits, batch_size=480)
+    programs = {}
     for implementation in ("auto", "native"):
-        config.model.conv_implementation = implementation
-        plan = create_experiment(config, data_mesh(jax.devices()[:1], config.batch_size))
-        calls[implementation] = plan.steps_per_execution(plan.initial_state())
-    assert calls == {"auto": 44, "native": 1}
+        model = CNN(10, features=(4,), padding="SAME", conv_implementation=implementation)
+        state = create_train_state(model, optax.sgd(0.1), jax.random.key(0), digits.image_shape)
+        with pytest.MonkeyPatch.context() as patch:
+            looped, single = [], []
+            patch.setattr(execution, "_train_steps", noted(execution._train_steps, looped))
+            patch.setattr(execution, "_train_one_step", noted(execution._train_one_step, single))
+            train = execution.compile_train_steps(state, pipeline)
+            for batches, num_steps in pipeline.epoch(0):
+                state, metrics = train(state, batches, num_steps)
+        assert metrics.count.tolist() == [480, 480]
+        programs[implementation] = (len(looped), len(single))
+    assert programs == {"auto": (1, 0), "native": (0, 2)}
+
+
+def noted(fn, calls):
+    def call(*args):
+        calls.append(args)
+        return fn(*args)
+
+    return call
 
 
 class Dropped(nn.Module):
@@ -153,6 +182,10 @@ def test_dropout_differs_from_part_to_part(monkeypatch, cut):
     state = create_train_state(Dropped(), optax.sgd(0.0), jax.random.key(0), (4, 4, 1))
     batch = {"image": jnp.zeros((64, 4, 4, 1)), "label": jnp.zeros(64, jnp.int32)}
     first = {name: array[:32] for name, array in batch.items()}
-    monkeypatch.setattr(Cut, "of", lambda image, *_: Cut(*cut) if len(image) == 64 else WHOLE)
-    both, half = (train_step(state, one)[1].loss_sum for one in (batch, first))
+    monkeypatch.setattr(
+        MicrobatchPlan,
+        "for_batch",
+        lambda image, *_: MicrobatchPlan(*cut) if len(image) == 64 else WHOLE,
+    )
+    both, half = (train_step(state, one)[1].sums["loss"] for one in (batch, first))
     assert float(both) != pytest.approx(2 * float(half), rel=1e-3)

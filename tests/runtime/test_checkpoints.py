@@ -22,7 +22,7 @@ SHAPE = (16, 16, 3)
 
 
 def new_state(seed=0, **fields):
-    model = CNN(4, **{"features": (4, 8), "hidden": 16, **fields})
+    model = CNN(4, **{"features": (4, 8), "hidden_features": 16, **fields})
     return create_train_state(model, optax.adam(1e-3), jax.random.key(seed), SHAPE)
 
 
@@ -68,20 +68,20 @@ def test_the_two_latest_and_the_best_are_kept(tmp_path, trained, restarts):
     assert names(tmp_path) == [1, 3, 4]
 
 
-def test_two_damaged_ones_are_told_of_and_moved_aside(tmp_path, trained):
+def test_two_damaged_ones_are_reported_and_moved_aside(tmp_path, trained):
     with CheckpointManager(tmp_path) as checkpoints:
         for state, accuracy in zip(trained[1:4], [0.9, 0.1, 0.2], strict=True):
             checkpoints.save(state, {"test_accuracy": accuracy})
     for step in (2, 3):
         (tmp_path / str(step) / "record.json").unlink()
-    told = []
+    warnings = []
     with CheckpointManager(tmp_path) as checkpoints:
-        restored, record = checkpoints.restore_latest(new_state(seed=9), told.append)
-        assert checkpoints.steps() == [1]
+        restored, record = checkpoints.restore_latest(new_state(seed=9), warnings.append)
+        assert checkpoints.all_steps() == [1]
         checkpoints.save(trained[3], {})  # in the place of the one that was damaged
     assert digest(restored) == digest(trained[1])
     assert record["test_accuracy"] == 0.9
-    assert [line.split(" is damaged")[0] for line in told] == [
+    assert [line.split(" is damaged")[0] for line in warnings] == [
         f"checkpoint {tmp_path / str(step)}" for step in (3, 2)
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"1", "3", "2.damaged", "3.damaged"}
@@ -90,7 +90,7 @@ def test_two_damaged_ones_are_told_of_and_moved_aside(tmp_path, trained):
 def test_of_another_model_or_optimizer(tmp_path, trained):
     with CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(trained[1], {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         with pytest.raises(UserError, match="of another model or optimizer") as error:
             checkpoints.restore(new_state(hidden_features=32), 1)
         assert "params/Dense_0/kernel: float32[32, 16] -> float32[32, 32]" in str(error.value)
@@ -165,20 +165,20 @@ def test_what_fails_in_the_background_comes_out(tmp_path, trained, monkeypatch):
         with CheckpointManager(tmp_path) as others:
             others.save(trained[2], {})
             while surface == "check":
-                others.check()
+                others.check_for_errors()
             if surface == "wait":
-                others.wait()
+                others.wait_until_finished()
             elif surface == "save":
                 others.save(trained[3], {})
 
     with CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(trained[1], {})
-        checkpoints.wait()
-        monkeypatch.setattr("cnn.runtime.checkpoints.write_manifest", full)
+        checkpoints.wait_until_finished()
+        monkeypatch.setattr("cnn.runtime.checkpoints.write_checksums", full)
         for surface in ("check", "wait", "save", "the end"):
             with pytest.raises(UserError, match=r"step 2 .* No space left on device") as error:
                 save_and_look(surface)
-            assert "the same command then goes on from step 1" in str(error.value)
+            assert "the same command then resumes from step 1" in str(error.value)
             assert {path.name for path in tmp_path.iterdir()} == {"1"}
 
 
@@ -189,7 +189,7 @@ def test_what_a_killed_process_left_goes(tmp_path, trained):
     shutil.copytree(tmp_path / "1", tmp_path / ".saving-2")
     shutil.copytree(tmp_path / "1" / "state", tmp_path / ".deleting-0")
     with CheckpointManager(tmp_path) as checkpoints:
-        assert checkpoints.steps() == [1]
+        assert checkpoints.all_steps() == [1]
         checkpoints.save(trained[2], {})
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
 
@@ -218,7 +218,7 @@ def test_the_caller_may_donate_what_it_saved(tmp_path, trained):
         checkpoints.save(state, {})
         for _ in range(3):
             state, _ = step(state, BATCH)
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         assert digest(checkpoints.restore(new_state(), 2)) == expected
 
 
@@ -227,7 +227,7 @@ def test_restoring_onto_other_devices(tmp_path, trained):
 
     with CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(trained[1], {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         mesh = data_mesh(jax.devices()[:4], 4)
         restored = checkpoints.restore(jax.device_put(new_state(), replicated_sharding(mesh)), 1)
     assert len(restored.params["Conv_0"]["kernel"].sharding.device_set) == 4
@@ -268,7 +268,7 @@ def test_no_path_breaks_a_checkpoint(tmp_path, trained, name, monkeypatch):
         checkpoints.save(trained[1], {"test_accuracy": 0.5})
         checkpoints.save(trained[2], {})
     again = CheckpointManager(folder)
-    assert (again.steps(), again.best_step()) == ([1, 2], 1)
+    assert (again.all_steps(), again.best_step()) == ([1, 2], 1)
     assert digest(again.restore(new_state(), 2)) == digest(trained[2])
     (tmp_path / name).rename(tmp_path / "plain")
     assert digest(CheckpointManager(tmp_path / "plain" / "run").read(1)[0]) == digest(trained[1])
@@ -350,16 +350,16 @@ def test_what_cannot_be_read_back_does_not_count(tmp_path, trained, monkeypatch)
             checkpoints.save(state, {"test_accuracy": accuracy})
     before = names(tmp_path)
 
-    from cnn.runtime.checksums import write_manifest
+    from cnn.runtime.checksums import write_checksums
 
     def lose(pattern, folder):
         for file in (folder / "state").glob(pattern):
             file.unlink()
-        write_manifest(folder)
+        write_checksums(folder)
 
     for pattern in ("manifest.ocdbt", "_METADATA", "d/*"):
         lossy = functools.partial(lose, pattern)
-        monkeypatch.setattr("cnn.runtime.checkpoints.write_manifest", lossy)
+        monkeypatch.setattr("cnn.runtime.checkpoints.write_checksums", lossy)
         with (
             pytest.raises(UserError, match=r"step 3 .* read back and is not .* from step 2"),
             CheckpointManager(tmp_path) as checkpoints,
@@ -369,31 +369,14 @@ def test_what_cannot_be_read_back_does_not_count(tmp_path, trained, monkeypatch)
         assert not list(tmp_path.glob(".*"))
 
 
-def test_a_checkpoint_of_an_earlier_version(tmp_path, trained):
-    """It had no `arrays.json`, and the names of the leaves as they are."""
-    import orbax.checkpoint as ocp
-
-    from cnn.runtime.checksums import write_manifest
-
-    state = trained[1].replace(model_state={"a.b": {"c d": jnp.ones(2)}})
-    arrays = {name: getattr(state, name) for name in ("step", "params", "model_state", "opt_state")}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        host = jax.tree.map(np.array, jax.device_get(arrays))
-        checkpointer.save(tmp_path / "1" / "state", args=ocp.args.PyTreeSave(host))
-    (tmp_path / "1" / "record.json").write_text(json.dumps({"digest": digest(state)}))
-    write_manifest(tmp_path / "1")
-    restored = CheckpointManager(tmp_path).restore(state, 1)
-    assert digest(restored) == digest(state)
-
-
-def test_a_checkpoint_of_a_later_version(tmp_path, trained):
-    from cnn.runtime.checksums import write_manifest
+def test_a_checkpoint_of_another_version(tmp_path, trained):
+    from cnn.runtime.checksums import write_checksums
 
     with CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(trained[1], {})
     (tmp_path / "1" / "arrays.json").write_text(json.dumps({"format": 3}))
-    write_manifest(tmp_path / "1")
-    with pytest.raises(UserError, match="saved by a later version of cnn"):
+    write_checksums(tmp_path / "1")
+    with pytest.raises(UserError, match="saved by another version of cnn"):
         checkpoints.restore_latest(new_state(), print)
     assert {path.name for path in tmp_path.iterdir()} == {"1"}
 
@@ -465,9 +448,9 @@ def test_what_cannot_be_opened_is_no_damage(tmp_path, trained, monkeypatch, numb
         return _open(path, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "open", open_)
-    checkpoints, told = CheckpointManager(tmp_path), []
+    checkpoints, warnings = CheckpointManager(tmp_path), []
     for act in (
-        lambda: checkpoints.restore_latest(new_state(), told.append),
+        lambda: checkpoints.restore_latest(new_state(), warnings.append),
         lambda: checkpoints.read(2),
         checkpoints.best_step,
     ):
@@ -475,7 +458,7 @@ def test_what_cannot_be_opened_is_no_damage(tmp_path, trained, monkeypatch, numb
             act()
         assert f"{refused} ({os.strerror(number)}): nothing was changed" in str(error.value)
         assert "damaged" not in str(error.value)
-    assert not told
+    assert not warnings
     assert everything(tmp_path) == before
     with checkpoints:  # what may be the best is not deleted
         checkpoints.save(trained[3], {})
@@ -491,7 +474,7 @@ def test_a_folder_that_cannot_be_listed(tmp_path, trained, monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(os, "listdir", listdir)
-    for act in (checkpoints.steps, checkpoints.latest_step, checkpoints.best_step):
+    for act in (checkpoints.all_steps, checkpoints.latest_step, checkpoints.best_step):
         with pytest.raises(UserError, match=r"Permission denied.*make it readable"):
             act()
 
@@ -517,13 +500,13 @@ def test_a_step_that_is_deleted_while_it_is_read(tmp_path, trained, meanwhile):
     with CheckpointManager(tmp_path) as writer:
         for state in trained[1:3]:
             writer.save(state, {"test_accuracy": 0.5})
-        writer.wait()
+        writer.wait_until_finished()
         reader = CheckpointManager(tmp_path)
 
         def save():
             for state in trained[3:5]:
                 writer.save(state, {"test_accuracy": 0.6})
-            writer.wait()
+            writer.wait_until_finished()
 
         meanwhile(save)
         with pytest.raises(UserError, match=r"checkpoint .*/2 is gone"):
@@ -539,12 +522,12 @@ def test_a_step_that_is_deleted_while_it_is_read(tmp_path, trained, meanwhile):
 def test_a_step_that_is_replaced_while_it_is_read(tmp_path, trained, meanwhile):
     with CheckpointManager(tmp_path) as writer:
         writer.save(trained[1], {"which": 1})
-        writer.wait()
+        writer.wait_until_finished()
         other = trained[2].replace(step=trained[1].step)
 
         def save():
             writer.save(other, {"which": 2})
-            writer.wait()
+            writer.wait_until_finished()
 
         meanwhile(save)
         arrays, record = CheckpointManager(tmp_path).read(1)
@@ -557,13 +540,13 @@ def test_a_reader_moves_nothing(tmp_path, trained):
         for state in trained[1:4]:
             checkpoints.save(state, {"test_accuracy": 0.5})
     (tmp_path / "3" / "record.json").unlink()
-    before, told = everything(tmp_path), []
+    before, warnings = everything(tmp_path), []
     reader = CheckpointManager(tmp_path)
-    reader.restore_latest(new_state(), told.append)
-    assert len(told) == 1
+    reader.restore_latest(new_state(), warnings.append)
+    assert len(warnings) == 1
     assert (reader.latest_step(), reader.best_step()) == (2, 2)
     assert everything(tmp_path) == before
     with CheckpointManager(tmp_path) as writer:
-        writer.restore_latest(new_state(), told.append)
+        writer.restore_latest(new_state(), warnings.append)
         writer.save(trained[3], {"test_accuracy": 0.7})
     assert (reader.latest_step(), reader.best_step()) == (3, 3), "it is whole again"

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from cnn.runtime.checksums import MANIFEST, verify_manifest, write_manifest
+from cnn.runtime.checksums import CHECKSUMS, verify_checksums, write_checksums
 
 
 @pytest.fixture
@@ -14,28 +14,28 @@ def folder(tmp_path):
     (folder / "state" / "d").mkdir(parents=True)
     for name, content in {"a": b"1", "state/d/b c": b"23", "state/empty": b""}.items():
         (folder / name).write_bytes(content)
-    write_manifest(folder)
+    write_checksums(folder)
     return folder
 
 
 def faults(folder):
-    lax, strict = (verify_manifest(folder, strict=strict) for strict in (False, True))
+    lax, strict = (verify_checksums(folder, strict=strict) for strict in (False, True))
     assert lax == strict
     return strict
 
 
 def test_untouched(folder):
     assert faults(folder) is None
-    assert [path.name for path in folder.iterdir() if path.is_file()].count(MANIFEST) == 1
-    before = (folder / MANIFEST).read_bytes()
-    write_manifest(folder)
-    assert (folder / MANIFEST).read_bytes() == before
+    assert [path.name for path in folder.iterdir() if path.is_file()].count(CHECKSUMS) == 1
+    before = (folder / CHECKSUMS).read_bytes()
+    write_checksums(folder)
+    assert (folder / CHECKSUMS).read_bytes() == before
     assert len(list(folder.iterdir())) == 3
 
 
 @pytest.mark.skipif(not shutil.which("sha256sum"), reason="no coreutils here")
 def test_coreutils_agree(folder):
-    command = ["sha256sum", "--check", "--strict", MANIFEST]
+    command = ["sha256sum", "--check", "--strict", CHECKSUMS]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "a: OK\nstate/d/b c: OK\nstate/empty: OK\n"
@@ -56,7 +56,7 @@ def test_a_file_that_is_changed_longer_or_missing_is_named(name, folder):
 
 
 def test_every_damage_of_the_manifest_is_named(folder):
-    content = (folder / MANIFEST).read_bytes()
+    content = (folder / CHECKSUMS).read_bytes()
     damaged = [content[:end] for end in range(len(content))]
     for where in range(len(content)):
         damaged += [
@@ -64,28 +64,28 @@ def test_every_damage_of_the_manifest_is_named(folder):
             for bit in range(8)
         ]
     for other in [*damaged, content + b"\n", content + content]:
-        (folder / MANIFEST).write_bytes(other)
-        assert faults(folder) == f"{MANIFEST} is damaged"
+        (folder / CHECKSUMS).write_bytes(other)
+        assert faults(folder) == f"{CHECKSUMS} is damaged"
 
 
 def test_no_manifest(folder):
-    (folder / MANIFEST).unlink()
-    assert faults(folder) == f"{MANIFEST} is missing"
+    (folder / CHECKSUMS).unlink()
+    assert faults(folder) == f"{CHECKSUMS} is missing"
     shutil.rmtree(folder)
-    assert faults(folder) == f"{MANIFEST} is missing"
+    assert faults(folder) == f"{CHECKSUMS} is missing"
 
 
 def test_a_file_more_counts_when_strict(folder):
     (folder / "state" / ".DS_Store").write_bytes(b"")
-    assert verify_manifest(folder, strict=False) is None
-    assert verify_manifest(folder, strict=True) == f"state/.DS_Store is not listed in {MANIFEST}"
+    assert verify_checksums(folder, strict=False) is None
+    assert verify_checksums(folder, strict=True) == f"state/.DS_Store is not listed in {CHECKSUMS}"
 
 
 def test_writers_at_once_and_killed_ones_do_not_matter(folder):
-    (folder / f"{MANIFEST}.123.tmp").write_bytes(b"half")
-    write_manifest(folder)
+    (folder / f"{CHECKSUMS}.123.tmp").write_bytes(b"half")
+    write_checksums(folder)
     assert faults(folder) is None
 
 
 def test_others_may_read_it(folder):
-    assert (folder / MANIFEST).stat().st_mode == (folder / "a").stat().st_mode
+    assert (folder / CHECKSUMS).stat().st_mode == (folder / "a").stat().st_mode

@@ -10,16 +10,16 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 import cnn
-from cnn.config import differences
+from cnn.config import config_diff
 from cnn.runtime.compile_cache import compilation_cache, prune
 from tests.helpers import short_config
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The cache's folder, where nobody has told JAX of another one; compiled functions forgotten.
+    """The cache's folder, where JAX has no other one; compiled programs are forgotten.
 
-    The tests share a cache of JAX's own (see `conftest.py`), which would go before.
+    The tests share a cache of JAX's own (see `conftest.py`), which would take precedence.
     """
     own = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -97,7 +97,7 @@ def test_a_path_that_xla_does_not_take(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_may_go_on_with_or_without_it():
-    assert differences({"compilation_cache": True}, {"compilation_cache": False}) == []
+    assert config_diff({"compilation_cache": True}, {"compilation_cache": False}) == []
 
 
 def test_the_users_own_cache_goes_before(folder, tmp_path):
@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_made_costs_one_line(folder, capsys):
     folder.parent.parent.write_text("a file")
     compile_in_cache()
     line = capsys.readouterr().err
-    assert line.startswith(f"cnn: cannot keep compiled functions in {folder} (")
+    assert line.startswith(f"warning: compiled programs cannot be cached in {folder} (")
     assert line.count("\n") == 1
 
 
@@ -137,7 +137,9 @@ def test_entries_that_cannot_be_written_cost_one_line(folder, capsys):
         jax.clear_caches()
         assert triple() == [0, 3, 6, 9]
     line = capsys.readouterr().err
-    assert line.startswith(f"cnn: cannot keep compiled functions in {folder} (FileNotFoundError")
+    assert line.startswith(
+        f"warning: compiled programs cannot be cached in {folder} (FileNotFoundError"
+    )
     assert line.count("\n") == 1
 
 
@@ -149,7 +151,7 @@ def test_the_users_own_cache_that_cannot_be_used_costs_one_line(folder, tmp_path
         jax.clear_caches()
         triple()
     line = capsys.readouterr().err
-    assert line.startswith(f"cnn: cannot keep compiled functions in {tmp_path / 'own'} (")
+    assert line.startswith(f"warning: compiled programs cannot be cached in {tmp_path / 'own'} (")
     assert line.endswith("(JAX_COMPILATION_CACHE_DIR moves the cache)\n")
     assert line.count("\n") == 1
 
@@ -177,7 +179,11 @@ def test_a_run_ends_in_the_same_bits_with_a_cold_a_warm_and_no_cache(
     for name, wanted in [("cold", True), ("warm", True), ("none", False)]:
         jax.clear_caches()
         config = short_config()
-        config.num_epochs, config.num_devices, config.compilation_cache = 1, 1, wanted
+        config.num_epochs, config.runtime.num_devices, config.runtime.compilation_cache = (
+            1,
+            1,
+            wanted,
+        )
         _, result = cnn.train_and_evaluate(config, tmp_path / name)
         digests.append(result["digest"])
         found.append(set(events))

@@ -1,4 +1,4 @@
-"""A checkpoint that is not as it was written: named, never used, and gone on from another."""
+"""A damaged checkpoint is reported and never used; the run resumes from another."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from tests.helpers import short_config
 def finished(tmp_path_factory, digits):
     """A run whose newest checkpoints are 25 and 28, and its final digest."""
     config = short_config()
-    config.checkpoint_every_steps = 5
+    config.runtime.checkpoint_every_steps = 5
     workdir = tmp_path_factory.mktemp("run")
     state, _ = train_and_evaluate(config, workdir)
     return workdir, digest(state)
@@ -23,7 +23,7 @@ def finished(tmp_path_factory, digits):
 
 @pytest.fixture
 def config(config):
-    config.checkpoint_every_steps = 5
+    config.runtime.checkpoint_every_steps = 5
     return config
 
 
@@ -47,7 +47,7 @@ def truncate(path):
 
 
 def damages(path):
-    """Each way to damage a file, in words and as a function."""
+    """Each way to damage a file: its name and a function."""
     size = path.stat().st_size
     yield "removed", lambda path: path.unlink()
     if size:
@@ -92,9 +92,9 @@ def test_a_file_too_many_is_noticed(finished, tmp_path):
 
 def reseal(folder):
     """As damage that came before the sums were taken: they say nothing."""
-    from cnn.runtime.checksums import write_manifest
+    from cnn.runtime.checksums import write_checksums
 
-    write_manifest(folder)
+    write_checksums(folder)
 
 
 def test_the_digest_is_of_the_arrays_themselves(finished, tmp_path):
@@ -138,7 +138,7 @@ def test_the_run_goes_on_from_the_one_before(
     )
     assert "resuming at step 25 of 28" in out
     assert digest(state) == result["digest"] == expected
-    assert CheckpointManager(run / "checkpoints").steps()[-2:] == [25, 28]
+    assert CheckpointManager(run / "checkpoints").all_steps()[-2:] == [25, 28]
     assert (run / "checkpoints" / "28.damaged" / name).exists()
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [14, 28]
@@ -150,7 +150,7 @@ def test_none_left_is_never_a_fresh_start(finished, config, tmp_path, damage):
     run = tmp_path / "run"
     shutil.copytree(workdir, run)
     (run / "result.json").unlink()
-    for step in cnn.CheckpointManager(run / "checkpoints").steps():
+    for step in cnn.CheckpointManager(run / "checkpoints").all_steps():
         folder = run / "checkpoints" / str(step)
         if damage == "flipped":
             flip(folder / "record.json", 40)

@@ -1,6 +1,8 @@
 import importlib.metadata
 import json
 import os
+import shutil
+import subprocess
 
 import jax
 import pytest
@@ -39,10 +41,10 @@ def test_settings_that_change_rounding_are_changes(monkeypatch, now):
         other = environment(data_mesh(jax.devices()[:1], 8))
     before = {**now, "cores": 0, "settings": {**now["settings"], "XLA_FLAGS": ""}}
     assert changes(before, other) == [
-        "devices: 2 x cpu -> 1 x cpu",
-        f"cores: 0 -> {usable_cores()}",
-        "jax_default_matmul_precision: None -> bfloat16",
-        "XLA_FLAGS:  -> --xla_a=1 --xla_b=1",
+        "1 x cpu (was 2 x cpu)",
+        f"cores {usable_cores()} (was 0)",
+        "jax_default_matmul_precision bfloat16 (was unset)",
+        "XLA_FLAGS --xla_a=1 --xla_b=1 (was unset)",
     ]
     assert other["variables"]["XLA_FLAGS"].startswith("--xla_b=1")
 
@@ -58,6 +60,31 @@ def test_a_package_without_metadata(monkeypatch, fault):
     assert packages["orbax-checkpoint"] is None
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="no git here")
+def test_the_commit_is_that_of_the_repository_that_holds_the_code(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit():
+        return environment(data_mesh(jax.devices()[:1], 8))["commit"]
+
+    file = tmp_path / "lib" / "environment.py"
+    file.parent.mkdir()
+    file.touch()
+    monkeypatch.setattr("cnn.runtime.environment.__file__", str(file))
+    assert commit() is None, "there is no repository"
+    git("init")
+    git("commit", "--allow-empty", "-m", "one")
+    git("tag", "v1")
+    assert commit() is None, "the repository does not hold the file"
+    git("add", "lib/environment.py")
+    git("commit", "-m", "two")
+    assert commit() == git("rev-parse", "HEAD")
+    file.write_text("edited")
+    assert commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
 def test_parts_in_other_environments_are_kept():
     parts = []
     for step, version in [(0, 1), (0, 1), (5, 1), (9, 2), (12, 1)]:
@@ -70,7 +97,7 @@ def test_parts_in_other_environments_are_kept():
     assert begun_at(20, None, parts)[-1] == {"starts": [20]}
 
 
-def test_an_environment_that_cannot_be_told_costs_no_result(
+def test_an_environment_that_cannot_be_determined_costs_no_result(
     config, tmp_path, monkeypatch, capsys, digits
 ):
     def fail(mesh):

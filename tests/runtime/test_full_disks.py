@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or gone while a run goes on; the same command goes on after."""
+"""Disks that are full, read-only or gone during a run; the same command resumes it afterwards."""
 
 import errno
 import json
@@ -12,12 +12,12 @@ import time
 import pytest
 
 import cnn
-from tests.helpers import REPOSITORY, train_command
+from tests.helpers import REPOSITORY, train_command, watch_calls
 
 FLAGS = (
     f"--config={REPOSITORY / 'configs' / 'digits.py'}",
     "--config.num_epochs=2",
-    "--config.checkpoint_every_steps=4",
+    "--config.runtime.checkpoint_every_steps=4",
 )
 
 
@@ -55,8 +55,8 @@ def complaint(done):
 
 def assert_whole_checkpoints(run):
     checkpoints = cnn.CheckpointManager(run / "checkpoints")
-    assert checkpoints.steps()
-    for step in checkpoints.steps():
+    assert checkpoints.all_steps()
+    for step in checkpoints.all_steps():
         checkpoints.read(step)
 
 
@@ -103,7 +103,7 @@ def test_a_full_disk(tmp_path, whole):
     assert_whole_checkpoints(kept / "first")
     step = cnn.CheckpointManager(kept / "first" / "checkpoints").latest_step()
     assert not any(kept.glob("first/checkpoints/.*")), "what could not be written takes no space"
-    assert line.endswith(f"the same command then goes on from step {step}")
+    assert line.endswith(f"the same command then resumes from step {step}")
     assert second.returncode == 0, second.stderr
     assert f"resuming at step {step} of 88" in second.stdout
     assert outcome(kept / "second") == whole
@@ -111,7 +111,7 @@ def test_a_full_disk(tmp_path, whole):
 
 @needs_mount
 def test_a_disk_that_is_full_from_the_start(tmp_path, whole):
-    """It is told before any step is trained."""
+    """It is reported before any step is trained."""
     fill = 'head -c 20m /dev/zero > "$1/others" || true'
     first, second, kept = on_a_small_disk(tmp_path, fill, 'rm "$1/others"')
     assert "No space left on device" in complaint(first)
@@ -153,17 +153,10 @@ def test_a_limit_on_the_size_of_files(tmp_path, whole):
 @pytest.fixture
 def between_calls(config, monkeypatch):
     """Has something done before some call of the compiled function."""
-    config.checkpoint_every_steps = config.steps_per_execution = 2
-    original, calls = cnn.training._train_steps, []
+    config.runtime.checkpoint_every_steps = config.runtime.steps_per_execution = 2
 
     def before_call(number, act):
-        def call(*args):
-            calls.append(args)
-            if len(calls) == number:
-                act()
-            return original(*args)
-
-        monkeypatch.setattr(cnn.training, "_train_steps", call)
+        watch_calls(monkeypatch, before=lambda calls: act() if len(calls) == number else None)
 
     return before_call
 

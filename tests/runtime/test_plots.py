@@ -1,4 +1,4 @@
-"""Pictures are the same whatever matplotlib is told, and names are shown as they are."""
+"""Pictures do not depend on matplotlib's settings, and names are shown as they are."""
 
 import hashlib
 import os
@@ -10,7 +10,6 @@ import numpy as np
 import PIL.Image
 import pytest
 
-import cnn
 from cnn.runtime.plots import plot_curves, plot_samples
 
 NAMES = (
@@ -45,8 +44,8 @@ def draw():
     """Both pictures in the working directory, and their digests."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (7, 8, 8, 3)).astype(np.uint8)
-    split = cnn.Split(images, np.arange(7, dtype=np.int32))
-    plot_samples(split, np.array([0, 1, 2, 3, 4, 5, 0]), NAMES, "samples.png", title="t $_$")
+    predictions = np.array([0, 1, 2, 3, 4, 5, 0])
+    plot_samples(images, np.arange(7), predictions, NAMES, "samples.png", title="t $_$")
     plot_curves(records(), "curves.png", title="t $_$")
     return [
         hashlib.sha256(Path(name).read_bytes()).hexdigest()
@@ -71,7 +70,7 @@ def test_settings_of_the_environment_change_no_byte(tmp_path, monkeypatch):
     plain = draw()
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe font.size: 3")
     done = subprocess.run(
-        [sys.executable, "-c", "from tests.test_plots import draw; print(*draw())"],
+        [sys.executable, "-c", "from tests.runtime.test_plots import draw; print(*draw())"],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(sys.path),
@@ -86,8 +85,8 @@ def test_settings_of_the_environment_change_no_byte(tmp_path, monkeypatch):
 
 
 def drawn(image, tmp_path):
-    split = cnn.Split(image[None], np.zeros(1, np.int32))
-    plot_samples(split, np.zeros(1, int), ("a",), tmp_path / "s.png", title="t")
+    label = np.zeros(1, int)
+    plot_samples(image[None], label, label, ("a",), tmp_path / "s.png", title="t")
     with PIL.Image.open(tmp_path / "s.png") as picture:
         return np.asarray(picture.convert("RGB")).reshape(-1, 3)
 

@@ -2,7 +2,6 @@ import pytest
 
 from cnn import Metrics
 from cnn.runtime.progress import Progress, fitted
-from tests.test_screen import terminal  # noqa: F401
 
 HALFWAY = Metrics(loss_sum=25.0, correct=40, count=50)
 
@@ -98,7 +97,7 @@ def test_the_live_line_keeps_what_matters_most(width):
     assert ("loss" in line) == (width >= 62)
 
 
-def test_one_live_line_on_a_terminal(terminal, clock):  # noqa: F811
+def test_one_live_line_on_a_terminal(terminal, clock):
     terminal.resize(40)
     with progress() as run:
         clock[0] += 1

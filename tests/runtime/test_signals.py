@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and preemption notices: the step ends, it is saved, and the run goes on."""
+"""SIGTERM, Ctrl-C and preemption notices: the step ends, it is saved, and the run resumes."""
 
 import contextlib
 import json
@@ -24,6 +24,7 @@ from tests.helpers import (
     steps_in,
     train_command,
     wait_for,
+    watch_calls,
 )
 
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
@@ -187,19 +188,14 @@ def whole(tmp_path_factory, digits):
 @pytest.mark.parametrize("calls", [1, 2, 4])
 def test_a_run_that_was_stopped_ends_in_the_same_bits(config, tmp_path, monkeypatch, whole, calls):
     """Stopped in the first epoch, at its very end, and in the second; three steps in a call."""
-    config.steps_per_execution = 7
-    original, made = cnn.training._train_steps, []
+    config.runtime.steps_per_execution = 7
 
-    def signal_after(*args):
-        made.append(args)
-        result = original(*args)
+    def signal_after(made, state):
         if len(made) == calls:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.2)  # for the thread that listens
-        return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(cnn.training, "_train_steps", signal_after)
+        watch_calls(patch, after=signal_after)
         with pytest.raises(Interrupted, match=f"at step {7 * calls} of 28") as stopped:
             train_and_evaluate(config, tmp_path)
     assert stopped.value.signal == signal.SIGTERM
@@ -211,7 +207,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(config, tmp_path, monkeypa
 
 
 def test_a_signal_during_the_last_evaluation(config, tmp_path, monkeypatch, whole):
-    """It is told that the run stops, so it stops, before the pictures are drawn."""
+    """The user saw that the run stops, so it stops before the pictures are drawn."""
     original = cnn.training.evaluate
 
     def evaluate(state, *args, **kwargs):

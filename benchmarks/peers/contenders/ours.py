@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +24,7 @@ def _model(network: str) -> nn.Module:
         return cnn.create_model("resnet18", num_classes=shared.NUM_CLASSES)
     return Net94(
         conv=convolution.conv_general_dilated,
-        conv_max_pool=convolution.conv_max_pool,
+        conv_max_pool=functools.partial(convolution.conv_general_dilated, pool=2),
         max_pool=convolution.max_pool,
     )
 
@@ -131,5 +132,5 @@ class _Loop(JaxProgram):
         while len(found) < count:
             some = min(self._most, count - len(found))
             self._state, metrics = self._train_steps(self._state, self.batches, some)
-            found += [float(loss) for loss in metrics.loss_sum[:some] / self._batch_size]
+            found += [float(loss) for loss in metrics.sums["loss"][:some] / self._batch_size]
         return found

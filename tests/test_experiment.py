@@ -3,15 +3,13 @@ import jax.numpy as jnp
 import pytest
 
 from cnn.config import check_config, override
-from cnn.experiment import create_experiment
-from cnn.models.summary import describe
-from cnn.notes import notes
-from cnn.runtime.devices import data_mesh, select_devices
+from cnn.experiment import create_experiment, describe, notes
+from cnn.runtime.devices import select_devices
 
 
 def plan_of(config, *flags):
     config = check_config(override(config, [f"--config.{flag}" for flag in flags]))
-    return create_experiment(config, data_mesh(select_devices("cpu", 1), config.batch_size))
+    return create_experiment(config, select_devices("cpu", 1))
 
 
 @pytest.mark.parametrize(
@@ -23,7 +21,7 @@ def plan_of(config, *flags):
             ["schedule.warmup_epochs=2", "schedule.name=cosine"],
             "schedule.name=cosine has no effect: schedule.warmup_epochs=2.0 takes the whole run",
         ),
-        (["checkpoint_every_steps=28"], "checkpoint_every_steps=28 has no effect"),
+        (["runtime.checkpoint_every_steps=28"], "checkpoint_every_steps=28 has no effect"),
     ],
 )
 def test_settings_without_effect_are_noted(config, digits, flags, note):
@@ -34,7 +32,7 @@ def test_settings_without_effect_are_noted(config, digits, flags, note):
 def test_settings_with_an_effect_are_not(config, digits):
     flags = [
         "optimizer.grad_accumulation_steps=7", "schedule.warmup_epochs=1", "schedule.name=linear",
-        "checkpoint_every_steps=27",
+        "runtime.checkpoint_every_steps=27",
     ]  # fmt: skip
     assert notes(plan_of(config, *flags)) == []
 
