@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Integer
 
 from cnn.arrays import AnyArray
-from cnn.errors import UserError
+from cnn.errors import UserError, array_type
 from cnn.registry import select
 
 MetricFn = Callable[[Any, Any], jax.Array]
@@ -95,7 +95,7 @@ class Metrics(struct.PyTreeNode):
             if getattr(value, "shape", None) != labels.shape:
                 raise UserError(
                     f"the metric {name} must return a number for each image, [B] with "
-                    f"B={labels.shape[0]}, not {describe_array(value)}"
+                    f"B={labels.shape[0]}, not {array_type(value)}"
                 )
         if mask is None:
             mask = jnp.ones(labels.shape, bool)
@@ -146,11 +146,11 @@ def _check_shapes(losses: Any, logits: Any, labels: Any, mask: Any) -> None:
     if not _is_float(losses) or losses.shape != (size,):
         raise UserError(
             f"the loss must return a float for each image, [B] with B={size}, not "
-            f"{describe_array(losses)}; leave out its mean or sum over the batch"
+            f"{array_type(losses)}; leave out its mean or sum over the batch"
         )
     is_bool = getattr(mask, "dtype", None) == np.dtype(bool)
     if mask is not None and not (is_bool and mask.shape == (size,)):
-        raise UserError(f"mask must be bool [B] with B={size}, not {describe_array(mask)}")
+        raise UserError(f"mask must be bool [B] with B={size}, not {array_type(mask)}")
 
 
 def check_logits(logits: Any, batch_size: Any) -> None:
@@ -159,7 +159,7 @@ def check_logits(logits: Any, batch_size: Any) -> None:
     if not fits or not logits.shape[1]:
         raise UserError(
             f"the model must return logits, float [B, K] with B={batch_size}, not "
-            f"{describe_array(logits)}"
+            f"{array_type(logits)}"
         )
 
 
@@ -172,18 +172,8 @@ def check_labels(labels: Any) -> None:
     is_integer = hasattr(labels, "dtype") and jnp.issubdtype(labels.dtype, jnp.integer)
     if not is_integer or labels.ndim != 1:
         raise UserError(
-            f"labels must be integers [B], one for each image, not {describe_array(labels)}"
+            f"labels must be integers [B], one for each image, not {array_type(labels)}"
         )
-
-
-def describe_array(value: Any) -> str:
-    """Dtype and shape of an array, for a message; the type alone of anything else.
-
-    >>> describe_array(np.zeros((2, 3), np.float32)), describe_array(None)
-    ('float32[2, 3]', 'NoneType')
-    """
-    is_array = hasattr(value, "dtype")
-    return f"{value.dtype}{list(value.shape)}" if is_array else type(value).__name__
 
 
 class MetricsAccumulator:

@@ -28,7 +28,7 @@ from cnn.runtime.screen import (
     warning_on_failure,
     width,
 )
-from cnn.runtime.table import percent
+from cnn.runtime.table import epoch_number, percent
 from cnn.runtime.writers import TensorBoardWriter
 from cnn.steps import TrainState, predict_step
 
@@ -109,11 +109,11 @@ def _result_text(result: Mapping[str, Any], width: int) -> str:
     """
     accuracy, count = result["test_accuracy"], result["test_count"]
     low, high = wilson_interval(round(accuracy * count), count)
-    best, epoch = percent(result["best_test_accuracy"]), result["best_epoch"]
+    best, epoch = percent(result["best_test_accuracy"]), epoch_number(result["best_epoch"])
     lines = (
         f"test accuracy {percent(accuracy)} of {count:,} images",
         f"95 % interval: {100 * low:.2f} to {percent(high)} (Wilson score; one run)",
-        f"best: {best} after epoch {epoch:,}",
+        f"best: {best} after epoch {epoch}",
         f"time: {format_duration(result['wall_seconds'])}",
     )
     whole = f"digest: {result['digest']}"

@@ -22,9 +22,9 @@ from jax.sharding import AbstractMesh
 from jaxtyping import Array, Float
 
 from cnn.arrays import AnyArray
-from cnn.errors import UserError
+from cnn.errors import UserError, array_type
 from cnn.losses import CrossEntropy, LossFn
-from cnn.metrics import MetricFn, Metrics, accuracy, check_labels, check_logits, describe_array
+from cnn.metrics import MetricFn, Metrics, accuracy, check_labels, check_logits
 from cnn.ops import convolution, explicit_mesh, optax_update
 from cnn.ops.linen_apply import (
     ModuleApply,
@@ -466,16 +466,16 @@ def check_batch(batch: Any, *, stacked: bool = False, is_trained: bool = True) -
     lead, letters = (2, "[S, B]") if stacked else (1, "[B]")
     if stacked and getattr(label, "ndim", None) != 2:
         raise UserError(
-            f"labels of stacked batches must be integers [S, B], not {describe_array(label)}"
+            f"labels of stacked batches must be integers [S, B], not {array_type(label)}"
         )
     check_labels(label[0] if stacked else label)
     if getattr(image, "shape", ())[:lead] != label.shape:
         raise UserError(
             f"images and labels must have the same leading axes {letters}, but are "
-            f"{describe_array(image)} and {describe_array(label)}"
+            f"{array_type(image)} and {array_type(label)}"
         )
     if 0 in label.shape:
-        raise UserError(f"the batch is empty: images are {describe_array(image)}")
+        raise UserError(f"the batch is empty: images are {array_type(image)}")
     if is_trained and "mask" in batch:
         raise UserError(
             "train_step trains on every image of a batch: it takes no 'mask', which eval_step does"

@@ -22,8 +22,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 from cnn.arrays import AnyArray
 from cnn.augment import Augment, apply_augment
 from cnn.data.dataset import Dataset, Split
-from cnn.errors import UserError
-from cnn.metrics import describe_array
+from cnn.errors import UserError, array_type
 from cnn.ops import explicit_mesh
 from cnn.runtime.devices import batch_sharding, data_mesh, replicated_sharding, select_devices
 
@@ -213,7 +212,7 @@ class Pipeline:
         ):
             raise UserError(
                 f"an augmentation must return images of the shape and dtype that it is given, "
-                f"uint8{list(images.shape)}, not {describe_array(result)}"
+                f"uint8{list(images.shape)}, not {array_type(result)}"
             )
 
     @property

@@ -94,7 +94,7 @@ def select_devices(
         reason = (str(error) or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}").splitlines()[0]
         raise UserError(
             f"platform={platform}: JAX finds no {what} here ({reason}); install the jax build "
-            f"for it (see the README) or choose another --config.platform"
+            f"for it (see the README) or choose another --config.runtime.platform"
         ) from error
     if devices[0].platform == "gpu" and not in_time:
         raise UserError(

@@ -6,13 +6,13 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from cnn.metrics import Metrics
 from cnn.runtime import screen
-from cnn.runtime.table import epoch_table, loss, percent
+from cnn.runtime.table import epoch_number, epoch_table, loss, percent
 
 _PLAIN_SECONDS = 30.0
 _LIVE_SECONDS = 0.2
@@ -133,18 +133,16 @@ class Progress:
         epoch = (step - 1) // self._steps_per_epoch
         part = (step - epoch * self._steps_per_epoch) / self._steps_per_epoch
         # In the order of the line, with their ranks: the least important go first.
-        parts = (
+        parts = [
             (0, self._title(step)),
             (2, f"{100 * part:.0f} %"),
             (4, f"train loss {loss(float(metrics.loss))}"),
             (3, f"accuracy {percent(float(metrics.accuracy))}"),
             (5, f"{speed:,.0f} images/s"),
             (1, f"{format_duration(self._seconds_left(step))} left"),
-        )
-        if screen.is_live():
-            screen.live(fitted(parts, screen.width()))
-        else:
-            screen.log(fitted(parts, screen.width()))
+        ]
+        show = screen.live if screen.is_live() else screen.log
+        show(fitted(parts, screen.width()))
 
     def _title(self, step: int) -> str:
         return f"epoch {(step - 1) // self._steps_per_epoch + 1}/{self._num_epochs}"
@@ -201,21 +199,26 @@ class Progress:
             steps = record["step"] - self._epoch_step
             screen.log(
                 f"note: {skipped:,} of the {max(steps, skipped):,} steps of epoch "
-                f"{record['epoch']:g} were not finite and were skipped"
+                f"{epoch_number(record['epoch'])} were not finite and were skipped"
             )
 
 
-def fitted(parts: tuple[tuple[int, str], ...], width: int) -> str:
-    """The parts of a line that fit a width, joined; those of the highest rank are left out first.
+def fitted(parts: Sequence[tuple[int, str]], width: int) -> str:
+    """The parts of a line that fit a width, joined.
+
+    Where they do not, "train loss" is shortened to "loss", and then the parts of the highest rank
+    are left out.
 
     Args:
       parts: (rank, text), in the order of the line.
-      width: characters that there are.
+      width: the number of characters.
 
-    >>> fitted(((0, "epoch 1/2"), (2, "loss 1.2000"), (1, "0:05 left")), 20)
-    'epoch 1/2  0:05 left'
+    >>> fitted(((0, "epoch 1/2"), (2, "train loss 1.2000"), (1, "0:05 left")), 33)
+    'epoch 1/2  loss 1.2000  0:05 left'
     """
     kept = list(parts)
+    if len("  ".join(text for _, text in kept)) > width:
+        kept = [(rank, text.removeprefix("train ")) for rank, text in kept]
     while len(line := "  ".join(text for _, text in kept)) > width and len(kept) > 1:
         kept.remove(max(kept))
     return line

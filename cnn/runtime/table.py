@@ -54,7 +54,7 @@ def _columns(record: Mapping[str, Any]) -> list[_Column]:
     metrics = [name.removeprefix("test_") for name in record if name.startswith("test_")]
     others = [name for name in metrics if name not in ("loss", "accuracy", "count")]
     return [
-        _Column("epoch", "epoch", 0, lambda r: f"{r['epoch']:g}"),
+        _Column("epoch", "epoch", 0, lambda r: epoch_number(r["epoch"])),
         _Column("train loss", "train loss", 3, lambda r: loss(r["train_loss"])),
         _metric_column("train", "accuracy", 4),
         *(_metric_column("train", name, 8) for name in others),
@@ -75,6 +75,15 @@ def _columns(record: Mapping[str, Any]) -> list[_Column]:
             lambda r: f"{r['seconds']:.1f}" if r["seconds"] < 1e4 else _whole(r["seconds"]),
         ),
     ]
+
+
+def epoch_number(epoch: int | float) -> str:
+    """The number of an epoch, or of a part of one, for people.
+
+    >>> epoch_number(1999999), epoch_number(2 + 1 / 3)
+    ('1999999', '2.33')
+    """
+    return f"{epoch}" if epoch == round(epoch) else f"{epoch:.2f}"
 
 
 def _metric_column(part: str, name: str, rank: int) -> _Column:

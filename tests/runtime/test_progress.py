@@ -3,13 +3,13 @@ import pytest
 from cnn import Metrics
 from cnn.runtime.progress import Progress, fitted
 
-HALFWAY = Metrics(loss_sum=25.0, correct=40, count=50)
+HALFWAY = Metrics(sums={"loss": 25.0, "accuracy": 40.0}, count=50)
 
 
 def progress(**changes):
     return Progress(
         **{
-            "num_epochs": 2, "steps_per_epoch": 10, "batch_size": 5, "test_count": 30,
+            "num_steps": 20, "steps_per_epoch": 10, "batch_size": 5, "test_count": 30,
             "start_step": 0, **changes,
         }
     )  # fmt: skip
@@ -30,10 +30,12 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_header_once_and_a_row_per_epoch_in_a_file(capsys):
-    with progress(num_epochs=4, best_accuracy=0.6) as run:
+def test_a_header_once_and_a_row_per_epoch_in_a_file(capsys, clock):
+    with progress(num_steps=40, best_accuracy=0.6) as run:
         for epoch, accuracy in enumerate((0.5, 0.7, 0.65, 0.7), 1):
-            run.epoch(record(epoch, accuracy, skipped=3 * (epoch == 3)), seconds=1.5)
+            run.begin_epoch(10 * (epoch - 1))
+            clock[0] += 1.5
+            run.epoch(record(epoch, accuracy, skipped=3 * (epoch == 3)))
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["epoch", "train", "loss"]
     assert [row.split()[0] for row in rows] == ["1", "2", "3", "note:", "4"]
@@ -53,14 +55,14 @@ def test_a_plain_line_each_half_minute_where_there_is_no_terminal(capsys, clock)
     # Five steps are left, and one evaluation of 30 images, the work of two steps of 5 images.
     assert capsys.readouterr().out.splitlines() == [
         "estimate: 2 epochs take about 0:50",
-        "epoch 2/2  50 %  loss 0.5000  accuracy 80.00 %  2 images/s  0:14 left",
+        "epoch 2/2  50 %  train loss 0.5000  accuracy 80.00 %  2 images/s  0:14 left",
     ]
 
 
 def test_the_estimate_leaves_out_what_came_before_the_lap(capsys, clock):
-    with progress(num_epochs=10) as run:
-        clock[0] += 60  # it compiles
-        run.lap(1)
+    with progress(num_steps=100) as run:
+        with run.first_time("compiling", 1):
+            clock[0] += 60
         clock[0] += 3
         assert run.due()
         run.show(4, HALFWAY)
@@ -77,12 +79,12 @@ def test_a_short_run_is_not_estimated(capsys, clock):
     with progress() as run:
         clock[0] += 1
         run.images_per_second(10)
-        run.epoch(record(1, 0.5), seconds=1.0)
+        run.epoch(record(1, 0.5))
     assert "estimate" not in capsys.readouterr().out
 
 
 PARTS = (
-    (0, "epoch 10/10"), (2, "100 %"), (4, "loss 1.2345"), (3, "accuracy 100.00 %"),
+    (0, "epoch 10/10"), (2, "100 %"), (4, "train loss 1.2345"), (3, "accuracy 100.00 %"),
     (5, "123,456 images/s"), (1, "12:34 left"),
 )  # fmt: skip
 
