@@ -132,19 +132,19 @@ def _parser(description: str | None, configs: Path) -> Parser:
 
 def _add_fields(parser: Parser, config: ConfigDict, meanings: dict[str, str]) -> None:
     """Adds every field of the config to the help, in sections."""
-    values, groups = flatten(config), {}
+    values, sections = flatten(config), {}
     for name, field in fields(config).items():
-        section = name.rpartition(".")[0] or "run"
-        if section not in groups:
-            groups[section] = parser.add_argument_group(section)
-        default = values.get(name, field.default)
-        shown_default = "none" if default is REQUIRED else repr(default)
-        meaning = " ".join(filter(None, (meanings.get(name), field.doc)))
-        text = f"{meaning} (default: {shown_default})".strip()
-        metavar = _METAVARS.get(field.type, "VALUE")
-        groups[section].add_argument(
-            f"--config.{name}", metavar=metavar, help=text.replace("%", "%%")
-        )
+        sections.setdefault(name.rpartition(".")[0] or "run", []).append((name, field))
+    for section, members in sections.items():
+        group = parser.add_argument_group(section)
+        # The name first: it decides which other fields there are.
+        for name, field in sorted(members, key=lambda member: not member[0].endswith(".name")):
+            default = values.get(name, field.default)
+            shown_default = "none" if default is REQUIRED else repr(default)
+            meaning = " ".join(filter(None, (meanings.get(name), field.doc)))
+            text = f"{meaning} (default: {shown_default})".strip()
+            metavar = _METAVARS.get(field.type, "VALUE")
+            group.add_argument(f"--config.{name}", metavar=metavar, help=text.replace("%", "%%"))
 
 
 def _next_seed(seed: int, workdir: Path) -> tuple[int, Path]:

@@ -71,4 +71,4 @@ def test_what_a_script_may_bring(tmp_path):
     assert float(accuracy) > 80
     lines = (tmp_path / "digits.csv").read_text().splitlines()
     assert len(lines) == 21
-    assert lines[0].startswith("step,epoch,train_loss")
+    assert lines[0].startswith("step,epoch,train_")

@@ -21,21 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 import cnn
 from benchmarks import machine
 from benchmarks.command_line import Parser, command, log, positive
 from benchmarks.report import table, write
 from benchmarks.workers import REPOSITORY
-from cnn.config import resolved
+from cnn.config import to_json_dict
 from cnn.runtime import cli
 
 _MODULE = "benchmarks.reliability.cost"
 _IMAGE_SHAPE, _NUM_CLASSES = (32, 32, 3), 10
 _BATCH_SIZE, _NUM_EPOCHS = 32, 10  # of the baseline
 _OPTIMIZER = optax.adam(1e-3)
-_IMAGES_PER_CALL, _MOST_STEPS_PER_CALL = 4096, 50  # of train.py
+_MOST_STEPS_PER_CALL = 50  # of train.py
 
 Sampler = Callable[[], float]
 
@@ -180,7 +180,7 @@ def _state(mesh: Mesh, sizes: Sizes, *, large: bool = False) -> cnn.TrainState:
     """The first state of a run with Adam."""
     model = cnn.CNN(_NUM_CLASSES, features=sizes.features, hidden_features=sizes.hidden[large])
     state = cnn.create_train_state(model, _OPTIMIZER, jax.random.key(0), _IMAGE_SHAPE)
-    return jax.device_put(state.replace(lanes=mesh.size), cnn.replicated_sharding(mesh))
+    return jax.device_put(state, cnn.replicated_sharding(mesh))
 
 
 def _num_params(state: cnn.TrainState) -> int:
@@ -225,22 +225,13 @@ def guard_samplers(
 
         def sample() -> float:
             state = jax.block_until_ready(copy(initial))  # it is donated
-            return _seconds(lambda: train(state, batches, steps))
+            with jax.set_mesh(mesh):
+                return _seconds(lambda: train(state, batches, steps))
 
         sample()  # compiles
         return sample
 
     return sampler(True), sampler(False)
-
-
-@functools.partial(jax.jit, static_argnames=("steps", "sharding"))
-def _batches(
-    split: cnn.DeviceSplit, order: jax.Array, start: int, *, steps: int, sharding: NamedSharding
-) -> dict[str, jax.Array]:
-    """The next batches of an epoch; a slice that reaches beyond its end starts earlier."""
-    index = jax.lax.dynamic_slice_in_dim(order, start, steps * _BATCH_SIZE)
-    index = index.reshape(steps, _BATCH_SIZE)
-    return split.take(jax.lax.with_sharding_constraint(index, sharding))
 
 
 class Training:
@@ -249,51 +240,32 @@ class Training:
     def __init__(
         self, devices: list[Any], sizes: Sizes, checkpoints: cnn.CheckpointManager
     ) -> None:
-        self.mesh = cnn.data_mesh(devices, _BATCH_SIZE)
-        self._sizes, self._checkpoints = sizes, checkpoints
-        self.state = _state(self.mesh, sizes)
-        self.steps_per_epoch = sizes.train // _BATCH_SIZE
-        self._steps_per_call = min(
-            _MOST_STEPS_PER_CALL, _IMAGES_PER_CALL // _BATCH_SIZE, self.steps_per_epoch
-        )
-        self._step, self._epoch = 0, -1
-        self._train_steps = trainer(guard=True)
+        self._sizes, self._checkpoints, self._step = sizes, checkpoints, 0
         train, test = (
             _random_split(count, seed) for seed, count in enumerate((sizes.train, sizes.test))
         )
-        names = tuple(map(str, range(_NUM_CLASSES)))
-        scale = np.ones(_IMAGE_SHAPE[-1:], np.float32)
-        data = cnn.Dataset("random", train, test, names, scale, scale, fingerprint="")
-        self._train, self._test = (
-            cnn.DeviceSplit.place(split, data, "scale", cnn.replicated_sharding(self.mesh))
-            for split in (train, test)
+        data = cnn.Dataset.from_splits(
+            "random", train=train, test=test, class_names=[*map(str, range(_NUM_CLASSES))]
         )
-        self._config = resolved(cnn.load_config(REPOSITORY / "configs" / "baseline.py"))
+        self.mesh = cnn.data_mesh(devices, _BATCH_SIZE)
+        self._pipeline = cnn.Pipeline(data, _BATCH_SIZE, mesh=self.mesh)
+        self.steps_per_epoch = self._pipeline.steps_per_epoch
+        self.state = _state(self.mesh, sizes)
+        self._train_steps = cnn.compile_train_steps(self.state, self._pipeline)
+        self._config = to_json_dict(cnn.load_config(REPOSITORY / "configs" / "baseline.py"))
 
     def advance(self, steps: int) -> None:
         """Trains a number of steps, and returns when the last is done."""
-        last, results = self._step + steps, []
-        while self._step < last:
-            epoch, place = divmod(self._step, self.steps_per_epoch)
-            if epoch != self._epoch:
-                order = cnn.epoch_permutation(jax.random.key(1), epoch, self._sizes.train)
-                self._order = jax.device_put(order, cnn.replicated_sharding(self.mesh))
-                self._epoch = epoch
-            batches = _batches(
-                self._train, self._order, place * _BATCH_SIZE,
-                steps=self._steps_per_call, sharding=cnn.batch_sharding(self.mesh, axis=1),
-            )  # fmt: skip
-            count = min(self._steps_per_call, last - self._step, self.steps_per_epoch - place)
-            self.state, metrics = self._train_steps(self.state, batches, count)
-            self._step += count
-            results.append(metrics)
-            cnn.limit_in_flight(results, ahead=2)
+        last = self._step + steps
+        for batches, count in self._pipeline.batches(self._step, last):
+            self.state, _ = self._train_steps(self.state, batches, count)
+        self._step = last
         jax.block_until_ready(self.state)
 
     def epoch(self) -> None:
         """Trains the steps of one epoch, and evaluates."""
         self.advance(self.steps_per_epoch)
-        cnn.evaluate(self.state, self._test)
+        cnn.evaluate(self.state, self._pipeline.test)
 
     def save(self) -> None:
         """Starts a save as `cnn.training` does: it checks the parameters and has ten records."""
@@ -308,7 +280,7 @@ class Training:
         record = {
             "config": self._config,
             "dataset": "0" * 64,
-            "devices": f"{self.mesh.size} x cpu",
+            "environments": [],
             "wall_seconds": time.monotonic(),
             "records": [line] * _NUM_EPOCHS,
             "test_accuracy": line["test_accuracy"],

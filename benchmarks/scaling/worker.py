@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 import cnn
 from benchmarks.scaling.sweep import CHANNELS, NUM_CLASSES, Point, Visit
 from benchmarks.workers import calibrate, peak_mib, steps_per_second
-from cnn.ops.microbatch import Cut
+from cnn.ops.microbatch import MicrobatchPlan
 
 _MIN_STEPS = 3
 # Of batches on the devices: enough images that a sample does not overfit them (gradients so small
@@ -50,7 +50,7 @@ def main(point: Point, seconds: float) -> Visit:
     else:
         batches, once = itertools.cycle(_ready(point, mesh, rng)), {}
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    cut = Cut.of(next(batches)["image"], num_params=num_params)
+    plan = MicrobatchPlan.for_batch(next(batches)["image"], num_params)
     run = _trainer(state, batches)
     steps = max(_MIN_STEPS, round(calibrate(run, seconds) * seconds))
     rate = steps_per_second(run, steps)
@@ -58,8 +58,8 @@ def main(point: Point, seconds: float) -> Visit:
         images_per_second=rate * point.batch_size,
         start_mib=start_mib,
         peak_mib=peak_mib(),
-        num_shards=cut.lanes,
-        num_microbatches=cut.blocks,
+        num_shards=plan.num_shards,
+        num_microbatches=plan.num_microbatches,
         **once,
     )
 
@@ -120,11 +120,8 @@ def _from_dataset(
         rng.integers(256, size=(count, *_image_shape(point)), dtype=np.uint8),
         rng.integers(NUM_CLASSES, size=count, dtype=np.int32),
     )
-    names = tuple(map(str, range(NUM_CLASSES)))
-    half = np.full(CHANNELS, 0.5, np.float32)  # of random pixels; computing it would take memory
-    data = cnn.Dataset("random", split, split, names, half, half, fingerprint="")
     placed, place_ms = _timed(
-        lambda: cnn.DeviceSplit.place(data.train, data, "standardize", everywhere)
+        lambda: cnn.DeviceSplit.from_split(split, everywhere, mean=0.5, std=0.5)
     )
 
     def draw(epoch: int) -> jax.Array:
@@ -143,7 +140,7 @@ def _take(
     split: cnn.DeviceSplit, order: jax.Array, start: int, *, size: int, sharding: NamedSharding
 ) -> Batch:
     index = jax.lax.dynamic_slice_in_dim(order, start, size)
-    return split.take(jax.lax.with_sharding_constraint(index, sharding))
+    return split.get_batch(jax.lax.with_sharding_constraint(index, sharding))
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

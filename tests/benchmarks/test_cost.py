@@ -84,7 +84,7 @@ def test_pairs_are_taken_side_by_side():
     assert order == ["a-", "a+", "b-", "b+", "a+", "a-", "b+", "b-"]
     assert found["a"] == ([3.0, 3.0], [2.0, 2.0])
     assert found["a"].overheads() == [0.5, 0.5]
-    assert found["a"].config_diff() == [1.0, 1.0]
+    assert found["a"].differences() == [1.0, 1.0]
 
 
 def test_summary_holds_the_median_by_ranks():
