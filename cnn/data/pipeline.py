@@ -63,7 +63,7 @@ class DeviceSplit(struct.PyTreeNode):
           split: such as `dataset.train`.
           where: a sharding, or one device; None is JAX's default device.
           mean: `float32[C]`, or one number for all channels.
-          std: likewise. A channel whose std is 0 is not divided.
+          std: like `mean`. A channel whose std is 0 is not divided.
         """
         channels = split.images.shape[-1]
         mean, std = (np.broadcast_to(np.float32(x), channels) for x in (mean, std))

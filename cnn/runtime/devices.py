@@ -116,7 +116,7 @@ def _settle_xla_flags(*, deterministic: bool) -> bool:
       UserError: XLA rejects the flags.
     """
     flags = os.environ.get(_XLA_FLAGS, "").strip()
-    # There is no function that tells whether a backend has started. This option tells: JAX rejects
+    # No public function says whether a backend has started. This option does: JAX rejects
     # a new value for it from then on. So set another value, and the old one again.
     try:
         jax.config.update(_NUM_CPUS, getattr(jax.config, _NUM_CPUS) + 1)

@@ -97,7 +97,12 @@ def test_a_path_that_xla_does_not_take(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_may_go_on_with_or_without_it():
-    assert config_diff({"compilation_cache": True}, {"compilation_cache": False}) == []
+    assert (
+        config_diff(
+            {"runtime": {"compilation_cache": True}}, {"runtime": {"compilation_cache": False}}
+        )
+        == []
+    )
 
 
 def test_the_users_own_cache_goes_before(folder, tmp_path):
