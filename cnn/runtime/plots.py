@@ -37,32 +37,35 @@ def plot_curves(
     title: str,
     label_smoothing: float = 0.0,
 ) -> None:
-    """Plots train and test accuracy and loss against the epoch.
+    """Plots loss and metrics, of training and of testing, against the epoch: a panel for each.
 
     Args:
       records: the records of `metrics.jsonl`, in order.
       path: the PNG file.
-      title: shown above both panels.
+      title: shown above the panels.
       label_smoothing: named in the legend of the train loss if it is not zero.
 
     Raises:
       ImportError: if matplotlib is not installed.
       OSError: if the file cannot be written.
     """
-    with _figure(8.0, 3.4, path, [title]) as figure:
+    names = [name.removeprefix("train_") for name in records[-1] if name.startswith("train_")]
+    names.sort(key=lambda name: name == "loss")  # the loss last
+    with _figure(4.0 * len(names), 3.4, path, [title]) as figure:
         figure.suptitle(title, fontsize=11, parse_math=False)
-        epochs = [record["epoch"] for record in records]
-        smoothed = f"train (label smoothing {label_smoothing:g})" if label_smoothing else "train"
-        panels = (
-            ("accuracy", "accuracy (%)", 100.0, "train"),
-            ("loss", "cross-entropy loss (nats)", 1.0, smoothed),
-        )
-        for axes, (name, label, scale, train) in zip(figure.subplots(1, 2), panels, strict=True):
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            is_fraction = name.endswith("accuracy")
+            smoothed = label_smoothing and name == "loss"
+            train = f"train (label smoothing {label_smoothing:g})" if smoothed else "train"
             for part, legend, style in (("train", train, _TRAIN), ("test", "test", _TEST)):
-                values = [scale * record[f"{part}_{name}"] for record in records]
+                known = [record for record in records if f"{part}_{name}" in record]
+                epochs = [record["epoch"] for record in known]
+                values = [
+                    record[f"{part}_{name}"] * (100 if is_fraction else 1) for record in known
+                ]
                 axes.plot(epochs, values, **style, label=legend, markersize=4, linewidth=1.5)
             axes.set_xlabel("epoch")
-            axes.set_ylabel(label)
+            axes.set_ylabel(name.replace("_", " ") + (" (%)" if is_fraction else ""))
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
