@@ -110,7 +110,7 @@ def train_and_evaluate(
                 if not is_complete:
                     run.lock()  # a finished run whose last checkpoint is damaged is trained again
                     run.delete_result()
-                    saved = {"config": recorded, "dataset": experiment.dataset.fingerprint, **saved}
+                    saved |= {"config": recorded, "dataset": experiment.dataset.fingerprint}
                     saved["environments"] = environments_of_parts(
                         experiment, int(state.step), saved
                     )

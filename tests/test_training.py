@@ -358,6 +358,7 @@ def test_a_run_goes_on_with_other_devices(config, tmp_path, monkeypatch, capsys)
     (before,) = environment.pop("earlier")
     assert (len(before["devices"]), before["starts"]) == (2, [0])
     assert (len(environment["devices"]), environment["starts"]) == (4, [14])
+    assert json.loads((tmp_path / "config.json").read_text())["runtime"]["num_devices"] == 4
     kept, made = records_of(tmp_path)
     assert kept == first
     assert (lost["step"], made["step"]) == (28, 28)
