@@ -3,7 +3,8 @@
 An augmentation is a function `(key, images [B, H, W, C]) -> images` of the same shape and dtype,
 uint8 as a rule. One that also takes `epoch` or `index` by keyword is given the epoch, `int32[]`,
 and each image's place in the train split, `int32[B]`. A row of `AUGMENTATIONS` makes one known to
-configs: `config.augment` sets by name its one further argument, or switches it on.
+configs: `config.augment.NAME` is its one further argument, annotated int or float, or true or false
+if it has none.
 
 The result is a pure function of key and images, to the bit: jitted or not, vmapped over steps, or
 sharded over devices. Images are moved by gathering: on a CPU, choosing between an image and its
@@ -130,7 +131,7 @@ def _gather(images: AnyArray, index: AnyArray, axis: int) -> jax.Array:
     return jnp.take_along_axis(images, index, axis, mode="promise_in_bounds")
 
 
-# They are applied in this order.
+# Applied in this order. Add rows at the end: the random numbers depend on the place.
 AUGMENTATIONS: dict[str, Augment] = {
     "flip": random_flip,
     "translate": random_translate,
@@ -191,7 +192,7 @@ def apply_augment(
     fn: Augment, key: AnyArray, images: AnyArray, *arguments: Any, **given: Any
 ) -> jax.Array:
     """Calls an augmentation, with those of `epoch` and `index` that it takes by keyword."""
-    known = inspect.signature(fn).parameters
+    known = inspect.signature(getattr(fn, "wrapped", fn)).parameters
     takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
     return fn(
         key,

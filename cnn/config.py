@@ -201,8 +201,8 @@ def _read_json(path: Path) -> Any:
 def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
     """Sets fields from the command line.
 
-    Another `name`, of a model say, replaces what is built: fields of the config that the new one
-    does not have are left out.
+    Another `name`, such as that of a model, replaces what is built. Fields that both have, with the
+    same type, keep their values; the others have the defaults of the new one.
 
     Args:
       config: left as it is.
@@ -219,12 +219,14 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
     for section in _BUILT:
         name = f"{section}.name"
         if (text := dict(given).get(name)) is not None:
+            before = fields(_unflatten(flat))
             flat[name] = text
             known = fields(_unflatten(flat))
             flat = {
                 key: value
                 for key, value in flat.items()
-                if not key.startswith(f"{section}.") or key in known
+                if not key.startswith(f"{section}.")
+                or (key in known and known[key].type is before.get(key, known[key]).type)
             }
     known = fields(_unflatten(flat))
     for name, text in given:
@@ -275,8 +277,13 @@ def _parse(name: str, text: str, field: Field) -> Any:
             return {"true": True, "false": False}[text.lower()]
         if field.type in (int, float, str):
             return field.type(text)
-        with warnings.catch_warnings(action="ignore"):  # of Python, about the text
-            value = ast.literal_eval(text)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of Python, about the text
+                value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            if field.type is tuple:
+                raise
+            return text
         if field.type is not tuple:
             return value
         if not isinstance(value, tuple | list):
@@ -408,9 +415,14 @@ def _check_known(name: str, known: Schema) -> None:
     raise UserError(f"unknown config field {name}; {remedy}")
 
 
+def to_json_value(value: Any) -> Any:
+    """A value as it is when it was read from JSON: a tuple becomes a list."""
+    return json.loads(json.dumps(value))
+
+
 def to_json_dict(config: ConfigDict) -> dict[str, Any]:
     """The config as nested JSON values: what `config.json` holds."""
-    return json.loads(json.dumps(config.to_dict()))
+    return to_json_value(config.to_dict())
 
 
 def config_diff(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -421,6 +433,10 @@ def config_diff(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     ['seed: 0 -> 1']
     """
     old, new = flatten(before), flatten(after)
+    # A field that was added since then had no other value than its default.
+    for name, field in fields(ConfigDict(after)).items():
+        if name in new and field.default is not REQUIRED:
+            old.setdefault(name, to_json_value(field.default))
     return [
         f"{name}: {old.get(name, 'unset')} -> {new.get(name, 'unset')}"
         for name in {**old, **new}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cnn.data.pipeline import Pipeline
+from cnn.errors import UserError
 from cnn.metrics import Metrics
 from cnn.runtime.devices import limit_in_flight, replicated_sharding
 from cnn.steps import Batch, TrainState, has_native_convolution, train_step, train_steps
@@ -30,13 +31,13 @@ class TrainSteps:
         self._mesh = pipeline.mesh
         on_cpu = self._mesh.devices.flat[0].platform == "cpu"
         shape = (pipeline.batch_size, *pipeline.dataset.image_shape)
-        # Such a convolution is slow in a loop on a CPU: see `cnn.ops.microbatch`.
+        # A native convolution is slow in a loop on a CPU: see `cnn.ops.microbatch`.
         self._is_looped = not (on_cpu and has_native_convolution(state, shape))
         self._compiles_each_length = self._is_looped and not on_cpu
         self._in_flight: list[Any] = []
 
     def what_compiles(self, num_steps: int) -> str:
-        """What is compiled by the first call with some number of steps, for people."""
+        """What the first call with `num_steps` compiles, for the screen."""
         length = f" ({num_steps:,} in one call)" if self._compiles_each_length else ""
         return f"compiling the training step{length}"
 
@@ -48,6 +49,9 @@ class TrainSteps:
         Returns:
           The state, and metrics with leaves `[num_steps]` or longer; those beyond are zeros.
         """
+        num_steps = min(num_steps, batches["label"].shape[0])
+        if num_steps < 1:
+            raise UserError(f"num_steps={num_steps} must be 1 or more")
         replicated = replicated_sharding(self._mesh)
         if getattr(state.step, "sharding", None) != replicated:
             state = jax.device_put(state, replicated)
@@ -74,7 +78,7 @@ def compile_train_steps(state: TrainState, pipeline: Pipeline) -> TrainSteps:
 
     On GPUs, TPUs and, where that is fast, CPUs, the steps of a call are one program; on a CPU with
     native convolutions each step is a program of its own. The host is kept at most a few calls
-    ahead of the devices: on several CPU devices, more would be a deadlock.
+    ahead of the devices: more calls in flight would deadlock several CPU devices.
 
     Args:
       state: to be trained; only shapes and static fields matter.

@@ -26,7 +26,7 @@ from cnn.optimizers import create_optimizer, create_schedule
 from cnn.runtime.devices import data_mesh, replicated_sharding
 from cnn.runtime.provenance import describe_object
 from cnn.runtime.screen import waiting
-from cnn.steps import TrainState, initialize, static_arguments
+from cnn.steps import TrainState, initialize, predict_step, static_arguments, train_step
 
 # What a script may pass -> the config section that it replaces.
 SECTIONS = {
@@ -110,7 +110,8 @@ class Experiment:
         """The state before the first step, on every device of the mesh.
 
         Raises:
-          UserError: the model does not fit the images, or one image per batch.
+          UserError: the model does not fit the images, a batch of one image meets batch
+            normalization, or a training step with what a script has passed cannot be traced.
         """
         static = static_arguments(
             self.model, self.tx, self.dataset.image_shape, self.loss_fn, self.metric_fns
@@ -124,8 +125,28 @@ class Experiment:
                 "are not those of others, and nothing would be learned; choose batch_size=2 or "
                 "more, or a model without"
             )
+        self._check_step(state)
         state = state.replace(skip_nonfinite=self.config.runtime.on_nonfinite == "skip")
         return jax.device_put(state, replicated_sharding(self.mesh))
+
+    def _check_step(self, state: TrainState) -> None:
+        """Traces what a script has passed, so that a mistake in it leaves no run directory."""
+        if not self.given:
+            return
+        size, shape = self.config.batch_size, self.dataset.image_shape
+        image = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+        label = jax.ShapeDtypeStruct((size,), jnp.int32)
+        logits = jax.eval_shape(predict_step, state, image)
+        if logits.shape[1] < self.dataset.num_classes:
+            raise UserError(
+                f"the model returns {logits.shape[1]} logits for {self.dataset.num_classes} "
+                f"classes; give it num_classes={self.dataset.num_classes}"
+            )
+        try:
+            jax.eval_shape(train_step, state, {"image": image, "label": label})
+        except TypeError as error:
+            reason = (str(error).splitlines() or ["TypeError"])[0]
+            raise UserError(f"a training step cannot be traced: {reason}") from error
 
     def jit_once(
         self, fn: Callable[..., Any], static_argnames: tuple[str, ...] = ()
@@ -185,11 +206,14 @@ def create_experiment(
         the schedule.
     """
     passed = {"model": model, "tx": tx, "loss_fn": loss_fn, "augment": augment}
+    _check_passed(**passed, dataset=dataset)
     given = {
         SECTIONS[name]: describe_object(value)
         for name, value in passed.items()
         if value is not None
     }
+    if tx is not None:
+        given["schedule"] = {}  # an optimizer has its own, if any
     if dataset is None:
         with waiting(f"loading {config.dataset.name}"):
             dataset = load_dataset(config.dataset.name, config.runtime.data_dir or None)
@@ -229,6 +253,25 @@ def create_experiment(
         warmup_updates=warmup_updates,
         given=given,
     )
+
+
+def _check_passed(*, model: Any, tx: Any, loss_fn: Any, augment: Any, dataset: Any) -> None:
+    """Raises UserError for an object of the wrong kind."""
+    is_optimizer = hasattr(tx, "init") and hasattr(tx, "update")
+    for name, value, fits, kind in (
+        (
+            "model",
+            model,
+            isinstance(model, nn.Module),
+            "a linen module, such as MLP(num_classes=10)",
+        ),
+        ("tx", tx, is_optimizer, "an Optax optimizer, such as optax.adam(1e-3)"),
+        ("loss_fn", loss_fn, callable(loss_fn), "a function of (logits, labels)"),
+        ("augment", augment, callable(augment), "a function of (key, images)"),
+        ("dataset", dataset, isinstance(dataset, Dataset), "a cnn.Dataset"),
+    ):
+        if value is not None and not fits:
+            raise UserError(f"{name} must be {kind}, not {value!r}")
 
 
 def _create_schedule(
@@ -312,7 +355,7 @@ def describe(experiment: Experiment, variables: Any, num_devices: int, *, width:
         + (f"; {left_out:,} images left out" if left_out else ""),
         f"devices: {used} x {kind}, {batch_size // used:,} images each per step",
     ]
-    lines += [f"{name}: {_origin(origin)}" for name, origin in experiment.given.items()]
+    lines += [f"{name}: {_origin(origin)}" for name, origin in experiment.given.items() if origin]
     if used < num_devices:
         lines.append(
             f"note: batch_size={batch_size} does not divide evenly over {num_devices} devices; "

@@ -33,11 +33,12 @@ def top5_accuracy(
     logits: Float[AnyArray, "B K"], labels: Integer[AnyArray, " B"]
 ) -> Bool[Array, " B"]:
     """Whether at most four logits are larger than the label's."""
-    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    return jnp.sum(logits > own, axis=-1) < 5
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1, mode="fill", fill_value=jnp.nan)
+    is_class = (labels >= 0) & ~jnp.isnan(own[:, 0])
+    return is_class & (jnp.sum(logits > own, axis=-1) < 5)
 
 
-METRICS: dict[str, MetricFn] = {"accuracy": accuracy, "top5_accuracy": top5_accuracy}
+METRICS: dict[str, MetricFn] = {fn.__name__: fn for fn in (accuracy, top5_accuracy)}
 
 
 def find_metrics(names: Iterable[str]) -> tuple[MetricFn, ...]:
@@ -47,6 +48,21 @@ def find_metrics(names: Iterable[str]) -> tuple[MetricFn, ...]:
       UserError: there is no such metric.
     """
     return tuple(select("metric", METRICS, name) for name in names)
+
+
+def metric_names(metric_fns: Iterable[MetricFn]) -> list[str]:
+    """The names of some metrics, those of their functions.
+
+    Raises:
+      UserError: a function has no name, or one that is taken.
+    """
+    names = [getattr(fn, "__name__", "") for fn in metric_fns]
+    for name in names:
+        if not name.isidentifier() or names.count(name) > 1 or name in ("loss", "count"):
+            raise UserError(
+                f"metrics need names of their own, those of their functions; {name!r} is not one"
+            )
+    return names
 
 
 class Metrics(struct.PyTreeNode):
@@ -90,7 +106,9 @@ class Metrics(struct.PyTreeNode):
           UserError: if an argument has another shape or dtype; nothing is broadcast.
         """
         _check_shapes(losses, logits, labels, mask)
-        values = {"loss": losses, **{fn.__name__: fn(logits, labels) for fn in metric_fns}}
+        names = metric_names(metric_fns)
+        values = {"loss": losses}
+        values |= {name: fn(logits, labels) for name, fn in zip(names, metric_fns, strict=True)}
         for name, value in values.items():
             if getattr(value, "shape", None) != labels.shape:
                 raise UserError(

@@ -139,7 +139,7 @@ _DECAY_RATES = ("b1", "b2", "decay", "momentum")
 def optimizer_schema(name: str) -> Schema:
     """The fields of an optimizer; raises UserError for an unknown name."""
     own = schema(select("optimizer", OPTIMIZERS, name), without=("learning_rate", "mask"))
-    common = schema(create_optimizer, without=("name", "learning_rate", "fields"))
+    common = schema(create_optimizer, without=("name", "learning_rate"))
     return {**own, **common}
 
 
@@ -184,7 +184,8 @@ def create_optimizer(
     parts = []
     if grad_clip_norm:
         parts.append(optax.clip_by_global_norm(grad_clip_norm))
-    if "weight_decay" in inspect.signature(build).parameters:
+    own = inspect.signature(build).parameters
+    if {"weight_decay", "mask"} <= own.keys():
         fields.update(weight_decay=weight_decay, mask=_kernels)
     elif weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, mask=_kernels))
@@ -207,12 +208,16 @@ def _check_fields(fields: dict[str, Any]) -> None:
     _check_range("optimizer.weight_decay", fields["weight_decay"], 0, _MOST)
     _check_range("optimizer.grad_clip_norm", fields["grad_clip_norm"], 0, _MOST)
     _check_range("optimizer.grad_accumulation_steps", fields["grad_accumulation_steps"], 1, 2**31)
-    for name in _DECAY_RATES:
-        value = fields.get(name)
-        if value is not None and not 0 <= value < 1:
-            raise UserError(f"config field optimizer.{name}={value} must be at least 0 and below 1")
+    for name, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config field optimizer.{name}={value} must be finite")
+        in_range = isinstance(value, int | float) and 0 <= value < 1
+        if name in _DECAY_RATES and value is not None and not in_range:
+            raise UserError(
+                f"config field optimizer.{name}={value!r} must be at least 0 and below 1"
+            )
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or not math.isfinite(value):
+    if not low <= value <= high:
         raise UserError(f"config field {name}={value} must lie between {low:g} and {high:g}")

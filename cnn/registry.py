@@ -46,6 +46,8 @@ class Field:
     @property
     def description(self) -> str:
         """What a value must be, for a message."""
+        if self.type is tuple and self.default not in (REQUIRED, ()):
+            return f'a tuple such as "{self.default}"'
         return _DESCRIPTIONS.get(self.type, "a number, a string, a boolean or a tuple")
 
 
@@ -56,7 +58,8 @@ def schema(build: Callable[..., Any], *, without: Collection[str] = ()) -> Schem
     """The fields that a function or a dataclass takes by keyword, in order.
 
     The type of a field is that of its annotation if it is bool, int, float or str, else that of its
-    default. A default that is a dtype makes a field of dtype names.
+    default: a dtype makes a field of dtype names, None a field of any type. A parameter whose
+    default is something else, such as a function, is no field.
 
     Args:
       build: a function, or a class such as a linen module.
@@ -72,28 +75,28 @@ def schema(build: Callable[..., Any], *, without: Collection[str] = ()) -> Schem
     fields = {}
     for name, parameter in inspect.signature(build).parameters.items():
         is_named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if is_named and name not in own and name not in without:
-            fields[name] = _field(parameter)
+        if is_named and name not in own and name not in without and (field := _field(parameter)):
+            fields[name] = field
     return fields
 
 
-def _field(parameter: inspect.Parameter) -> Field:
+def _field(parameter: inspect.Parameter) -> Field | None:
+    """None where no config can set the parameter: its default is a function, say."""
     annotation, default = parameter.annotation, parameter.default
     name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     if name in _TYPES:
         return Field(_TYPES[name], default)
-    if default is REQUIRED:
-        return Field(object)
+    if default is REQUIRED or default is None:
+        return Field(object, default)
     if isinstance(default, bool | int | float | str):
         return Field(type(default), default)
     if isinstance(default, tuple | list):
         return Field(tuple, tuple(default))
-    if default is None:
-        return Field(object, None)
-    try:  # jnp.float32, say
-        return Field(str, np.dtype(default).name)
-    except TypeError:
-        return Field(object, default)
+    try:  # jnp.float32, for example
+        dtype = np.dtype(default)
+    except (TypeError, ValueError):
+        return None
+    return None if dtype.kind == "O" else Field(str, dtype.name)
 
 
 def select(kind: str, registry: Mapping[str, Any], name: str) -> Any:

@@ -24,7 +24,14 @@ from jaxtyping import Array, Float
 from cnn.arrays import AnyArray
 from cnn.errors import UserError, array_type
 from cnn.losses import CrossEntropy, LossFn
-from cnn.metrics import MetricFn, Metrics, accuracy, check_labels, check_logits
+from cnn.metrics import (
+    MetricFn,
+    Metrics,
+    accuracy,
+    check_labels,
+    check_logits,
+    metric_names,
+)
 from cnn.ops import convolution, explicit_mesh, optax_update
 from cnn.ops.linen_apply import (
     ModuleApply,
@@ -367,7 +374,7 @@ def train_steps(
         # Made of the arguments: within `shard_map` it varies over the devices, as the metrics will.
         zero = 0 * (state.step + batches["label"][0, 0].astype(jnp.int32))
         none = jnp.zeros(size, jnp.int32) + zero
-        names = ("loss", *(fn.__name__ for fn in state.metric_fns))
+        names = ("loss", *metric_names(state.metric_fns))
         metrics = Metrics(sums=dict.fromkeys(names, none.astype(jnp.float32)), count=none)
 
         def step(i: AnyArray, before: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:

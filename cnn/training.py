@@ -90,6 +90,7 @@ def train_and_evaluate(
             require_tensorboard()
         # Before the data is loaded; what a script passes is compared when it is.
         sections = [SECTIONS[name] for name, value in given.items() if value is not None]
+        sections += ["schedule"] if tx is not None else []
         check_same_config(run, to_json_dict(config), but=sections)
         with waiting("starting the devices"):
             devices = select_devices(
@@ -155,9 +156,9 @@ def _train(
 
     def save(**about: Any) -> None:
         checks.check_weights(state)
-        wall_seconds = time.monotonic() - started
         kept = {name: saved[name] for name in ("config", "dataset", "environments")}
-        checkpoints.save(state, {**kept, "wall_seconds": wall_seconds, "records": records, **about})
+        kept |= {"wall_seconds": time.monotonic() - started}
+        checkpoints.save(state, {**kept, "records": records, **about})
 
     def fetch(accumulator: MetricsAccumulator, keep_newest: int = 0) -> Metrics:
         metrics = accumulator.fetch(keep_newest)
@@ -244,7 +245,7 @@ def _write(record: dict[str, Any], writers: list[Writer]) -> None:
         name = getattr(writer, "__name__", type(writer).__name__)
         with warning_on_failure(f"the writer {name} gets no more records"):
             writers.remove(writer)
-            writer(record)
+            writer(dict(record))  # what a writer changes is its own
             writers.append(writer)
 
 

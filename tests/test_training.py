@@ -121,7 +121,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
     assert kept == {"28", str(previous), str(best)}
 
 
-@pytest.mark.parametrize("runtime.steps_per_execution", [1, 5])
+@pytest.mark.parametrize("steps_per_execution", [1, 5])
 def test_steps_per_call_change_no_bit(finished, config, tmp_path, steps_per_execution):
     """Against 14, those of an epoch; 5 do not divide these."""
     workdir, state, _ = finished

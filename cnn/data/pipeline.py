@@ -24,10 +24,11 @@ from cnn.augment import Augment, apply_augment
 from cnn.data.dataset import Dataset, Split
 from cnn.errors import UserError, array_type
 from cnn.ops import explicit_mesh
+from cnn.ops.linen_apply import hashable
 from cnn.runtime.devices import batch_sharding, data_mesh, replicated_sharding, select_devices
 
 NORMALIZATIONS = ("scale", "standardize")
-# A call of half a second on two cores, and 50 MB of images.
+# Limits of one call: 50 steps, half a second on two cores, and 50 MB of images.
 _MAX_STEPS_PER_EXECUTION, _VALUES_PER_EXECUTION = 50, 4096 * 32 * 32 * 3
 # Streams of random keys, folded into the run's seed.
 _SHUFFLE, _AUGMENT = 1, 2
@@ -129,7 +130,8 @@ def _epoch_permutation(key: AnyArray, epoch: AnyArray | int, num_examples: int) 
 def stream_key(seed: int, stream: int) -> PRNGKeyArray:
     """The key of one stream of random numbers: `jax.random.key(seed)` with the stream folded in.
 
-    It is made of its two words, so that no setting of JAX changes it (one of them adds to seeds).
+    It is made of its two words, so that no setting of JAX changes it (`jax_random_seed_offset` adds
+    to seeds).
     """
     return _fold_in(np.array([0, seed], np.uint32), np.uint32(stream))
 
@@ -151,12 +153,12 @@ class Pipeline:
     Args:
       dataset: whose train split has at least one batch.
       batch_size: images in a step, over all devices. The last, incomplete batch of an epoch is left
-        out, of other images each time.
+        out; which images these are changes from epoch to epoch.
       seed: of the order and of the augmentation, 0 to 2**32 - 1.
       normalization: "scale" (pixel / 255), or "standardize" (mean 0 and variance 1 per channel of
         the train split).
       augment: of the training images; see `cnn.augment`.
-      mesh: the devices, by default the most of all devices that divide the batch.
+      mesh: the devices, by default the largest number of them that divides the batch.
       steps_per_execution: how many batches are made, and trained on, in one call. 0: 50, or fewer
         where their images take more than 50 MB.
 
@@ -178,8 +180,12 @@ class Pipeline:
             raise UserError(
                 f"unknown normalization {self.normalization!r}; known: {', '.join(NORMALIZATIONS)}"
             )
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must lie between 0 and 2**32 - 1")
+        if self.steps_per_execution < 0:
+            raise UserError(f"steps_per_execution={self.steps_per_execution} must be 0 or more")
         num_images = len(self.dataset.train)
-        if not 1 <= self.batch_size <= num_images:
+        if not isinstance(self.batch_size, int) or not 1 <= self.batch_size <= num_images:
             raise UserError(
                 f"batch_size={self.batch_size} must lie between 1 and {num_images:,}, the number "
                 f"of training images of {self.dataset.name}"
@@ -192,6 +198,7 @@ class Pipeline:
             object.__setattr__(self, "steps_per_execution", min(most, self.steps_per_epoch))
         if self.augment is not None:
             self._check_augment(self.augment)
+            object.__setattr__(self, "augment", hashable(self.augment))
 
     def _check_augment(self, augment: Augment) -> None:
         """Raises UserError if the augmentation changes shape or dtype of the images."""

@@ -51,10 +51,10 @@ def create_model(name: str, num_classes: int, **fields: Any) -> nn.Module:
     >>> create_model("cnn", 10, features=[8], dtype="bfloat16").features
     (8,)
     """
-    if not isinstance(fields.get("dtype", ""), str):
+    if fields.get("dtype") is not None and not isinstance(fields["dtype"], str):
         fields["dtype"] = jnp.dtype(fields["dtype"]).name
     fields = complete("model", model_schema(name), fields)
-    if "dtype" in fields:
+    if fields.get("dtype") is not None:
         if fields["dtype"] not in _DTYPES:
             raise UserError(f"model.dtype={fields['dtype']!r} must be one of {', '.join(_DTYPES)}")
         fields["dtype"] = jnp.dtype(fields["dtype"])

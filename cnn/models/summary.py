@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cnn.models.conv_pool import ConvPool
+from cnn.ops.linen_apply import ModuleApply
 
 
 def model_summary(
@@ -91,5 +92,5 @@ def _output_shapes(
 
     with nn.intercept_methods(record):
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-        jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, image)
+        jax.eval_shape(ModuleApply(model), variables, image)
     return shapes

@@ -203,7 +203,7 @@ class CheckpointManager:
         if latest is not None and step < latest:
             raise UserError(f"step {step} is older than step {latest} in {self.directory}")
         try:
-            json.dumps(record)
+            record = json.loads(json.dumps(record))  # a copy, like that of the arrays
         except (TypeError, ValueError) as error:
             raise UserError(f"the record of step {step} is not JSON: {error}") from error
         self._saving = self._thread.submit(self._save, step, arrays, record)
