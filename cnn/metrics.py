@@ -34,7 +34,7 @@ def top5_accuracy(
 ) -> Bool[Array, " B"]:
     """Whether at most four logits are larger than the label's."""
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1, mode="fill", fill_value=jnp.nan)
-    is_class = (labels >= 0) & ~jnp.isnan(own[:, 0])
+    is_class = jnp.asarray(labels >= 0) & ~jnp.isnan(own[:, 0])
     return is_class & (jnp.sum(logits > own, axis=-1) < 5)
 
 

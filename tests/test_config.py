@@ -16,6 +16,7 @@ from cnn.config import (
     override,
     to_json_dict,
 )
+from cnn.models import MODELS
 from tests.helpers import REPOSITORY
 
 BASELINE, DIGITS = (REPOSITORY / "configs" / f"{name}.py" for name in ("baseline", "digits"))
@@ -249,6 +250,43 @@ def test_another_name_brings_its_own_fields():
 def test_padding_has_one_spelling(padding):
     config = override(load_config(BASELINE), [f"--config.model.padding={padding}"])
     assert check_config(config).model.padding == "SAME"
+
+
+def test_any_model_of_the_registry_replaces_another():
+    for path in sorted((REPOSITORY / "configs").glob("*.py")):
+        for name in MODELS:
+            changed = check_config(override(load_config(path), [f"--config.model.name={name}"]))
+            assert changed.model.name == name
+
+
+def test_fields_that_take_anything():
+    flags = ["--config.optimizer.name=rmsprop", "--config.optimizer.momentum=0.9"]
+    assert override(load_config(BASELINE), flags).optimizer.momentum == 0.9
+    flags = ["--config.optimizer.mu_dtype=bfloat16"]
+    assert check_config(override(load_config(BASELINE), flags)).optimizer.mu_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["optimizer.name=rmsprop", "optimizer.momentum=abc"], "momentum='abc' must be at least 0"),
+        (["optimizer.eps=nan"], "optimizer.eps=nan must be finite"),
+        (["metrics=accuracy"], "is not a tuple such as \"('accuracy',)\""),
+    ],
+)
+def test_values_of_such_fields(flags, complaint):
+    with pytest.raises(UserError) as error:
+        check_config(override(load_config(BASELINE), [f"--config.{flag}" for flag in flags]))
+    assert complaint in str(error.value)
+
+
+def test_a_field_that_was_added_since_had_its_default():
+    after = to_json_dict(check_config(load_config(BASELINE)))
+    before = json.loads(json.dumps(after))
+    del before["augment"]["cutout"], before["optimizer"]["b1"]
+    assert config_diff(before, after) == []
+    after["augment"]["cutout"] = 8
+    assert config_diff(before, after) == ["augment.cutout: 0 -> 8"]
 
 
 def test_defaults_fill_a_short_config():

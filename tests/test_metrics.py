@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -54,10 +55,12 @@ def test_top5_is_the_rank_of_the_label():
 
 def test_metrics_are_summed_by_name():
     logits, labels = jnp.tile(jnp.arange(10.0), (2, 1)), jnp.array([9, 5])
-    metrics = Metrics.from_logits(jnp.ones(2), logits, labels, metric_fns=find_metrics(METRICS))
+    chosen = find_metrics(("accuracy", "top5_accuracy"))
+    metrics = Metrics.from_logits(jnp.ones(2), logits, labels, metric_fns=chosen)
     assert {name: float(value) for name, value in metrics.means().items()} == {
         "loss": 1.0, "accuracy": 0.5, "top5_accuracy": 1.0
     }  # fmt: skip
+    assert [fn.__name__ for fn in METRICS.values()] == list(METRICS)
     with pytest.raises(UserError, match=r"the metric mean must return a number for each image"):
         Metrics.from_logits(jnp.ones(2), logits, labels, metric_fns=(mean,))
 
@@ -69,3 +72,16 @@ def mean(logits, labels):
 def test_older_metrics_merge_with_more_of_them():
     old, new = Metrics({"loss": 1.0}, 1), Metrics({"loss": 2.0, "accuracy": 1.0}, 1)
     assert Metrics.merge([old, new]) == Metrics({"loss": 3.0, "accuracy": 1.0}, 2)
+
+
+@pytest.mark.parametrize(
+    "metric_fns", [(lambda *_: 0, lambda *_: 1), (functools.partial(mean),), (mean, mean)]
+)
+def test_a_metric_needs_a_name_of_its_own(metric_fns):
+    with pytest.raises(UserError, match="metrics need names of their own"):
+        Metrics.from_logits(jnp.ones(2), jnp.ones((2, 3)), jnp.zeros(2, int), metric_fns=metric_fns)
+
+
+def test_no_class_is_among_the_top_five():
+    logits = jnp.zeros((3, 10)).at[2].set(jnp.nan)
+    assert top5_accuracy(logits, jnp.array([-1, 10, 0])).tolist() == 3 * [False]

@@ -97,7 +97,7 @@ def test_a_run_with_own_objects_resumes_to_the_same_bits(config, tmp_path, tiny)
         ({"tx": optax.adam(2e-2)}, "optimizer.value"),
         ({"loss_fn": optax.softmax_cross_entropy_with_integer_labels}, "loss.object"),
         ({"augment": lambda key, images: images}, "augment.object"),
-        ({"augment": None}, "augment.flip: unset -> False"),
+        ({"augment": None}, "augment.object: tests.test_own_objects.darken -> unset"),
     ],
 )
 def test_a_run_is_not_resumed_with_another_object(config, tmp_path, tiny, change, complaint):
@@ -183,3 +183,56 @@ def test_more_metrics_are_in_the_record_the_result_and_the_table(config, tmp_pat
     state, _ = train_and_evaluate(plain, tmp_path / "plain")
     other, _ = train_and_evaluate(config, tmp_path)
     assert jax.tree.all(jax.tree.map(jnp.allclose, other.params, state.params))
+
+
+class WithoutTrain(nn.Module):
+    @nn.compact
+    def __call__(self, image):
+        return nn.Dense(10)(image.reshape(image.shape[0], -1))
+
+
+@pytest.mark.parametrize(
+    "model", [WithoutTrain(), nn.Sequential([lambda x: x[:, 0, :, 0], nn.Dense(10)])]
+)
+def test_a_model_without_train(config, tmp_path, digits, model):
+    config.num_epochs = 0.1
+    state, _ = train_and_evaluate(config, tmp_path, model=model)
+    assert int(state.step) == 1
+
+
+def mean_loss(logits, labels):
+    return half_cross_entropy(logits, labels).mean()
+
+
+@pytest.mark.parametrize(
+    ("passed", "message"),
+    [
+        ({"loss_fn": mean_loss}, r"the loss must return a float for each image, \[B\] with B=96"),
+        ({"loss_fn": lambda logits: logits}, "a training step cannot be traced: .*argument"),
+        ({"loss_fn": "mse"}, "loss_fn must be a function of .logits, labels., not 'mse'"),
+        ({"model": Linear(5)}, "the model returns 5 logits for 10 classes"),
+        ({"model": Linear}, "model must be a linen module, such as"),
+        ({"tx": 1e-3}, "tx must be an Optax optimizer"),
+        ({"tx": optax.adam}, "tx must be an Optax optimizer"),
+        ({"augment": "flip"}, "augment must be a function of"),
+        ({"dataset": "digits"}, "dataset must be a cnn.Dataset, not 'digits'"),
+    ],
+)
+def test_a_mistake_in_what_is_passed_leaves_no_directory(config, tmp_path, digits, passed, message):
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(config, tmp_path / "run", **passed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_writer_cannot_change_the_run(config, tmp_path, digits):
+    config.num_epochs = 1
+    _, result = train_and_evaluate(config, tmp_path, writers=[lambda record: record.clear()])
+    assert result["test_accuracy"] == records_of(tmp_path)[0]["test_accuracy"]
+
+
+def test_the_configs_schedule_is_not_that_of_an_optimizer_that_is_passed(config, tmp_path, digits):
+    config.num_epochs = 1
+    train_and_evaluate(config, tmp_path, tx=optax.sgd(0.1))
+    config.schedule.name = "cosine"
+    _, again = train_and_evaluate(config, tmp_path, tx=optax.sgd(0.1))
+    assert again["num_steps"] == 14
