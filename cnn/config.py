@@ -1,7 +1,7 @@
 """Reads a config file, sets fields of it, and checks it once, before anything is loaded.
 
-A table lists the fields of a run. What a run builds by name (model, loss, optimizer, schedule)
-brings its own: they are the parameters of what is built, see `cnn.registry`.
+The table `_RUN_FIELDS` has the fields of every run. Model, loss, optimizer, schedule and
+augmentations add their own parameters: see `cnn.registry`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ _RUN_FIELDS: dict[str, _RunField] = {
         float, 0.0, valid=lambda value: 0 <= value < 2**31, must="be 0 or more, and below 2**31"
     ),
     "optimizer.learning_rate": _RunField(float),
-    # They change the result by rounding at most, so a run may be resumed with other values.
+    # They change the result by rounding at most (but for "skip", once a step is not finite), so a
+    # run may be resumed with other values.
     "runtime.data_dir": _RunField(str, ""),
     "runtime.platform": _choice("auto", *PLATFORMS),
     "runtime.num_devices": _at_least(0, 0),
@@ -347,8 +348,8 @@ def check_config(config: ConfigDict) -> ConfigDict:
     """Refuses a config with an unknown, missing, mistyped or impossible field.
 
     Returns:
-      All fields, with defaults where the config has none. A config that was JSON in between, with
-      lists for tuples, is then equal to what it was.
+      All fields, with defaults where the config has none. A config that is read back from JSON,
+      with lists for tuples, equals the original.
 
     Raises:
       UserError: names the field, its value and what it should be.

@@ -15,7 +15,7 @@ from cnn.steps import TrainState
 
 
 class DivergenceChecks:
-    """Checks at the points of a run where the host looks at numbers anyhow.
+    """Checks at the points of a run where the host already reads numbers.
 
     Each raises a UserError that names the step, the learning rate and the last good checkpoint.
 

@@ -37,7 +37,7 @@ SECTIONS = {
     "dataset": "dataset",
 }
 _INIT = 0  # the stream of random keys of the initialization; `cnn.data.pipeline` has the others
-# For programs that take longer to compile than to run: a third of the time on a CPU, for the same
+# For programs that run once: level 1 cuts their compilation to a third on a CPU, for the same
 # numbers.
 _RUNS_ONCE = {"xla_backend_optimization_level": 1}
 
@@ -154,7 +154,7 @@ class Experiment:
         """`jax.jit` for a program that runs once in a run.
 
         Args:
-          fn: a function of a module: the compiled program is kept for later runs.
+          fn: a module-level function: the compiled program is kept for later runs.
           static_argnames: as for `jax.jit`.
         """
         return _jit_once(fn, static_argnames, self.mesh.devices.flat[0].platform == "cpu")

@@ -72,7 +72,7 @@ class Metrics(struct.PyTreeNode):
     `merge` brings them to the host, where Python numbers hold the sums of a whole run.
 
     Attributes:
-      sums: `float32[]` by name: "loss", in nats, and one for each metric.
+      sums: `float32[]` by name: "loss", and one for each metric.
       count: `int32[]`, the number of images scored.
 
     >>> metrics = Metrics(sums={"loss": 6.0, "accuracy": 1.0}, count=4)
@@ -117,8 +117,8 @@ class Metrics(struct.PyTreeNode):
                 )
         if mask is None:
             mask = jnp.ones(labels.shape, bool)
-        # float32 holds a count of up to 2**24 images exactly, and joins the one all-reduce of the
-        # gradients; an integer would need a second one, a twentieth of a step on a CPU.
+        # As float32, exact up to 2**24, the sums join the one all-reduce of the gradients; integers
+        # would need a second one, a twentieth of a step on a CPU.
         sums = {
             name: jnp.sum(jnp.where(mask, value.astype(jnp.float32), 0.0))
             for name, value in values.items()
@@ -143,13 +143,13 @@ class Metrics(struct.PyTreeNode):
         )
 
     def means(self) -> dict[str, Any]:
-        """The mean over images by name: the loss in nats, accuracies as fractions."""
+        """The mean over images by name: the loss in its unit, accuracies as fractions."""
         names = sorted(self.sums, key=lambda name: name != "loss")  # the loss first
         return {name: self.sums[name] / self.count for name in names}
 
     @property
     def loss(self) -> Any:
-        """Mean loss per image, in nats."""
+        """Mean loss per image, in the unit of the loss."""
         return self.sums["loss"] / self.count
 
     @property
@@ -200,11 +200,11 @@ class MetricsAccumulator:
 
     Args:
       step: the number of steps made before the first that is added.
-      metrics: of the epoch's steps among them, on the host; None without any.
+      metrics: the sums over earlier steps of this epoch, on the host; None without any.
 
     Attributes:
       metrics: of the steps that were fetched, on the host.
-      skipped: the steps among them whose loss or gradients were not finite; the first is 1.
+      skipped: step numbers, from 1, of those whose loss or gradients were not finite.
       pending: what was added and not fetched, in order.
     """
 

@@ -21,7 +21,7 @@ from cnn.registry import Schema, complete, schema, select
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-# What becomes 0 or infinite as a float32 is refused.
+# Learning rates outside are 0 or infinite in float32.
 _LEAST, _MOST = 1e-37, 1e38
 
 
@@ -96,7 +96,7 @@ def create_schedule(
       name: a row of `SCHEDULES`.
       learning_rate: the highest.
       num_updates: of the whole run, warm-up included.
-      warmup_updates: the first of them.
+      warmup_updates: how many of these are warm-up.
       **fields: of the schedule.
 
     Raises:

@@ -82,7 +82,7 @@ def final_result(
       state: after the last step.
       experiment: of the run.
       records: one per epoch, in order.
-      wall_seconds: which the run took.
+      wall_seconds: of the run, earlier processes included.
     """
     last, best = records[-1], max(records, key=lambda r: (r["test_accuracy"], r["step"]))
     return {

@@ -46,8 +46,8 @@ def restore(
     if restored is None:
         if run.has_begun:
             raise UserError(
-                f"{run.path} holds a run, but {checkpoints.directory} no checkpoint of it; put "
-                f"them back, or choose another --workdir"
+                f"{run.path} holds a run, but {checkpoints.directory} holds no checkpoint of it; "
+                f"put the checkpoints back, or choose another --workdir"
             )
         return state, {}
     state, saved = restored

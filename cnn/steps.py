@@ -162,7 +162,7 @@ def initialize(
     loss_fn: LossFn,
     metric_fns: tuple[MetricFn, ...],
 ) -> TrainState:
-    """`create_train_state` with arguments from `static_arguments`, for a `jit` of one's own."""
+    """`create_train_state` for callers that jit it; `static_arguments` gives all but the key."""
     init_key, run_key = jax.random.split(key)
     image = jnp.zeros((1, *image_shape), jnp.float32)
     logits, collections = apply_fn.init(init_key, image)
@@ -238,7 +238,8 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, (metrics, model_state) = jax.grad(loss_fn, has_aux=True)(state.params, batch)
         return grads, metrics, model_state
 
-    plan = _gradient_plan(state, batch)  # the whole batch at once, unless declared independent
+    # The whole batch at once, unless this is a CPU and model and loss declare `per_example`.
+    plan = _gradient_plan(state, batch)
     index = jnp.arange(batch_size, dtype=jnp.int32)
     parts = {"image": batch["image"], "label": batch["label"], "index": index}
     grads, metrics, model_state = accumulate_microbatches(gradients, parts, plan)
@@ -248,8 +249,8 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
 
 
 def _forward(state: TrainState, params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-    """Logits `float32[B, K]` of a batch in training, and the collections that it changed."""
-    # The images of a microbatch have a key of their own, that of its first image's index.
+    """Logits `float32[B, K]` in training, and the mutable collections after the call."""
+    # Each microbatch has its own key, made from the index of its first image.
     first = batch["index"][0] if "index" in batch else 0
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), first)
     logits, model_state = state.apply_fn(
@@ -274,8 +275,8 @@ def _gradient_plan(state: TrainState, batch: Batch) -> MicrobatchPlan:
 def _is_finite(loss: AnyArray, grads: Any, *, in_one_piece: bool) -> jax.Array:
     """`bool[]`: whether the loss and the squared norm of the gradients are finite.
 
-    A product takes half the time on a CPU that testing each number does. It is infinite for a
-    finite gradient of more than 1.8e19, which no optimizer could use.
+    On a CPU a dot product takes half the time of `isfinite` on each number. It overflows for a norm
+    above 1.8e19, which no optimizer could use.
 
     Args:
       loss: `float32[]`.
@@ -299,7 +300,7 @@ def _apply_gradients(
     *,
     where: AnyArray,
 ) -> TrainState:
-    """The state after the optimizer's update; with `skip_nonfinite` only `where` it is finite."""
+    """The state after the optimizer's update; with `skip_nonfinite` the old one unless `where`."""
 
     def update(grads: Any) -> Any:
         updates, opt_state = optax_update.update(
@@ -327,8 +328,8 @@ def _select_update(condition: AnyArray, update: Callable[[Any], Any], grads: Any
     """`update(grads)` if the condition holds, else `kept`."""
     if jax.default_backend() != "cpu":  # a GPU would wait for the host to take a branch
         return jax.tree.map(lambda new, old: jnp.where(condition, new, old), update(grads), kept)
-    # To choose between arrays, XLA would compute an optimizer's moments twice; with a branch on one
-    # flat gradient the update is the same program as without, to the bit.
+    # With `where`, XLA computes the moments of an optimizer twice. A `cond` on the flat gradient
+    # leaves the program of the update unchanged, bit for bit.
     flat, unravel = ravel_pytree(grads)
     return jax.lax.cond(condition, lambda flat: update(unravel(flat)), lambda flat: kept, flat)
 
@@ -338,10 +339,10 @@ def train_steps(
 ) -> tuple[TrainState, Metrics]:
     """`train_step` for each of several batches in turn, in one call, without the host in between.
 
-    The same results up to rounding. On a CPU pass `num_steps` traced, so that fewer steps need no
-    new compilation; elsewhere as a static argument, since a loop whose end is not known makes a GPU
-    wait for the host at each turn. On a CPU there should be no native convolution in it: see
-    `cnn.ops.microbatch.has_convolution`. `cnn.compile_train_steps` does all of this.
+    The results are the same up to rounding. On a CPU pass `num_steps` traced, so that fewer steps
+    need no new compilation; elsewhere as a static argument, since a loop whose end is not known
+    makes a GPU wait for the host at each turn. On a CPU there should be no native convolution in
+    it: see `cnn.ops.microbatch.has_convolution`. `cnn.compile_train_steps` does all of this.
 
     Args:
       state: from `create_train_state`, or the step before.
@@ -371,7 +372,8 @@ def train_steps(
         def batch(i: AnyArray | int) -> Batch:
             return jax.tree.map(lambda x: x[i], dict(batches))
 
-        # Made of the arguments: within `shard_map` it varies over the devices, as the metrics will.
+        # Computed from the arguments, so that within `shard_map` it varies over devices as the
+        # metrics do.
         zero = 0 * (state.step + batches["label"][0, 0].astype(jnp.int32))
         none = jnp.zeros(size, jnp.int32) + zero
         names = ("loss", *metric_names(state.metric_fns))
@@ -420,7 +422,7 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
 
 @explicit_mesh.automatic_axes(lambda mesh, _, image: explicit_mesh.rows_like(image, mesh))
 def predict_step(state: TrainState, image: Float[AnyArray, "B H W C"]) -> Float[Array, "B K"]:
-    """The logits of images that are normalized.
+    """The logits of normalized images.
 
     `jax.export` takes it for any platform, whatever the present one, and with a symbolic B.
 
@@ -451,7 +453,7 @@ def _predict(state: TrainState, image: Any) -> jax.Array:
 
     if jax.default_backend() != "cpu":
         return logits(image)
-    # A file that `jax.export` makes here for a GPU or a TPU holds the operators for these.
+    # `jax.export` may trace here for a GPU or a TPU; the file then has their native operators.
     return jax.lax.platform_dependent(image, cpu=on_cpu, default=elsewhere)
 
 

@@ -1,5 +1,8 @@
 """The training loop.
 
+The way to the gradient: `compile_train_steps` (execution) -> `train_steps` -> `train_step` ->
+`jax.grad` (steps).
+
 Order within an epoch: make all steps, evaluate, append the record, save the checkpoint. So every
 record that a checkpoint holds is on disk before it, and a resumed run repeats at most the steps
 after its checkpoint, with the same bits.
@@ -57,14 +60,14 @@ def train_and_evaluate(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains as a config says, or resumes the same run.
 
-    In the main thread it handles Ctrl-C and SIGTERM while it trains: it saves before it stops.
+    In the main thread it handles Ctrl-C, SIGTERM and other signals while it trains: it saves before
+    it stops. What is passed in place of what the config names is recorded by its name and a digest
+    of its source; a run is not resumed with another object, as far as these tell them apart.
 
     Args:
       config: a `ConfigDict` with the fields of `configs/baseline.py`.
       workdir: the run directory; made if it is not there.
-      dataset: replaces the one that the config names, as the arguments up to `augment` do. What is
-        passed is recorded by its name and a digest of its source; a run is not resumed with another
-        one, as far as these tell them apart.
+      dataset: used instead of the one that the config names; so are the arguments up to `augment`.
       model: any linen module that returns logits; see `create_train_state`.
       tx: any Optax optimizer, with its own schedule, if any.
       loss_fn: (logits `float32[B, K]`, labels `int[B]`) -> losses `float[B]`.
@@ -73,7 +76,8 @@ def train_and_evaluate(
         raises an error is not called again: that is a warning.
 
     Returns:
-      The final state, and what `result.json` holds: accuracies are fractions, losses in nats.
+      The final state, and what `result.json` holds: accuracies are fractions, and losses
+      in the unit of the loss.
 
     Raises:
       UserError: if config, data or directory cannot give a run (nothing is written then), if the
@@ -88,7 +92,7 @@ def train_and_evaluate(
         finished = run.check()
         if runtime.tensorboard:
             require_tensorboard()
-        # Before the data is loaded; what a script passes is compared when it is.
+        # Compared before the data is loaded; objects from a script are compared below.
         sections = [SECTIONS[name] for name, value in given.items() if value is not None]
         sections += ["schedule"] if tx is not None else []
         check_same_config(run, to_json_dict(config), but=sections)

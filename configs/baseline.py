@@ -79,8 +79,8 @@ def get_config() -> ConfigDict:
     # Shift it by up to this many pixels in both directions; the border is reflected.
     config.augment.translate = 0
 
-    # Where and how to run: changes results by rounding at most, so that a run may be resumed with
-    # other values.
+    # Where and how to run: results differ by rounding at most (but for "skip", once a step is not
+    # finite), so a run may be resumed with other values.
     config.runtime = ConfigDict()
     # Where TFDS keeps the dataset; "" means $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
     config.runtime.data_dir = ""

@@ -312,7 +312,9 @@ def test_damaged_files_of_a_run(tmp_path, config, name, text):
 def test_a_result_without_its_checkpoints(finished, config, tmp_path):
     workdir, *_ = finished
     shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
-    with pytest.raises(UserError, match=r"holds a run, but .*checkpoints no checkpoint of it"):
+    with pytest.raises(
+        UserError, match=r"holds a run, but .*checkpoints holds no checkpoint of it"
+    ):
         train_and_evaluate(config, tmp_path / "run")
 
 
