@@ -228,14 +228,14 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     check_batch(batch)
     batch_size = batch["label"].shape[0]
 
-    def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, tuple[Metrics, Any]]:
+    def mean_loss(params: Any, batch: Batch) -> tuple[jax.Array, tuple[Metrics, Any]]:
         logits, model_state = _forward(state, params, batch)
         losses = state.loss_fn(logits, batch["label"])
         metrics = Metrics.from_logits(losses, logits, batch["label"], metric_fns=state.metric_fns)
         return losses.astype(jnp.float32).sum() / batch_size, (metrics, model_state)
 
     def gradients(batch: Batch) -> tuple[Any, Metrics, Any]:
-        grads, (metrics, model_state) = jax.grad(loss_fn, has_aux=True)(state.params, batch)
+        grads, (metrics, model_state) = jax.grad(mean_loss, has_aux=True)(state.params, batch)
         return grads, metrics, model_state
 
     # The whole batch at once, unless this is a CPU and model and loss declare `per_example`.
@@ -244,7 +244,7 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     parts = {"image": batch["image"], "label": batch["label"], "index": index}
     grads, metrics, model_state = accumulate_microbatches(gradients, parts, plan)
     finite = _is_finite(metrics.sums["loss"], grads, in_one_piece=plan != WHOLE)
-    state = _apply_gradients(loss_fn, state, batch, grads, metrics, model_state, where=finite)
+    state = _apply_gradients(mean_loss, state, batch, grads, metrics, model_state, where=finite)
     return state, jax.tree.map(lambda one: jnp.where(finite, one, 0), metrics)
 
 
@@ -291,7 +291,7 @@ def _is_finite(loss: AnyArray, grads: Any, *, in_one_piece: bool) -> jax.Array:
 
 
 def _apply_gradients(
-    loss_fn: Callable[..., Any],
+    mean_loss: Callable[..., Any],
     state: TrainState,
     batch: Batch,
     grads: Any,
@@ -309,7 +309,7 @@ def _apply_gradients(
             state.opt_state,
             state.params,
             metrics.sums["loss"] / batch["label"].shape[0],
-            lambda params: loss_fn(params, batch)[0],
+            lambda params: mean_loss(params, batch)[0],
         )
         params = optax.apply_updates(state.params, updates)
         return params, model_state, as_before(opt_state, state.opt_state)

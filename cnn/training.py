@@ -156,7 +156,9 @@ def _train(
     """
     config, pipeline = experiment.config, experiment.pipeline
     checks = DivergenceChecks(experiment, checkpoints)
-    records, metrics = list(saved.get("records", [])), _restored_metrics(saved)
+    records = list(saved.get("records", []))
+    # Of the epoch in which the checkpoint was saved; None at its beginning.
+    metrics = Metrics(**saved["epoch_metrics"]) if "epoch_metrics" in saved else None
 
     def save(**about: Any) -> None:
         checks.check_weights(state)
@@ -236,11 +238,6 @@ def _train(
     with waiting("saving the last checkpoint"):
         checkpoints.wait_until_finished()
     return state, records
-
-
-def _restored_metrics(saved: dict[str, Any]) -> Metrics | None:
-    """The metrics of the epoch in which a checkpoint was saved; None at its beginning."""
-    return Metrics(**saved["epoch_metrics"]) if "epoch_metrics" in saved else None
 
 
 def _write(record: dict[str, Any], writers: list[Writer]) -> None:
