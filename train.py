@@ -1,6 +1,6 @@
 """Trains an image classifier: on CIFAR-10, or as another config says.
 
-The same command again continues the run, or says that it is finished.
+The same command again resumes the run, or says that it is finished.
 """
 
 import contextlib

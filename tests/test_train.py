@@ -133,7 +133,7 @@ def test_an_interrupted_run_continues_with_the_same_command(
         patch.setattr(cnn.training, "final_result", interrupt)
         code, _, err = train(*flags)
     assert (code, err.count("\n")) == (130, 1)
-    assert "the same command continues the run" in err
+    assert "the same command resumes the run" in err
     code, out, _ = train(*flags)
     assert code == 0
     assert "finished: test accuracy" in out

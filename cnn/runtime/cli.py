@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(
-    main: Callable[[list[str]], None], *, interrupted: str = "the same command continues the run"
+    main: Callable[[list[str]], None], *, interrupted: str = "the same command resumes the run"
 ) -> None:
     """Calls `main` with the flags of this process, and exits with a code if it fails.
 

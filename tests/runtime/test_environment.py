@@ -103,7 +103,7 @@ def test_an_environment_that_cannot_be_determined_costs_no_result(
     def fail(mesh):
         raise ValueError("no such processor\nat all")
 
-    monkeypatch.setattr("cnn.training.environment", fail)
+    monkeypatch.setattr("cnn.resume.environment", fail)
     config.num_epochs = 1
     _, result = cnn.train_and_evaluate(config, tmp_path)
     assert result["num_steps"] == 14

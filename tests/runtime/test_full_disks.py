@@ -226,7 +226,7 @@ def test_a_record_that_was_cut_short_by_a_full_disk(tmp_path, config, between_ca
 
     with pytest.MonkeyPatch.context() as patch:
         between_calls(3, fail)
-        with pytest.raises(cnn.UserError, match="the run cannot go on: No space left on device"):
+        with pytest.raises(cnn.UserError, match="the run cannot continue: No space left on device"):
             cnn.train_and_evaluate(config, tmp_path / "run")
     assert len((tmp_path / "run" / "metrics.jsonl").read_text()) == 20
     again, _ = cnn.train_and_evaluate(config, tmp_path / "run")

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import cnn
-from cnn.augment import augment
+from cnn.augment import create_augment
 from cnn.runtime.jax_settings import PINNED, pinned_settings
 from tests.helpers import short_config
 
@@ -70,7 +70,7 @@ def test_one_key_is_one_result_in_64_bit_mode_too():
         state = cnn.create_train_state(
             cnn.CNN(10, features=(4,), padding="SAME"), optax.adam(1e-3), key, (8, 8, 3)
         )
-        augmented = augment(key, jnp.asarray(images), flip=True, translate=2)
+        augmented = create_augment(flip=True, translate=2)(key, jnp.asarray(images))
         return augmented, cnn.epoch_permutation(key, 2, 1437), *jax.tree.leaves(state.params)
 
     usual = results()

@@ -44,7 +44,7 @@ def test_a_signal_saves_the_running_step(running, signum, code):
     saved = max(steps_in(run))
     assert line == (
         f"stopped by {signum.name} at step {saved:,} of 4,400,000, which is saved; the same "
-        f"command goes on from there"
+        f"command resumes there"
     )
     assert not (run / "result.json").exists()
     assert "Traceback" not in out + err
