@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, jaxprs_in_params
+from jax.extend.core import jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 
@@ -114,10 +114,10 @@ def has_convolution(fn: Callable[..., Any], *args: Any) -> bool:
       fn: of arrays.
       *args: pytrees of arrays or their shapes.
     """
-    return _convolves(jax.make_jaxpr(fn)(*args).jaxpr)
+    return _convolves(jax.make_jaxpr(fn)(*args))
 
 
-def _convolves(jaxpr: Jaxpr) -> bool:
+def _convolves(jaxpr: Any) -> bool:  # closed or not
     return any(
         eqn.primitive is jax.lax.conv_general_dilated_p
         or any(map(_convolves, jaxprs_in_params(eqn.params)))
