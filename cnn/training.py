@@ -200,7 +200,7 @@ def _train(
         while step < experiment.num_steps:
             if metrics is None:
                 progress.begin_epoch(step)
-            accumulator = MetricsAccumulator(step, metrics)
+            accumulator, signum = MetricsAccumulator(step, metrics), None
             for batches, num_steps in pipeline.batches(step, experiment.next_stop(step)):
                 step += num_steps
                 with progress.first_time(train_steps.what_compiles(num_steps), step):
@@ -210,7 +210,7 @@ def _train(
                 if progress.due() and len(accumulator.pending) > 1:
                     # All but the newest call: the devices compute it while the host reads.
                     progress.show(step - num_steps, fetch(accumulator, keep_newest=1))
-                if shutdown.requested():
+                if signum := shutdown.requested():
                     break
             metrics = fetch(accumulator)
             if step < experiment.num_steps and step % experiment.steps_per_epoch:
@@ -234,7 +234,10 @@ def _train(
                 save(test_accuracy=record["test_accuracy"])
                 progress.epoch(record)
                 metrics = None
-            _stop_if_requested(shutdown, checkpoints, experiment, step)
+            # A preemption notice is given once, so the answer is kept.
+            if signum := signum or shutdown.requested():
+                checkpoints.wait_until_finished()
+                raise _interrupted(signum, experiment, step)
     with waiting("saving the last checkpoint"):
         checkpoints.wait_until_finished()
     return state, records
@@ -250,17 +253,12 @@ def _write(record: dict[str, Any], writers: list[Writer]) -> None:
             writers.append(writer)
 
 
-def _stop_if_requested(
-    shutdown: GracefulShutdown, checkpoints: CheckpointManager, experiment: Experiment, step: int
-) -> None:
-    """Raises Interrupted after a signal; the state was saved before."""
-    if signum := shutdown.requested():
-        checkpoints.wait_until_finished()
-        raise Interrupted(
-            f"stopped by {signal.Signals(signum).name} at step {step:,} of "
-            f"{experiment.num_steps:,}, which is saved; the same command resumes there",
-            signum,
-        )
+def _interrupted(signum: int, experiment: Experiment, step: int) -> Interrupted:
+    return Interrupted(
+        f"stopped by {signal.Signals(signum).name} at step {step:,} of {experiment.num_steps:,}, "
+        f"which is saved; the same command resumes there",
+        signum,
+    )
 
 
 @contextlib.contextmanager
