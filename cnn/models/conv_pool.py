@@ -39,7 +39,7 @@ class ConvPool(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`float[B, H, W, C]` -> `float[B, H' // 2, W' // 2, K]`; see `convolved_shape`."""
         shape = self.kernel_size, self.kernel_size, x.shape[-1], self.features
-        kernel = self.param("kernel", self.kernel_init, shape)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         y = conv_general_dilated(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
@@ -50,7 +50,7 @@ class ConvPool(nn.Module):
             pool=2,
         )
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y += bias.astype(self.dtype).reshape(1, 1, 1, -1)
         return y
 

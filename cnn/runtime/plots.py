@@ -49,7 +49,8 @@ def plot_curves(
       ImportError: if matplotlib is not installed.
       OSError: if the file cannot be written.
     """
-    names = [name.removeprefix("train_") for name in records[-1] if name.startswith("train_")]
+    last = records[-1] if records else {"train_accuracy": 0.0, "train_loss": 0.0}
+    names = [name.removeprefix("train_") for name in last if name.startswith("train_")]
     names.sort(key=lambda name: name == "loss")  # the loss last
     with _figure(4.0 * len(names), 3.4, path, [title]) as figure:
         figure.suptitle(title, fontsize=11, parse_math=False)
