@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import platform
+import time
 from pathlib import Path
 from types import TracebackType, UnionType
 from typing import IO, Any
@@ -110,9 +111,8 @@ class RunDirectory:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            lock.seek(0)
             raise UserError(
-                f"{self.path} is being trained in by {lock.read().decode() or 'another process'}; "
+                f"{self.path} is being trained in by {_holder(lock)}; "
                 f"wait for it, stop it, or choose another --workdir"
             ) from error
         except OSError as error:
@@ -184,6 +184,16 @@ class RunDirectory:
     def _read(self, name: str, **required: type) -> dict[str, Any] | None:
         path = self.path / name
         return _parse_object(path.read_bytes(), path, **required) if path.exists() else None
+
+
+def _holder(lock: IO[bytes]) -> str:
+    """The process that holds a lock, which writes its name a moment after it has the lock."""
+    for _ in range(20):
+        lock.seek(0)
+        if name := lock.read().decode():
+            return name
+        time.sleep(0.05)
+    return "another process"
 
 
 def _line(record: dict[str, Any]) -> str:
