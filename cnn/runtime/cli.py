@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(
-    main: Callable[[list[str]], None], *, interrupted: str = "the same command resumes the run"
+    main: Callable[[list[str]], int | None], *, interrupted: str = "the same command resumes the run"
 ) -> None:
     """Calls `main` with the flags of this process, and exits with a code if it fails.
 
@@ -48,7 +48,7 @@ def run(
     is a bug and keeps its traceback. Output that cannot be written is dropped.
 
     Args:
-      main: a program that takes the words after its name.
+      main: a program that takes the words after its name, and returns its exit code or None for 0.
       interrupted: what Ctrl-C means for the program's results.
     """
     # Orbax and TFDS log through absl what does not concern the user of a program.
@@ -56,7 +56,8 @@ def run(
     sys.unraisablehook = _hide_pending_writes
     with lenient_streams():
         try:
-            main(sys.argv[1:])
+            if code := main(sys.argv[1:]):
+                sys.exit(code)
         except (UserError, OSError) as error:
             _exit(2, f"error: {one_line(str(error))}")
         except JaxRuntimeError as error:

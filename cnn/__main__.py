@@ -1,0 +1,40 @@
+"""`python -m cnn COMMAND`: what one does before and after training."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from cnn.commands import COMMANDS
+from cnn.registry import select
+from cnn.runtime import cli
+from cnn.runtime.signals import raise_on_signals
+
+_PROGRAM = "python -m cnn"
+
+
+def main(argv: list[str]) -> int | None:
+    """Runs the command that the first word names, with the rest as its flags."""
+    raise_on_signals()
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage())
+        return None
+    select("command", COMMANDS, name)
+    command = importlib.import_module(f"cnn.commands.{name.replace('-', '_')}")
+    parser = cli.Parser(f"{_PROGRAM} {name}", command.__doc__)
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(rest))
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    return (
+        f"usage: {_PROGRAM} COMMAND ...\n\n{rows}\n\n"
+        f"{_PROGRAM} COMMAND --help describes a command. Training: python train.py --help"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, interrupted="what was written before is complete")

@@ -1,0 +1,1 @@
+"""A trained run as a model: weights, class names and predictions."""
