@@ -10,6 +10,7 @@ from cnn.data.pipeline import DeviceSplit, Pipeline, epoch_permutation, normaliz
 from cnn.errors import Interrupted, UserError
 from cnn.evaluation import evaluate
 from cnn.execution import compile_train_steps
+from cnn.inference import TrainedModel, load_run
 from cnn.losses import CrossEntropy, create_loss
 from cnn.metrics import Metrics
 from cnn.models import CNN, create_model
@@ -44,6 +45,7 @@ __all__ = [
     "Pipeline",
     "Split",
     "TrainState",
+    "TrainedModel",
     "UserError",
     "batch_sharding",
     "compile_train_steps",
@@ -61,6 +63,7 @@ __all__ = [
     "limit_in_flight",
     "load_config",
     "load_dataset",
+    "load_run",
     "normalize",
     "predict_step",
     "replicated_sharding",

@@ -73,6 +73,7 @@ _RUN_FIELDS: dict[str, _RunField] = {
     ),
     "dataset.name": _RunField(str, valid=bool, must="name a dataset"),
     "dataset.normalization": _choice("scale", *NORMALIZATIONS),
+    "dataset.resize": _choice("crop", "crop", "stretch"),
     "batch_size": _at_least(1),
     "num_epochs": _RunField(
         float, valid=lambda value: 0 < value < 2**31, must="be more than 0, and below 2**31"

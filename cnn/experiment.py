@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -81,6 +81,23 @@ class Experiment:
     def steps_per_epoch(self) -> int:
         """Whole batches in the train split."""
         return self.pipeline.steps_per_epoch
+
+    @property
+    def dataset_record(self) -> dict[str, Any]:
+        """What a model needs to know of its dataset later, as JSON values: `dataset.json`."""
+        data = self.dataset
+        return {
+            "name": data.name,
+            "class_names": list(data.class_names),
+            "image_shape": list(data.image_shape),
+            "mean": data.mean.tolist(),
+            "std": data.std.tolist(),
+            "normalization": self.config.dataset.normalization,
+            "resize": self.config.dataset.resize,
+            "train_count": len(data.train),
+            "test_count": len(data.test),
+            "fingerprint": data.fingerprint,
+        }
 
     @property
     def _accumulation(self) -> int:
@@ -216,7 +233,7 @@ def create_experiment(
         given["schedule"] = {}  # an optimizer has its own, if any
     if dataset is None:
         with waiting(f"loading {config.dataset.name}"):
-            dataset = load_dataset(config.dataset.name, config.runtime.data_dir or None)
+            dataset = load_config_dataset(config.to_dict())
     else:
         normalization = config.dataset.normalization
         given["dataset"] = {"object": dataset.name, "normalization": normalization}
@@ -253,6 +270,15 @@ def create_experiment(
         warmup_updates=warmup_updates,
         given=given,
     )
+
+
+def load_config_dataset(config: Mapping[str, Any]) -> Dataset:
+    """Loads the dataset that a checked config names.
+
+    Raises:
+      UserError: as for `load_dataset`.
+    """
+    return load_dataset(config["dataset"]["name"], config["runtime"]["data_dir"] or None)
 
 
 def _check_passed(*, model: Any, tx: Any, loss_fn: Any, augment: Any, dataset: Any) -> None:

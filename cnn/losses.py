@@ -77,6 +77,10 @@ class SigmoidCrossEntropy:
 
     per_example: ClassVar[bool] = True
 
+    def probabilities(self, logits: Float[AnyArray, "B K"]) -> Float[Array, "B K"]:
+        """The sigmoid of each logit: these do not add up to 1."""
+        return jax.nn.sigmoid(logits)
+
     def __call__(
         self, logits: Float[AnyArray, "B K"], labels: Integer[AnyArray, " B"]
     ) -> Float[Array, " B"]:
@@ -155,3 +159,8 @@ def create_loss(name: str, **fields: Any) -> LossFn:
 def evaluation_loss(loss_fn: LossFn) -> LossFn:
     """The loss that the test images are scored with: `for_evaluation` where a loss has that."""
     return getattr(loss_fn, "for_evaluation", loss_fn)
+
+
+def probabilities(loss_fn: LossFn, logits: Float[AnyArray, "B K"]) -> Float[Array, "B K"]:
+    """The probabilities of the classes: the softmax, or `loss_fn.probabilities` if it has that."""
+    return getattr(loss_fn, "probabilities", jax.nn.softmax)(logits)

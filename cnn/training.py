@@ -115,7 +115,7 @@ def train_and_evaluate(
                 if not is_complete:
                     run.lock()  # a finished run whose last checkpoint is damaged is trained again
                     run.delete_result()
-                    saved |= {"config": recorded, "dataset": experiment.dataset.fingerprint}
+                    saved |= {"config": recorded, "dataset": experiment.dataset_record}
                     saved["environments"] = environments_of_parts(
                         experiment, int(state.step), saved
                     )
@@ -178,6 +178,7 @@ def _train(
             save()
             checkpoints.wait_until_finished()
     run.begin(saved["config"], records)
+    run.write("dataset.json", saved["dataset"])
     with warning_on_failure("environment.json is not written"):
         *earlier, now = saved["environments"]
         run.write("environment.json", {**now, "earlier": earlier})

@@ -403,19 +403,12 @@ class CheckpointManager:
 
     def _into(self, state: _State, step: int, arrays: dict[str, Any]) -> _State:
         """The state with the arrays of a step, in its structure and on its devices."""
-        mine, theirs = leaves.by_path(state.arrays), leaves.by_path(arrays)
-        wrong = [
-            f"{path}: {theirs_type} -> {my_type}"
-            for path in sorted({*mine, *theirs}, key=lambda path: (path[:6] != "params", path))
-            if (theirs_type := leaves.leaf_type(theirs.get(path)))
-            != (my_type := leaves.leaf_type(mine.get(path)))
-        ]
-        if wrong:
-            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        if wrong := leaves.differences(arrays, state.arrays):
             raise UserError(
                 f"checkpoint {self._folder(step)} is of another model or optimizer "
-                f"({'; '.join(wrong[:4])}{more})"
+                f"({leaves.first_of(wrong)})"
             )
+        mine, theirs = leaves.by_path(state.arrays), leaves.by_path(arrays)
         structure = jax.tree.structure(state.arrays)
         values = [leaves.like(leaf, theirs[path]) for path, leaf in mine.items()]
         return state.replace(**jax.tree.unflatten(structure, values))

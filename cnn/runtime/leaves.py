@@ -113,6 +113,30 @@ def leaf_type(leaf: Any) -> str:
     return array_type(leaf if hasattr(leaf, "dtype") else np.asarray(leaf))
 
 
+def differences(theirs: Any, mine: Any) -> list[str]:
+    """The leaves of two trees that differ in dtype or shape, or that only one of them has.
+
+    Returns:
+      A line for each, "path: type in theirs -> type in mine", parameters first.
+    """
+    old, new = by_path(theirs), by_path(mine)
+    return [
+        f"{path}: {old_type} -> {new_type}"
+        for path in sorted({*old, *new}, key=lambda path: (path[:6] != "params", path))
+        if (old_type := leaf_type(old.get(path))) != (new_type := leaf_type(new.get(path)))
+    ]
+
+
+def first_of(lines: list[str]) -> str:
+    """At most four lines in one, for a message.
+
+    >>> first_of(list("abcdef"))
+    'a; b; c; d and 2 more'
+    """
+    more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
+    return f"{'; '.join(lines[:4])}{more}"
+
+
 def like(fresh: Any, value: Any) -> Any:
     """Makes a value that a compiled function accepts in place of the fresh leaf.
 

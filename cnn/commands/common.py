@@ -1,0 +1,90 @@
+"""Flags and steps that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cnn.data import Dataset
+from cnn.errors import UserError
+from cnn.evaluation import TEST_TIME_VIEWS
+from cnn.experiment import load_config_dataset
+from cnn.inference import TrainedModel, load_run
+from cnn.runtime.compile_cache import compilation_cache
+from cnn.runtime.devices import PLATFORMS
+from cnn.runtime.disk import write_error
+from cnn.runtime.screen import log_warning, waiting
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that select a checkpoint of a run and the devices."""
+    parser.add_argument("run", metavar="RUN", help="a run directory, such as checkpoints/baseline")
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="WHICH",
+        help="latest, best (by test accuracy) or a step (default: latest)",
+    )
+    parser.add_argument(
+        "--platform", default="auto", choices=PLATFORMS, help="the devices (default: the fastest)"
+    )
+
+
+def add_tta_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag of test-time augmentation."""
+    parser.add_argument(
+        "--tta",
+        default="none",
+        choices=TEST_TIME_VIEWS,
+        help="test-time augmentation: the mean logits of several views (default: none)",
+    )
+
+
+@contextlib.contextmanager
+def opened_run(arguments: argparse.Namespace) -> Iterator[TrainedModel]:
+    """The run of `add_run_arguments`; compiled programs are cached within."""
+    with compilation_cache(True):
+        with waiting("loading the run", sys.stderr):
+            run = load_run(arguments.run, arguments.checkpoint, platform=arguments.platform)
+        yield run
+
+
+def run_dataset(run: TrainedModel) -> Dataset:
+    """Loads the dataset that a run was trained on.
+
+    Raises:
+      UserError: a script passed the dataset, or it cannot be loaded, or it has other classes.
+    """
+    if "object" in run.config["dataset"]:
+        raise UserError(
+            f"{run.path} was trained on {run.dataset['name']}, a dataset that a script passed: "
+            f"score it there, with cnn.load_run and cnn.evaluate"
+        )
+    with waiting(f"loading {run.dataset['name']}", sys.stderr):
+        dataset = load_config_dataset(run.config)
+    if dataset.class_names != run.class_names or dataset.image_shape != run.image_shape:
+        raise UserError(
+            f"{dataset.name} has other classes or another image size now than when {run.path} was "
+            f"trained on it"
+        )
+    if dataset.fingerprint != run.dataset["fingerprint"]:
+        log_warning(f"the images of {dataset.name} are not those that the run was trained on")
+    return dataset
+
+
+def output_folder(path: Path) -> Path:
+    """Creates a folder for results; raises UserError if that is not possible."""
+    if (error := write_error(path)) is not None:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def print_json(value: Any) -> None:
+    """Prints a JSON document to standard output."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
