@@ -21,3 +21,19 @@ def read_images(
                 yield to_array(im, size=size, channels=channels)
         except OSError as e:
             yield UnreadableImageError(str(e))
+
+
+def is_image(content: bytes) -> bool:
+    import io
+
+    try:
+        PIL.Image.open(io.BytesIO(content)).close()
+    except OSError:
+        return False
+    return True
+
+
+def find_images(folder: Any) -> list[Any]:
+    return sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in PIL.Image.registered_extensions()
+    )

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from cnn.runtime.disk import local_path
+from cnn.scores import Calibration
 
 # Blue and vermilion of Okabe & Ito's palette differ for every kind of colour vision and in
 # lightness. Line style and marker differ too, for a print in grey.
@@ -81,6 +82,7 @@ def plot_samples(
     path: str | os.PathLike[str],
     *,
     title: str,
+    confidence: np.ndarray | None = None,
 ) -> None:
     """Draws a grid of images with their predicted class and, where it differs, the true class.
 
@@ -92,6 +94,7 @@ def plot_samples(
       class_names: by label; shown as they are, without any markup.
       path: the PNG file.
       title: shown above the grid.
+      confidence: `float[N]`, the probabilities of the predicted classes; shown if given.
 
     Raises:
       ImportError: if matplotlib is not installed.
@@ -105,14 +108,89 @@ def plot_samples(
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes in grid:
             axes.axis("off")
-        for axes, image, label, prediction in zip(grid, images, labels, predictions, strict=False):
+        for index, (axes, image) in enumerate(zip(grid, images, strict=False)):
+            label, prediction = labels[index], predictions[index]
             axes.imshow(_pixels(image), interpolation="nearest")
-            if label == prediction:
-                text, style = f"{class_names[prediction]}", {"color": "black"}
-            else:
-                text = f"{class_names[prediction]}\nnot {class_names[label]}"
+            text, style = f"{class_names[prediction]}", {"color": "black"}
+            if confidence is not None:
+                text += f" {100 * confidence[index]:.0f} %"
+            if label != prediction:
+                text += f"\nnot {class_names[label]}"
                 style = {"color": "#D55E00", "fontweight": "bold"}
             axes.set_title(_folded(text), fontsize=8, parse_math=False, **style)
+
+
+def plot_confusion(
+    confusion: np.ndarray, class_names: Sequence[str], path: str | os.PathLike[str], *, title: str
+) -> None:
+    """Draws a confusion matrix: colours are fractions of the true class, numbers are images.
+
+    Args:
+      confusion: `int[K, K]`, rows are true classes, columns are predicted ones.
+      class_names: by label. Beyond 40 classes neither names nor numbers are shown.
+      path: the PNG file.
+      title: shown above.
+
+    Raises:
+      ImportError: if matplotlib is not installed.
+      OSError: if the file cannot be written.
+    """
+    number = len(class_names)
+    has_text = number <= 40
+    size = 3 + 0.42 * number if has_text else 8
+    with _figure(size + 0.6, size, path, [title, *class_names]) as figure:
+        figure.suptitle(title, fontsize=11, parse_math=False)
+        axes = figure.subplots()
+        shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+        picture = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+        figure.colorbar(picture, ax=axes, label="% of the true class", shrink=0.8)
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("true class")
+        if not has_text:
+            return
+        names = [_folded(name) for name in class_names]
+        axes.set_xticks(range(number), names, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(range(number), names, parse_math=False)
+        for (row, column), count in np.ndenumerate(confusion):
+            if count:
+                color = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, f"{count}", ha="center", va="center", color=color, size=7)
+
+
+def plot_reliability(calibration: Calibration, path: str | os.PathLike[str], *, title: str) -> None:
+    """Draws accuracy against confidence in bins, and how many images each bin has.
+
+    Args:
+      calibration: of the predictions.
+      path: the PNG file.
+      title: shown above.
+
+    Raises:
+      ImportError: if matplotlib is not installed.
+      OSError: if the file cannot be written.
+    """
+    bins = len(calibration.counts)
+    edges = 100 * (np.arange(bins) + 0.5) / bins
+    bar = {"width": 100 / bins, "edgecolor": "white"}
+    with _figure(5.0, 5.5, path, [title]) as figure:
+        figure.suptitle(_folded(title, 60), fontsize=11, parse_math=False)
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        accuracy = 100 * np.nan_to_num(calibration.accuracy)
+        upper.bar(edges, accuracy, color=_TRAIN["color"], label="accuracy", **bar)
+        upper.plot([0, 100], [0, 100], color="black", linestyle=":", label="perfectly calibrated")
+        known = calibration.counts > 0
+        marks = {"color": _TEST["color"], "marker": "s", "linestyle": "none", "markersize": 4}
+        confidence = 100 * calibration.confidence[known]
+        upper.plot(confidence, accuracy[known], label="at the mean confidence", **marks)
+        upper.set_ylabel("accuracy (%)")
+        upper.set_ylim(0, 100)
+        upper.legend(frameon=False, loc="upper left")
+        lower.bar(edges, calibration.counts, color="0.6", **bar)
+        lower.set_ylabel("images")
+        lower.set_xlabel("confidence (%)")
+        lower.set_xlim(0, 100)
+        for axes in (upper, lower):
+            axes.spines[["top", "right"]].set_visible(False)
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
@@ -123,11 +201,11 @@ def _pixels(image: np.ndarray) -> np.ndarray:
     return image[..., [0, 0, 0, 1] if channels == 2 else [0, 0, 0]]
 
 
-def _folded(text: str) -> str:
+def _folded(text: str, length: int = _LINE_LENGTH) -> str:
     """Wraps a text into lines that fit above an image, and escapes what cannot be encoded."""
     lines = text.encode("utf-8", "backslashreplace").decode().split("\n")
     fold = textwrap.TextWrapper(
-        _LINE_LENGTH, expand_tabs=False, replace_whitespace=False, drop_whitespace=False
+        length, expand_tabs=False, replace_whitespace=False, drop_whitespace=False
     )
     return "\n".join(piece for line in lines for piece in fold.wrap(line) or [line])
 
