@@ -184,7 +184,7 @@ def plot_reliability(calibration: Calibration, path: str | os.PathLike[str], *, 
         upper.plot(confidence, accuracy[known], label="at the mean confidence", **marks)
         upper.set_ylabel("accuracy (%)")
         upper.set_ylim(0, 100)
-        upper.legend(frameon=False, loc="upper left")
+        upper.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
         lower.bar(edges, calibration.counts, color="0.6", **bar)
         lower.set_ylabel("images")
         lower.set_xlabel("confidence (%)")

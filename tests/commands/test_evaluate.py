@@ -1,0 +1,133 @@
+import csv
+import json
+import os
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import cnn
+from tests.helpers import short_config
+
+FILES = {"evaluation.json", "predictions.csv", "predictions.npz"}
+PICTURES = {"confusion.png", "reliability.png", "mistakes.png"}
+
+
+def test_figures_and_files(command, own_copy):
+    code, out, _ = command("evaluate", own_copy)
+    result = json.loads((own_copy / "result.json").read_text())
+    folder = own_copy / "evaluation" / "test"
+    assert code == 0
+    assert {path.name for path in folder.iterdir()} == FILES | PICTURES
+    figures = json.loads((folder / "evaluation.json").read_text())
+    assert figures["accuracy"] == result["test_accuracy"]
+    assert figures["loss"] == pytest.approx(result["test_loss"], rel=1e-6)
+    assert figures["count"] == 360 == sum(row["count"] for row in figures["classes"])
+    assert f"accuracy: {100 * figures['accuracy']:.2f} %, 95 % interval" in out
+    assert "confusion (rows: true class, columns: predicted class)" in out
+    assert all(len(line) <= 79 for line in out.splitlines() if "/" not in line)
+    for name in PICTURES:
+        with PIL.Image.open(folder / name) as picture:
+            assert min(picture.size) > 400
+
+
+def test_predictions_can_be_scored_again(command, own_copy, digits):
+    command("evaluate", own_copy)
+    folder = own_copy / "evaluation" / "test"
+    with np.load(folder / "predictions.npz") as stored:
+        logits, labels = stored["logits"], stored["labels"]
+        assert tuple(stored["class_names"]) == digits.class_names
+        assert str(stored["fingerprint"]) == digits.fingerprint
+    np.testing.assert_array_equal(labels, digits.test.labels)
+    with open(folder / "predictions.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["prediction"] for row in rows] == [digits.class_names[i] for i in logits.argmax(-1)]
+    right = sum(int(row["correct"]) for row in rows)
+    assert right / 360 == json.loads((folder / "evaluation.json").read_text())["accuracy"]
+
+
+def test_json_and_options(command, own_copy, tmp_path):
+    options = (
+        "--json",
+        "--split",
+        "train",
+        "--tta",
+        "flip",
+        "--checkpoint",
+        "best",
+        "--top-k",
+        "2",
+    )
+    code, out, err = command("evaluate", own_copy, *options)
+    figures = json.loads(out)
+    assert code == 0, err
+    assert (figures["count"], figures["split"], figures["tta"]) == (1437, "train", "flip")
+    assert figures["top2_accuracy"] >= figures["accuracy"]
+    assert (own_copy / "evaluation" / "train-best-flip" / "evaluation.json").exists()
+    code, _, _ = command("evaluate", own_copy, "--output", tmp_path / "elsewhere")
+    assert code == 0
+    assert (tmp_path / "elsewhere" / "predictions.csv").exists()
+
+
+def test_many_classes_are_shown_as_pairs(command, tmp_path, digits):
+    split = cnn.Split(digits.test.images, digits.test.labels + 30)
+    names = tuple(f"class number {i}" for i in range(45))
+    data = cnn.Dataset.from_splits("many", train=split, test=split, class_names=names)
+    config = short_config()
+    config.num_epochs = 1
+    config.metrics = ("accuracy", "top5_accuracy")
+    cnn.train_and_evaluate(config, tmp_path / "run", dataset=data)
+    code, _, err = command("evaluate", tmp_path / "run")
+    assert code == 2
+    assert "a dataset that a script passed: score it there" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top-k", "0"], "--top-k=0 must be 1 or more"),
+        (["--checkpoint", "7"], "has no checkpoint '7'"),
+        (["--split", "val"], "invalid choice"),
+        (["--output", "/proc/x"], "choose another --output"),
+        (["--outptu", "x"], "unrecognized arguments"),
+    ],
+)
+def test_mistakes_are_one_line(command, trained_run, flags, message):
+    code, out, err = command("evaluate", trained_run, *flags)
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_other_images_are_a_warning(command, own_copy, monkeypatch, digits):
+    other = cnn.Dataset.from_splits(
+        "digits",
+        train=digits.test,
+        test=cnn.Split(digits.test.images[:7], digits.test.labels[:7]),
+        class_names=digits.class_names,
+    )
+    monkeypatch.setattr("cnn.commands.common.load_config_dataset", lambda _: other)
+    code, out, err = command("evaluate", own_copy)
+    assert code == 0
+    assert "7 test images" in out
+    assert "warning: the images of digits are not those that the run was trained on" in err
+
+
+def test_a_picture_that_fails_is_a_warning(command, own_copy, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no fonts")
+
+    monkeypatch.setattr("cnn.commands.evaluate.plot_confusion", fail)
+    code, out, err = command("evaluate", own_copy)
+    assert code == 0
+    assert "accuracy:" in out
+    assert "warning: confusion.png is not drawn (no fonts)" in err
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_run_that_is_read_only(command, own_copy):
+    own_copy.chmod(0o500)
+    code, _, err = command("evaluate", own_copy)
+    own_copy.chmod(0o700)
+    assert code == 2
+    assert "choose another --output" in err
