@@ -163,15 +163,14 @@ def load_images(
     if not (paths := list(paths)):
         raise UserError("there are no images to load: give at least one path")
     size = parse_image_size(image_size)
-    images, unreadable = None, []
+    images, first, unreadable = None, paths[0], []
     found = read_images(paths, size=size, channels=channels, resize=resize)
     for index, (path, image) in enumerate(zip(paths, found, strict=True)):
         if isinstance(image, UnreadableImageError):
             unreadable.append((os.fsdecode(path), str(image)))
             continue
         if images is None:
-            images = np.empty((len(paths), *image.shape), np.uint8)
-            first = path
+            images, first = np.empty((len(paths), *image.shape), np.uint8), path
         if image.shape != images.shape[1:]:
             raise UserError(
                 f"the images have several sizes, such as {size_text(images.shape[1:])} "
@@ -213,7 +212,7 @@ def is_image_size(value: Any) -> bool:
 
 def _is_side(value: Any) -> bool:
     is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return is_number and 1 <= value < 2**16
+    return is_number and bool(1 <= value < 2**16)
 
 
 def size_text(shape: Sequence[int]) -> str:
