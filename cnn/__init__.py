@@ -5,7 +5,7 @@ Importing it starts no backend, reads no flag and touches no file.
 
 from cnn.augment import create_augment
 from cnn.config import load_config
-from cnn.data import Dataset, Split, load_dataset
+from cnn.data import Dataset, Split, load_dataset, load_folder, load_images
 from cnn.data.pipeline import DeviceSplit, Pipeline, epoch_permutation, normalize
 from cnn.errors import Interrupted, UserError
 from cnn.evaluation import evaluate
@@ -63,6 +63,8 @@ __all__ = [
     "limit_in_flight",
     "load_config",
     "load_dataset",
+    "load_folder",
+    "load_images",
     "load_run",
     "normalize",
     "predict_step",

@@ -1,9 +1,7 @@
-"""The commands of `python -m cnn`: each is the module of its name, with the functions
+"""The commands of `python -m cnn`: each is the module of its name.
 
-- `add_arguments(parser)`: adds the command's flags;
-- `run(arguments)`: does the work, and returns the exit code, or None for 0.
-
-The module's docstring is the command's help. A new command is a file here and a row in `COMMANDS`.
+It has two functions: `add_arguments(parser)` adds the command's flags, and `run(arguments)` does
+the work and returns the exit code, or None for 0. The module's docstring is the command's help. A new command is a file here and a row in `COMMANDS`.
 """
 
 # By the name that a person types; a module has an underscore for a hyphen.

@@ -49,6 +49,14 @@ from cnn.scores import (
     top_k_accuracy,
 )
 
+_FILES = (
+    "evaluation.json",
+    "predictions.csv",
+    "predictions.npz",
+    "confusion.png",
+    "reliability.png",
+    "mistakes.png",
+)
 _NUM_MISTAKES = 24
 _MOST_CONFUSED = 10  # pairs of classes, where the matrix does not fit the screen
 
@@ -236,7 +244,7 @@ def _text(figures: Mapping[str, Any], confusion: np.ndarray, folder: Path) -> st
         "",
         *_confusion_text([row["name"] for row in figures["classes"]], confusion),
         "",
-        f"see {shown(folder)}: {', '.join(sorted(p.name for p in folder.iterdir() if p.is_file()))}",
+        f"see {shown(folder)}: {', '.join(name for name in _FILES if (folder / name).exists())}",
     ]
     return "\n".join(lines)
 

@@ -24,7 +24,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from cnn.commands.common import add_run_arguments, add_tta_argument, opened_run
-from cnn.data.images import UnreadableImageError, find_images, is_image, read_images
+from cnn.data.images import UnreadableImageError, is_image, read_images
+from cnn.data.layout import picture_files
 from cnn.errors import UserError, one_line
 from cnn.inference import TrainedModel
 from cnn.runtime.screen import counted, log_warning, waiting
@@ -95,7 +96,7 @@ def _sources(arguments: Sequence[str]) -> Iterator[tuple[str, Path | bytes]]:
             for line in filter(None, map(str.strip, lines)):
                 yield line, Path(line)
         elif Path(argument).is_dir():
-            for path in find_images(Path(argument)):
+            for path in picture_files(Path(argument)):
                 yield str(path), path
         else:
             yield argument, Path(argument)

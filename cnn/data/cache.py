@@ -1,8 +1,8 @@
-"""The decode-once cache: the arrays of a prepared dataset as .npy files, which later starts map.
+"""The decode-once cache: the arrays of a dataset as .npy files, which later starts map.
 
-A folder per prepared dataset holds the four arrays and `meta.json`. It is written beside its place
-and appears by one rename. It is not synced to the disk: after a power failure its checksums show
-whether it is whole.
+A folder per dataset and settings holds the four arrays and `meta.json`. It is written beside its
+place and appears by one rename. It is not synced to the disk: after a power failure its checksums
+show whether it is whole.
 
 Each start checks every byte. It does so by CRC-32 and not by `Dataset.fingerprint`, because CRC-32
 needs 0.03 s for CIFAR-10 on two cores, and SHA-256 0.1 s, or 0.5 s on processors without
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -22,6 +23,7 @@ import secrets
 import shutil
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,6 @@ from cnn.errors import one_line
 from cnn.runtime.disk import cache_directory
 from cnn.runtime.screen import log_warning
 
-_FORMAT = 2
 _META = "meta.json"
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _CHUNK = 1 << 22
@@ -43,19 +44,85 @@ class UnreadableError(Exception):
     """The cache exists but cannot be opened or read now; `args` are its folder and the reason."""
 
 
-def load(prepared: Path, name: str) -> Dataset | None:
-    """The decoded arrays of a prepared dataset, mapped read-only.
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What has a place of its own in the cache.
 
-    Returns None if there is no cache, if the prepared files were changed since it was written, or
-    if it is damaged, which a warning says. Every byte is checked.
+    Attributes:
+      source: the folder that the images come from.
+      settings: how the arrays are made of them, as JSON values; () is the usual way. Other settings
+        have another place, so that they do not replace each other.
+    """
+
+    source: Path
+    settings: tuple[Any, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """The place."""
+        source = self.source.resolve()
+        digest = hashlib.sha256(os.fsencode(source))
+        if self.settings:
+            digest.update(b"\0" + json.dumps(self.settings).encode())
+        # One name per key, so that a new cache replaces the stale one.
+        name = re.sub(r"[^\w.]", "_", f"{source.parent.name}-{source.name}")[-100:]
+        return cache_directory() / "decoded" / f"{name}-{digest.hexdigest()[:16]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """What the cache holds for a key.
+
+    Attributes:
+      dataset: its arrays are mapped read-only.
+      identity: what the source was when they were made, as JSON values.
+      details: what else was stored with them, as JSON values.
+    """
+
+    dataset: Dataset
+    identity: Any
+    details: Any
+
+
+def load_or_decode(
+    key: Key, name: str, identity: Any, decode: Callable[[Cached | None], Cached]
+) -> Cached:
+    """Loads the arrays from the cache if they are current, else decodes and stores them.
+
+    Args:
+      key: their place.
+      name: of the dataset.
+      identity: what the source is now, as JSON values: with another one they are not current.
+      decode: takes what is in the cache, which is not current, or None.
+    """
+    try:
+        cached = load(key, name)
+        if cached is not None and cached.identity == identity:
+            return cached
+        decoded = decode(cached)
+        if store(key, decoded):
+            return load(key, name) or decoded
+    except UnreadableError as error:
+        folder, reason = error.args
+        fault = f"the decoded images in {folder} cannot be read ({reason})"
+        advice = "they are decoded again, and the folder is kept (XDG_CACHE_HOME moves the cache)"
+        log_warning(one_line(f"{fault}; {advice}"))
+        decoded = decode(None)
+    return decoded
+
+
+def load(key: Key, name: str) -> Cached | None:
+    """What the cache holds for a key, current or not.
+
+    Returns None if there is nothing, or if it is damaged, which a warning says. Every byte is
+    checked.
 
     Raises:
       UnreadableError: the cache cannot be read for a reason other than damage and should be kept.
-      OSError: the prepared files cannot be read.
     """
-    folder, identity = _folder(prepared), _identity(prepared)
+    folder = key.folder
     try:
-        return _read(folder, identity, name)
+        return _read(folder, name)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -66,20 +133,18 @@ def load(prepared: Path, name: str) -> Dataset | None:
         return None
 
 
-def _read(folder: Path, identity: list[Any], name: str) -> Dataset | None:
+def _read(folder: Path, name: str) -> Cached:
     """As `load`; raises ValueError or the like for damage."""
     meta = json.loads((folder / _META).read_bytes())
     if meta.pop("crc32") != _meta_checksum(meta):
         raise ValueError(f"{_META} was changed")
-    if meta["identity"] != identity:
-        return None
     arrays = []
     for array, checksums in zip(_ARRAYS, meta["checksums"], strict=True):
         file = folder / f"{array}.npy"
         if _checksums(file) != checksums:
             raise ValueError(f"{file.name} was changed")
         arrays.append(np.asarray(np.load(file, mmap_mode="r")))
-    return Dataset(
+    dataset = Dataset(
         name=name,
         train=Split(*arrays[:2]),
         test=Split(*arrays[2:]),
@@ -88,17 +153,18 @@ def _read(folder: Path, identity: list[Any], name: str) -> Dataset | None:
         std=np.array(meta["std"], np.float32),
         fingerprint=meta["fingerprint"],
     )
+    return Cached(dataset, meta["identity"], meta.get("details"))
 
 
-def store(prepared: Path, dataset: Dataset) -> bool:
-    """Writes the cache of a prepared dataset; a warning says if that is not possible."""
-    folder, identity = _folder(prepared), _identity(prepared)
+def store(key: Key, cached: Cached) -> bool:
+    """Writes what `load` returns; a warning says if that is not possible."""
+    folder = key.folder
     temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(6)}.tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _delete_abandoned(folder)
         (temporary / "new").mkdir(parents=True)
-        _write(temporary / "new", identity, dataset)
+        _write(temporary / "new", cached)
         with contextlib.suppress(FileNotFoundError):
             folder.rename(temporary / "old")  # stale or damaged
         try:
@@ -117,14 +183,16 @@ def store(prepared: Path, dataset: Dataset) -> bool:
     return True
 
 
-def _write(folder: Path, identity: list[Any], dataset: Dataset) -> None:
+def _write(folder: Path, cached: Cached) -> None:
+    dataset = cached.dataset
     splits = (dataset.train, dataset.test)
     arrays = [array for split in splits for array in (split.images, split.labels)]
     files = [folder / f"{name}.npy" for name in _ARRAYS]
     for file, array in zip(files, arrays, strict=True):
         np.save(file, array)
     meta = {
-        "identity": identity,
+        "identity": cached.identity,
+        "details": cached.details,
         "class_names": dataset.class_names,
         "mean": dataset.mean.tolist(),
         "std": dataset.std.tolist(),
@@ -143,26 +211,6 @@ def _delete_abandoned(folder: Path) -> None:
         for temporary in folder.parent.glob(f"{folder.name}.*.tmp"):
             if time.time() - temporary.stat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _folder(prepared: Path) -> Path:
-    resolved = prepared.resolve()
-    digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]
-    # One name per prepared dataset, so that a new cache replaces the stale one.
-    name = re.sub(r"[^\w.]", "_", f"{resolved.parent.name}-{resolved.name}")
-    return cache_directory() / "decoded" / f"{name}-{digest}"
-
-
-def _identity(prepared: Path) -> list[Any]:
-    """What must be unchanged for the cache of a prepared dataset to be current."""
-    # Another process may be writing SHA256SUMS at this moment, as a temporary file.
-    files = sorted(e for e in prepared.iterdir() if e.is_file() and e.suffix != ".tmp")
-    return [
-        _FORMAT,
-        str(prepared.resolve()),
-        hashlib.sha256((prepared / "dataset_info.json").read_bytes()).hexdigest(),
-        [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-    ]
 
 
 def _checksums(file: Path) -> list[int]:

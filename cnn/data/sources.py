@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib.util
 import io
 import json
@@ -17,8 +18,11 @@ import numpy as np
 
 from cnn.data import cache
 from cnn.data.dataset import Dataset, Split
+from cnn.data.holdout import hold_out
+from cnn.data.images import UnreadableImageError, read_images, to_array
 from cnn.data.prepare import DatasetSpec, check_label_names, find, first_line, prepare
-from cnn.errors import UserError, one_line
+from cnn.data.settings import TEST_FRACTION, Settings
+from cnn.errors import UserError
 from cnn.runtime.checksums import CHECKSUMS, read_through, verify_checksums
 from cnn.runtime.disk import (
     cache_directory,
@@ -27,14 +31,24 @@ from cnn.runtime.disk import (
     is_writable,
     resolve_path,
 )
-from cnn.runtime.screen import counted, log_warning, waiting
+from cnn.runtime.screen import counted, waiting
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
+_FORMAT = 2
+_TESTED = ("test", "validation")  # the names of a split for testing, the first comes first
 _BATCH = 256  # records read at a time
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
-def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+def load_dataset(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    image_size: int | tuple[int, int] = 0,
+    resize: str = "crop",
+    test_fraction: float = TEST_FRACTION,
+    split_seed: int = 0,
+) -> Dataset:
     """Loads an image-classification dataset into arrays, preparing it on the first call.
 
     >>> data = load_dataset("digits")
@@ -44,12 +58,18 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
     The first call downloads and prepares the dataset (cifar10, cifar100, mnist, fashion_mnist and
     digits do not need TensorFlow) and stores the decoded arrays in the user's cache folder. Later
     calls map them into memory. The test split is the one named "test" or, if there is none,
-    "validation".
+    "validation", or else a part of "train".
 
     Args:
       name: `name[/config][:version]` of a TFDS dataset, or "digits" (in scikit-learn, no download).
       data_dir: the directory of TFDS datasets; by default `$TFDS_DATA_DIR` or
         `~/tensorflow_datasets`. It may be read-only if it holds the dataset.
+      image_size: height and width of the images, or one number for both; 0 keeps their size, which
+        must be the same for all.
+      resize: "crop" takes the largest centred part that has the proportions of image_size,
+        "stretch" the whole picture.
+      test_fraction: of each class, for a dataset without a test split.
+      split_seed: another one puts other images into such a test split.
 
     Returns:
       A `Dataset` of images uint8[N, H, W, C] and labels int32[N], which are read-only.
@@ -60,31 +80,61 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
         The message is one line and says what to do.
     """
     spec = DatasetSpec.parse(name)
+    how = Settings.checked(image_size, resize, test_fraction, split_seed)
+    try:
+        prepared = prepare_dataset(name, data_dir)
+        identity = _identity(prepared, how)
+        found = cache.load_or_decode(
+            cache.Key(prepared, how.as_json()),
+            spec.title,
+            identity,
+            lambda _: cache.Cached(_decode(prepared, spec.title, how), identity, None),
+        )
+    except OSError as error:
+        raise UserError(f"{name}: {error}") from error
+    return found.dataset
+
+
+def prepare_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Downloads and prepares a dataset if it is not in the data directory yet.
+
+    Args:
+      name: as for `load_dataset`, as `data_dir` is.
+      data_dir: the directory of TFDS datasets.
+
+    Returns:
+      The folder of the prepared files.
+
+    Raises:
+      UserError: as for `load_dataset`.
+    """
+    spec = DatasetSpec.parse(name)
     try:
         cache_directory()  # its errors come before anything is written
-        return _load_or_decode(_find_or_prepare(_data_dir(data_dir), spec), spec.title)
+        return _find_or_prepare(data_directory(data_dir), spec)
     except OSError as error:
         raise UserError(f"{name}: {error}") from error
 
 
-def _load_or_decode(prepared: Path, name: str) -> Dataset:
-    """Loads the arrays from the cache, or decodes the prepared files and writes the cache."""
-    try:
-        if (dataset := cache.load(prepared, name)) is not None:
-            return dataset
-        dataset = _decode(prepared, name)
-        if cache.store(prepared, dataset):
-            return cache.load(prepared, name) or dataset
-    except cache.UnreadableError as error:
-        folder, reason = error.args
-        fault = f"the decoded images in {folder} cannot be read ({reason})"
-        advice = "they are decoded again, and the folder is kept (XDG_CACHE_HOME moves the cache)"
-        log_warning(one_line(f"{fault}; {advice}"))
-        dataset = _decode(prepared, name)
-    return dataset
+def _identity(prepared: Path, how: Settings) -> list[Any]:
+    """What must be unchanged for the cache of a prepared dataset to be current."""
+    # Another process may be writing SHA256SUMS at this moment, as a temporary file.
+    files = sorted(e for e in prepared.iterdir() if e.is_file() and e.suffix != ".tmp")
+    return [
+        _FORMAT,
+        str(prepared.resolve()),
+        hashlib.sha256((prepared / "dataset_info.json").read_bytes()).hexdigest(),
+        [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        *how.as_json(),
+    ]
 
 
-def _data_dir(given: str | os.PathLike[str] | None) -> Path:
+def data_directory(given: str | os.PathLike[str] | None = None) -> Path:
+    """The directory of TFDS datasets: the given one, `$TFDS_DATA_DIR` or the default.
+
+    Raises:
+      UserError: it is not a path of this machine, or not UTF-8.
+    """
     root = resolve_path(given or os.environ.get("TFDS_DATA_DIR") or _default_data_dir())
     try:
         os.fspath(root).encode()
@@ -111,7 +161,7 @@ def _find_or_prepare(root: Path, spec: DatasetSpec) -> Path:
     return prepare(next(filter(is_writable, roots), root), spec)
 
 
-def _decode(prepared: Path, name: str) -> Dataset:
+def _decode(prepared: Path, name: str, how: Settings) -> Dataset:
     """Decodes the prepared files into arrays, which takes seconds per 10,000 images."""
     import PIL.Image
     import tensorflow_datasets as tfds
@@ -133,17 +183,22 @@ def _decode(prepared: Path, name: str) -> Dataset:
         builder: Any = tfds.builder_from_directory(prepared)
         splits = builder.info.splits
         image_key, label_key = _supervised_keys(builder, name)
-        test = "test" if "test" in splits else "validation"
-        if "train" not in splits or test not in splits:
+        if "train" not in splits:
             raise UserError(
-                f"{name} has the splits {', '.join(splits)}: train and test are needed (or train "
-                "and validation); prepare it with both (docs/datasets.md), or read it with "
-                "tfds.data_source, divide the images and pass them to cnn.Dataset.from_splits"
+                f"{name} has the splits {', '.join(splits)}: train is needed; prepare it with that "
+                "(docs/datasets.md), or read it with tfds.data_source, divide the images and pass "
+                "them to cnn.Dataset.from_splits"
             )
+        train = _decode_split(builder, "train", image_key, label_key, how)
+        if (tested := next((name for name in _TESTED if name in splits), None)) is not None:
+            shape = train.images.shape[1:]
+            test = _decode_split(builder, tested, image_key, label_key, how, shape)
+        else:
+            train, test = _divide(train, name, how)
         return Dataset.from_splits(
             name,
-            train=_decode_split(builder, "train", image_key, label_key),
-            test=_decode_split(builder, test, image_key, label_key),
+            train=train,
+            test=test,
             class_names=tuple(builder.info.features[label_key].names),
         )
     except UserError:
@@ -219,32 +274,78 @@ def _supervised_keys(builder: Any, name: str) -> tuple[str, str]:
     )
 
 
-def _decode_split(builder: Any, split: str, image_key: str, label_key: str) -> Split:
+def _divide(train: Split, name: str, how: Settings) -> tuple[Split, Split]:
+    """Sets a part of the train split aside for testing."""
+    is_test = hold_out(
+        list(map(str, range(len(train)))),
+        train.labels,
+        test_fraction=how.test_fraction,
+        split_seed=how.split_seed,
+    )
+    if not is_test.any():
+        raise UserError(
+            f"{name} has only the train split, and one image of each class: none can be set aside "
+            "for testing; choose a larger dataset"
+        )
+    first, second = (
+        Split(_read_only(train.images[chosen]), _read_only(train.labels[chosen]))
+        for chosen in (~is_test, is_test)
+    )
+    return first, second
+
+
+def _decode_split(
+    builder: Any,
+    split: str,
+    image_key: str,
+    label_key: str,
+    how: Settings,
+    shape: tuple[int, ...] | None = None,
+) -> Split:
+    """Decodes the images of a split.
+
+    Args:
+      builder: of the dataset.
+      split: which.
+      image_key: the feature that is the image.
+      label_key: the feature that is the class.
+      how: the size of the images.
+      shape: of the images of another split, which these must have too.
+    """
     number = builder.info.splits[split].num_examples
-    examples = _examples(builder, split, image_key, label_key)
+    examples = _examples(builder, split, image_key, label_key, how)
     labels = np.empty(number, np.int32)
     images = np.empty(0, np.uint8)
     index = -1
     with waiting(f"decoding {builder.name} {split}", sys.stderr) as task:
         for index, (image, label) in enumerate(counted(examples, task, number, "images")):
             if index == 0:
-                images = np.empty((number, *image.shape), np.uint8)
+                shape = shape or image.shape
+                images = np.empty((number, *shape), np.uint8)
             if image.shape != images.shape[1:]:
                 raise UserError(
-                    f"{builder.name} has images of several sizes ({images.shape[1:]} and "
-                    f"{image.shape} in {split}): resize them first, or choose a dataset with one "
-                    f"size"
+                    f"{builder.name} has images of several sizes (such as {images.shape[1:]} and "
+                    f"{image.shape} in {split}): resize them, for example with "
+                    f"--config.dataset.image_size={_suggested_side(images.shape)}"
                 )
             images[index], labels[index] = image, label
     if index + 1 != number:
         raise ValueError(f"{index + 1} examples in {split}, {number} expected")
-    for array in (images, labels):
-        array.setflags(write=False)  # the mapped arrays of later calls are read-only too
-    return Split(images, labels)
+    return Split(_read_only(images), _read_only(labels))
+
+
+def _suggested_side(shape: tuple[int, ...]) -> int:
+    return min(*shape[1:3], 64)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """The array, which cannot be written, as the mapped ones of later calls."""
+    array.setflags(write=False)
+    return array
 
 
 def _examples(
-    builder: Any, split: str, image_key: str, label_key: str
+    builder: Any, split: str, image_key: str, label_key: str, how: Settings
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Yields image uint8[H, W, C] and label of each example, in the order of the files."""
     import PIL.Image
@@ -258,7 +359,7 @@ def _examples(
         )
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
-        yield from _examples_through_tensorflow(builder, split, image_key, label_key)
+        yield from _examples_through_tensorflow(builder, split, image_key, label_key, how)
         return
     too_large = PIL.Image.DecompressionBombWarning
     mode = _PIL_MODES[builder.info.features[image_key].shape[-1]]
@@ -267,15 +368,25 @@ def _examples(
     if builder.info.file_format.value == "array_record":
         _check_number(builder.info.splits[split].filepaths, len(source))
     for start in range(0, len(source), _BATCH):
-        for example in source.__getitems__(list(range(start, min(start + _BATCH, len(source))))):
+        batch = source.__getitems__(list(range(start, min(start + _BATCH, len(source)))))
+        if how.size is not None:
+            records = [example[image_key] for example in batch]
+            images = read_images(records, size=how.size, channels=len(mode), resize=how.resize)
+            for index, (example, image) in enumerate(zip(batch, images, strict=True), start):
+                if isinstance(image, UnreadableImageError):
+                    raise ValueError(f"image {index} of {split}: {image}")
+                yield image, int(example[label_key])
+            continue
+        for example in batch:
             with (
                 warnings.catch_warnings(action="error", category=too_large),
                 PIL.Image.open(io.BytesIO(example[image_key])) as image,
             ):
                 if image.mode.startswith(("I", "F")):
                     raise UserError(
-                        f"{builder.name} has images of more than 8 bits a channel in {split}; "
-                        f"convert them first, or choose another dataset"
+                        f"{builder.name} has images of more than 8 bits a channel in {split}: set "
+                        f"--config.dataset.image_size, which converts them, or choose another "
+                        f"dataset"
                     )
                 pixels = np.asarray(image.convert(mode))
             yield pixels.reshape(*pixels.shape[:2], -1), int(example[label_key])
@@ -291,8 +402,9 @@ def _check_number(files: list[Path], expected: int) -> None:
 
 
 def _examples_through_tensorflow(
-    builder: Any, split: str, image_key: str, label_key: str
+    builder: Any, split: str, image_key: str, label_key: str, how: Settings
 ) -> Iterator[tuple[np.ndarray, int]]:
+    import PIL.Image
     import tensorflow_datasets as tfds
 
     if importlib.util.find_spec("tensorflow") is None:
@@ -304,4 +416,9 @@ def _examples_through_tensorflow(
     one_file_after_another = tfds.ReadConfig(interleave_cycle_length=1)
     examples = builder.as_dataset(split=split, read_config=one_file_after_another)
     for example in tfds.as_numpy(examples):
-        yield example[image_key], int(example[label_key])
+        pixels = example[image_key]
+        if how.size is not None:
+            channels = pixels.shape[-1]
+            picture = PIL.Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+            pixels = to_array(picture, size=how.size, channels=channels, resize=how.resize)
+        yield pixels, int(example[label_key])

@@ -232,5 +232,5 @@ def test_several_processes_at_once(data_dir):
     assert [path.name for path in (data_dir / "digits").iterdir()] == ["1.0.0"]
     (cache_folder() / "train_images.npy").write_bytes(b"")
     assert start_all() == outputs
-    assert cache.load(data_dir / "digits" / "1.0.0", "digits") is not None
+    assert cache.load(cache.Key(data_dir / "digits" / "1.0.0"), "digits") is not None
     cache_folder()  # the only one: nothing else is left

@@ -294,7 +294,7 @@ def test_newest_version_unless_one_is_named(data_dir, monkeypatch):
     shutil.copytree(folder / "1.2.0", folder / "1.10.0")
     monkeypatch.setattr("cnn.data.prepare.prepare", None)  # nothing may be prepared
     seen = []
-    monkeypatch.setattr("cnn.data.cache.load", lambda prepared, name: seen.append(prepared.name))
+    monkeypatch.setattr("cnn.data.cache.load", lambda key, name: seen.append(key.source.name))
     load_dataset("own_images")
     load_dataset("own_images:1.2.0")
     assert seen[::2] == ["1.10.0", "1.2.0"]
