@@ -10,7 +10,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "tensorflow", "keras")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "numpy",
+    "pillow",
+    "torch",
+    "timm",
+    "tensorflow",
+    "keras",
+)
 _VECTOR_UNITS = ("avx512f", "avx2", "avx")
 
 

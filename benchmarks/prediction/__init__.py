@@ -1,0 +1,1 @@
+"""Classifying a folder of photographs, beside Keras and timm."""
