@@ -22,7 +22,7 @@ from cnn.losses import LossFn, create_loss
 from cnn.metrics import MetricFn, find_metrics
 from cnn.models import create_model
 from cnn.models.summary import model_summary
-from cnn.optimizers import create_optimizer, create_schedule
+from cnn.optimizers import create_optimizer, create_schedule, frozen
 from cnn.runtime.devices import data_mesh, replicated_sharding
 from cnn.runtime.provenance import describe_object
 from cnn.runtime.screen import waiting
@@ -86,6 +86,11 @@ class Experiment:
     def _accumulation(self) -> int:
         """Steps per update."""
         return self.config.optimizer.grad_accumulation_steps if self.schedule else 1
+
+    @property
+    def freeze(self) -> tuple[str, ...]:
+        """Patterns of the parameters that are not trained, as far as the config says it."""
+        return self.config.optimizer.freeze if self.schedule else ()
 
     @property
     def num_updates(self) -> int:
@@ -362,6 +367,11 @@ def describe(experiment: Experiment, variables: Any, num_devices: int, *, width:
             f"{num_devices - used} stay idle"
         )
     lines += [f"note: {line}" for line in notes(experiment)]
+    if experiment.freeze:
+        sizes = [leaf.size for leaf in jax.tree.leaves(variables["params"])]
+        mask = jax.tree.leaves(frozen(variables["params"], experiment.freeze))
+        kept = sum(size for size, is_frozen in zip(sizes, mask, strict=True) if is_frozen)
+        lines.append(f"frozen: {kept:,} of {sum(sizes):,} parameters")
     table = model_summary(experiment.model, variables, data.image_shape, width=width)
     return "\n".join([*lines, table])
 

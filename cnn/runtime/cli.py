@@ -39,7 +39,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(
-    main: Callable[[list[str]], int | None], *, interrupted: str = "the same command resumes the run"
+    main: Callable[[list[str]], int | None],
+    *,
+    interrupted: str = "the same command resumes the run",
 ) -> None:
     """Calls `main` with the flags of this process, and exits with a code if it fails.
 
