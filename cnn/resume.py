@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cnn.config import config_diff
+from cnn.data import Dataset
 from cnn.errors import UserError
 from cnn.experiment import Experiment
 from cnn.runtime.checkpoints import CheckpointManager
@@ -56,12 +57,17 @@ def restore(
             f"the checkpoints in {run.path} are of another config ({'; '.join(changed)}); choose "
             f"another --workdir"
         )
-    if saved["dataset"] != experiment.dataset.fingerprint:
+    if saved["dataset"]["fingerprint"] != experiment.dataset.fingerprint:
         raise UserError(
             f"the run was trained on other {experiment.dataset.name} images than those found now; "
             f"restore the data or choose another --workdir"
         )
     return state, saved
+
+
+def describe_dataset(dataset: Dataset) -> dict[str, Any]:
+    """What a checkpoint records of the data that it was trained on."""
+    return {"fingerprint": dataset.fingerprint, "class_names": list(dataset.class_names)}
 
 
 def environments_of_parts(

@@ -33,7 +33,7 @@ from cnn.experiment import SECTIONS, Experiment, create_experiment, describe
 from cnn.losses import LossFn, evaluation_loss
 from cnn.metrics import Metrics, MetricsAccumulator
 from cnn.results import epoch_record, final_result, present_result
-from cnn.resume import check_same_config, environments_of_parts, restore
+from cnn.resume import check_same_config, describe_dataset, environments_of_parts, restore
 from cnn.runtime.checkpoints import CheckpointManager
 from cnn.runtime.compile_cache import compilation_cache
 from cnn.runtime.devices import select_devices
@@ -45,6 +45,7 @@ from cnn.runtime.screen import log, waiting, warning_on_failure, width
 from cnn.runtime.signals import GracefulShutdown
 from cnn.runtime.writers import TensorBoardWriter, Writer, require_tensorboard
 from cnn.steps import TrainState
+from cnn.transfer import find_source, transfer
 
 
 def train_and_evaluate(
@@ -95,6 +96,7 @@ def train_and_evaluate(
         # Compared before the data is loaded; objects from a script are compared below.
         sections = [SECTIONS[name] for name, value in given.items() if value is not None]
         sections += ["schedule"] if tx is not None else []
+        source = find_source(config.init_from, run)
         check_same_config(run, to_json_dict(config), but=sections)
         with waiting("starting the devices"):
             devices = select_devices(
@@ -104,7 +106,9 @@ def train_and_evaluate(
         recorded = {**to_json_dict(config), **experiment.given}
         with compilation_cache(runtime.compilation_cache):
             with waiting("initializing the model"):
-                state = experiment.initial_state()
+                state, origin = experiment.initial_state(), None
+            if source is not None:
+                state, origin = transfer(experiment, state, source, recorded)
             log(describe(experiment, state.variables, len(devices), width=width()))
             check_same_config(run, recorded)
             if finished is None:
@@ -115,7 +119,8 @@ def train_and_evaluate(
                 if not is_complete:
                     run.lock()  # a finished run whose last checkpoint is damaged is trained again
                     run.delete_result()
-                    saved |= {"config": recorded, "dataset": experiment.dataset.fingerprint}
+                    saved |= {"config": recorded, "dataset": describe_dataset(experiment.dataset)}
+                    saved.setdefault("init_from", origin)
                     saved["environments"] = environments_of_parts(
                         experiment, int(state.step), saved
                     )
@@ -125,6 +130,7 @@ def train_and_evaluate(
                     )
                     seconds = time.monotonic() - started
                     finished = final_result(state, experiment, records, seconds)
+                    finished |= {"init_from": saved["init_from"]} if config.init_from else {}
                     run.write("result.json", finished)
             assert finished is not None
             present_result(state, experiment, run, finished, is_new=not is_complete)
@@ -162,7 +168,7 @@ def _train(
 
     def save(**about: Any) -> None:
         checks.check_weights(state)
-        kept = {name: saved[name] for name in ("config", "dataset", "environments")}
+        kept = {name: saved[name] for name in ("config", "dataset", "environments", "init_from")}
         kept |= {"wall_seconds": time.monotonic() - started}
         checkpoints.save(state, {**kept, "records": records, **about})
 
