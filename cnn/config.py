@@ -241,6 +241,24 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
     return _unflatten(flat)
 
 
+def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divides a command line into the flags that `override` takes and the other words.
+
+    A word after a `--config.FIELD` without a value is its value, unless it begins with two dashes.
+
+    >>> split_settings(["digits", "--config.seed", "3", "--config.augment.flip", "--json"])
+    (['--config.seed', '3', '--config.augment.flip'], ['digits', '--json'])
+    """
+    settings, others, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
+        is_setting = word.startswith("--config.")
+        (settings if is_setting else others).append(word)
+        if is_setting and "=" not in word and rest and not rest[0].startswith("--"):
+            settings.append(rest.pop(0))
+    return settings, others
+
+
 def _settings(flags: Sequence[str]) -> list[tuple[str, str | None]]:
     """Names and texts of flags; None for a flag without a value."""
     given, rest = [], list(flags)

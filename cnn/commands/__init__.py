@@ -1,7 +1,10 @@
-"""The commands of `python -m cnn`: each is the module of its name, with the functions
+"""The commands of `python -m cnn`: each is the module of its name, with these functions.
 
 - `add_arguments(parser)`: adds the command's flags;
 - `run(arguments)`: does the work, and returns the exit code, or None for 0.
+
+With `TAKES_CONFIG = True` a command takes a CONFIG and `--config.FIELD=VALUE` flags as well, and
+finds the `cnn.command_line.ChosenConfig` in `arguments.chosen`.
 
 The module's docstring is the command's help. A new command is a file here and a row in `COMMANDS`.
 """
