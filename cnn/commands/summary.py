@@ -176,8 +176,12 @@ def _text(figures: dict[str, Any]) -> str:
         f"{figures['measured_steps']:,} in one call; its batch: "
         f"{1e3 * figures['batch_seconds']:.2f} ms",
         f"estimate: {figures['images_per_second_estimate']:,.0f} images/s, "
-        f"{format_duration(figures['epoch_seconds_estimate'])} an epoch, "
-        f"{format_duration(figures['run_seconds_estimate'])} the run, without compilation, "
+        f"{_duration(figures['epoch_seconds_estimate'])} an epoch, "
+        f"{_duration(figures['run_seconds_estimate'])} the run, without compilation, "
         f"evaluation and saving",
     ]
     return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else format_duration(seconds)
