@@ -4,8 +4,8 @@ The rate grows exponentially from --low to --high over --steps batches, with the
 data and optimizer, and the training loss is recorded (Smith 2017, "Cyclical Learning Rates for
 Training Neural Networks", section 3.3). The test ends early where the smoothed loss is more than
 4 times its best, or is not finite. The suggestion is the rate at which the smoothed loss falls most
-steeply against the logarithm of the rate. The first tenth of the steps, where the mean is not
-settled, and all beyond the least loss are not considered.
+steeply against the logarithm of the rate. The first tenth of the updates, where the mean is
+not settled, and all beyond the least loss are not considered.
 
 It is the peak for the config's schedule. It depends on the seed: take it as right within a factor
 of 3. Nothing is written but the picture. Exit code 1: there is no suggestion.
@@ -45,7 +45,7 @@ _DIVERGED = 4.0  # times the best smoothed loss
 _IGNORED = 0.1  # of the steps, at the beginning
 _WINDOW = 0.06  # of the steps, over which the loss is averaged
 _LEAST_FALL = 0.02  # of the smoothed loss, for a suggestion; and so many standard errors of it:
-_STANDARD_ERRORS = 4.0
+_STANDARD_ERRORS = 6.0
 _MOST_ROWS = 20
 
 
@@ -62,14 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Makes the test and prints the suggestion; returns 1 if there is none."""
     output = _checked(arguments)
+    num_updates = _num_updates(arguments)
     # What takes long is reported beside the JSON, not in it.
     quiet = (
         waiting("learning-rate test", sys.stderr) if arguments.json else contextlib.nullcontext()
     )
     with quiet, contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         rates, losses = range_test(arguments)
-        smoothed = smooth(losses, arguments.steps)
-        suggestion = suggest_learning_rate(rates, losses, num_steps=arguments.steps)
+        smoothed = smooth(losses, num_updates)
+        suggestion = suggest_learning_rate(rates, losses, num_updates=num_updates)
         command = None
         if suggestion is not None:
             suggestion = float(f"{suggestion:.1e}")  # more digits would promise too much
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         with warning_on_failure(f"{shown(output)} is not drawn"):
             title = f"learning-rate range test of {arguments.chosen.name}"
             plot_learning_rates(rates, losses, smoothed, output, title=title, suggestion=suggestion)
-    stopped = len(rates) < arguments.steps
+    stopped = len(rates) < num_updates
     if arguments.json:
         figures = {
             "config": arguments.chosen.name,
@@ -109,10 +110,9 @@ def _checked(arguments: argparse.Namespace) -> Path:
             f"--low={arguments.low:g} must be less than --high={arguments.high:g}, and both must "
             f"lie between 1e-30 and 1e30"
         )
-    updates = arguments.steps // arguments.chosen.config.optimizer.grad_accumulation_steps
-    if updates < _FEWEST_STEPS:
+    if _num_updates(arguments) < _FEWEST_STEPS:
         raise UserError(
-            f"--steps={arguments.steps} make {updates} updates with the config's optimizer."
+            f"--steps={arguments.steps} make {_num_updates(arguments)} updates with the config's optimizer."
             f"grad_accumulation_steps; {_FEWEST_STEPS} or more are needed"
         )
     output = resolve_path(arguments.output)
@@ -128,6 +128,11 @@ def _checked(arguments: argparse.Namespace) -> Path:
     return output
 
 
+def _num_updates(arguments: argparse.Namespace) -> int:
+    """Of the test: an optimizer that accumulates gradients makes fewer than steps."""
+    return arguments.steps // arguments.chosen.config.optimizer.grad_accumulation_steps
+
+
 def range_test(arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
     """Trains while the rate grows, on a state that is thrown away.
 
@@ -135,61 +140,56 @@ def range_test(arguments: argparse.Namespace) -> tuple[list[float], list[float]]
       arguments: of the command.
 
     Returns:
-      The rate and the training loss of each step before the test ended, in order.
+      The rate of each update before the test ended, and the mean training loss before it.
     """
-    config, num_steps = arguments.chosen.config, arguments.steps
+    config, num_updates = arguments.chosen.config, _num_updates(arguments)
     source = find_source(config.init_from)
     with prepared(config) as (experiment, _):
-        experiment = _with_growing_rate(experiment, arguments.low, arguments.high, num_steps)
+        growth = optax.exponential_decay(
+            arguments.low, num_updates - 1, arguments.high / arguments.low
+        )
+        optimizer = {**config.optimizer.to_dict(), "learning_rate": growth}
+        experiment = dataclasses.replace(
+            experiment, schedule=growth, tx=create_optimizer(**optimizer)
+        )
         with waiting("initializing the model"):
             state = experiment.initial_state()
         if source is not None:
             state, _ = transfer(experiment, state, source, to_json_dict(config))
-        losses = _train(experiment, state, num_steps)
-        growth, accumulation = experiment.schedule, config.optimizer.grad_accumulation_steps
-        assert growth is not None
-        rates = [float(growth(step // accumulation)) for step in range(len(losses))]
+        losses = _train(experiment, state, num_updates)
+        rates = np.asarray(growth(np.arange(len(losses)))).tolist()
     return rates, losses
 
 
-def _with_growing_rate(
-    experiment: Experiment, low: float, high: float, num_steps: int
-) -> Experiment:
-    accumulation = experiment.config.optimizer.grad_accumulation_steps
-    last = num_steps // accumulation - 1
-    schedule = optax.exponential_decay(low, last, high / low)
-    optimizer = {**experiment.config.optimizer.to_dict(), "learning_rate": schedule}
-    return dataclasses.replace(experiment, schedule=schedule, tx=create_optimizer(**optimizer))
-
-
-def _train(experiment: Experiment, state: TrainState, num_steps: int) -> list[float]:
-    """The training losses of the steps before the loss has diverged."""
+def _train(experiment: Experiment, state: TrainState, num_updates: int) -> list[float]:
+    """The mean training loss before each update, up to the one by which it has diverged."""
     train_steps = compile_train_steps(state, experiment.pipeline)
-    losses: list[float] = []
+    accumulation = experiment.config.optimizer.grad_accumulation_steps
+    steps, losses = [], []
     with waiting("training with a growing rate"):
-        for batches, count in experiment.pipeline.batches(0, num_steps):
+        for batches, count in experiment.pipeline.batches(0, num_updates * accumulation):
             state, metrics = train_steps(state, batches, count)
             metrics = jax.device_get(metrics)
-            # A step whose loss is not finite counts no image.
-            images = np.maximum(np.ravel(metrics.count)[:count], 1)
-            finite = np.ravel(metrics.count)[:count] > 0
-            means = np.where(finite, np.ravel(metrics.sums["loss"])[:count] / images, math.nan)
-            losses += means.tolist()
-            kept = num_before_divergence(losses, num_steps)
-            if kept < len(losses):
+            images = np.ravel(metrics.count)[:count]
+            sums = np.ravel(metrics.sums["loss"])[:count]
+            # A step whose loss or gradients are not finite counts no image.
+            steps += np.where(images > 0, sums / np.maximum(images, 1), math.nan).tolist()
+            whole = len(steps) // accumulation
+            losses = np.reshape(steps[: whole * accumulation], (whole, -1)).mean(axis=1).tolist()
+            if (kept := num_before_divergence(losses, num_updates)) < whole:
                 return losses[:kept]
     return losses
 
 
-def num_before_divergence(losses: Sequence[float], num_steps: int) -> int:
+def num_before_divergence(losses: Sequence[float], num_updates: int) -> int:
     """How many losses are kept: up to the first by which their mean diverges.
 
     Args:
-      losses: of the steps so far.
-      num_steps: of the whole test.
+      losses: of the updates so far.
+      num_updates: of the whole test.
     """
     best = math.inf
-    for index, loss in enumerate(smooth(losses, num_steps)):
+    for index, loss in enumerate(smooth(losses, num_updates)):
         if not math.isfinite(loss):
             return index
         best = min(best, loss)
@@ -198,29 +198,29 @@ def num_before_divergence(losses: Sequence[float], num_steps: int) -> int:
     return len(losses)
 
 
-def smooth(losses: Sequence[float], num_steps: int) -> list[float]:
+def smooth(losses: Sequence[float], num_updates: int) -> list[float]:
     """The exponential moving average, divided by the sum of its weights so that it has no bias.
 
     Args:
-      losses: of the steps.
-      num_steps: of the whole test, of which the average covers a fixed part.
+      losses: of the updates.
+      num_updates: of the whole test, of which the average covers a fixed part.
 
-    >>> smooth([2.0, 2.0, 2.0], num_steps=100)
-    [2.0, 2.0, 2.0]
+    >>> [round(loss, 3) for loss in smooth([2.0, 2.0, 1.0], num_updates=100)]
+    [2.0, 2.0, 1.604]
     """
-    decay, mean, smoothed = _decay(num_steps), 0.0, []
+    decay, mean, smoothed = _decay(num_updates), 0.0, []
     for step, loss in enumerate(losses, 1):
         mean = decay * mean + (1 - decay) * loss
         smoothed.append(mean / (1 - decay**step))
     return smoothed
 
 
-def _decay(num_steps: int) -> float:
-    return 1 - 1 / max(_WINDOW * num_steps, 1.0)
+def _decay(num_updates: int) -> float:
+    return 1 - 1 / max(_WINDOW * num_updates, 1.0)
 
 
 def suggest_learning_rate(
-    rates: Sequence[float], losses: Sequence[float], *, num_steps: int | None = None
+    rates: Sequence[float], losses: Sequence[float], *, num_updates: int | None = None
 ) -> float | None:
     """The rate at which the smoothed loss falls most steeply against the logarithm of the rate.
 
@@ -229,26 +229,27 @@ def suggest_learning_rate(
     Args:
       rates: ascending.
       losses: at these rates.
-      num_steps: of the whole test, if it ended early.
+      num_updates: of the whole test, if it ended early.
 
     Returns:
-      None where the loss does not fall clearly: by 2 %, and by 4 standard errors of the mean.
+      None where the loss does not fall clearly: by 2 %, and by 6 standard errors of the mean.
 
     >>> rates = np.geomspace(1e-5, 1, 100)
     >>> suggestion = suggest_learning_rate(rates, 2 - 1 / (1 + (1e-3 / rates) ** 2))
     >>> bool(0.5e-3 < suggestion < 2e-3)
     True
     """
-    num_steps = num_steps or len(rates)
-    smoothed = np.asarray(smooth(losses, num_steps))
-    first = round(_IGNORED * num_steps)
+    num_updates = num_updates or len(rates)
+    smoothed = np.asarray(smooth(losses, num_updates))
+    first = round(_IGNORED * num_updates)
     if len(smoothed) - first < 3:
         return None
     last = first + int(np.argmin(smoothed[first:]))
-    decay = _decay(num_steps)
+    decay = _decay(num_updates)
     # A mean lags behind what it averages by its mean age.
     lag = decay / (1 - decay)
-    noise = np.std(np.diff(losses[: last + 1])) / math.sqrt(2) if last else 0.0
+    # From the median, as the noise grows where the rate is high; 0.6745 is that of a normal one.
+    noise = np.median(np.abs(np.diff(losses[: last + 1]))) / 0.6745 / math.sqrt(2)
     error = noise * math.sqrt((1 - decay) / (1 + decay))
     fall = smoothed[first] - smoothed[last]
     if fall <= max(_LEAST_FALL * abs(smoothed[first]), _STANDARD_ERRORS * error):
