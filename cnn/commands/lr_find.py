@@ -112,8 +112,8 @@ def _checked(arguments: argparse.Namespace) -> Path:
         )
     if _num_updates(arguments) < _FEWEST_STEPS:
         raise UserError(
-            f"--steps={arguments.steps} make {_num_updates(arguments)} updates with the config's optimizer."
-            f"grad_accumulation_steps; {_FEWEST_STEPS} or more are needed"
+            f"--steps={arguments.steps} make {_num_updates(arguments)} updates with the config's "
+            f"optimizer.grad_accumulation_steps; {_FEWEST_STEPS} or more are needed"
         )
     output = resolve_path(arguments.output)
     if output.suffix.lower() != ".png":
