@@ -57,7 +57,9 @@ def restore(
             f"the checkpoints in {run.path} are of another config ({'; '.join(changed)}); choose "
             f"another --workdir"
         )
-    if saved["dataset"]["fingerprint"] != experiment.dataset.fingerprint:
+    dataset = saved["dataset"]  # earlier versions recorded the fingerprint only
+    fingerprint = dataset["fingerprint"] if isinstance(dataset, dict) else dataset
+    if fingerprint != experiment.dataset.fingerprint:
         raise UserError(
             f"the run was trained on other {experiment.dataset.name} images than those found now; "
             f"restore the data or choose another --workdir"

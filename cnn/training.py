@@ -66,7 +66,8 @@ def train_and_evaluate(
     of its source; a run is not resumed with another object, as far as these tell them apart.
 
     Args:
-      config: a `ConfigDict` with the fields of `configs/baseline.py`.
+      config: a `ConfigDict` with the fields of `configs/baseline.py`. A fresh run takes its weights
+        from the run `config.init_from`, if that is set: see `cnn.transfer`.
       workdir: the run directory; made if it is not there.
       dataset: used instead of the one that the config names; so are the arguments up to `augment`.
       model: any linen module that returns logits; see `create_train_state`.

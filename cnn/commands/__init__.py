@@ -4,7 +4,8 @@
 - `run(arguments)`: does the work, and returns the exit code, or None for 0.
 
 With `TAKES_CONFIG = True` a command takes a CONFIG and `--config.FIELD=VALUE` flags as well, and
-finds the `cnn.command_line.ChosenConfig` in `arguments.chosen`.
+finds the `cnn.command_line.ChosenConfig` in `arguments.chosen`; `cnn.commands.prepare` makes an
+experiment of it.
 
 The module's docstring is the command's help. A new command is a file here and a row in `COMMANDS`.
 """
