@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from cnn.command_line import add_config_argument, parse_with_config
 from cnn.commands import COMMANDS
 from cnn.registry import select
 from cnn.runtime import cli
@@ -23,6 +24,9 @@ def main(argv: list[str]) -> int | None:
     command = importlib.import_module(f"cnn.commands.{name.replace('-', '_')}")
     parser = cli.Parser(f"{_PROGRAM} {name}", command.__doc__)
     command.add_arguments(parser)
+    if getattr(command, "TAKES_CONFIG", False):
+        add_config_argument(parser)
+        return command.run(parse_with_config(parser, rest))
     return command.run(parser.parse_args(rest))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -19,6 +21,7 @@ from cnn.config import (
     flatten,
     load_config,
     override,
+    split_settings,
 )
 from cnn.registry import REQUIRED
 from cnn.runtime.cli import Parser, shell_command
@@ -83,25 +86,104 @@ def parse(argv: Sequence[str], description: str | None, home: Path) -> RunFlags:
     configs = home / "configs"
     parser = _parser(description, configs)
     flags, rest = parser.parse_known_args(argv)
-    path = find_config(flags.config, configs)
-    base = load_config(path)
     if flags.help:
+        base = load_config(find_config(flags.config, configs))
         _add_fields(parser, base, comments((configs / "baseline.py").read_text()))
         parser.print_help()
         parser.exit()
     if flags.workdir == "":
+        find_config(flags.config, configs)
         parser.error("--workdir is empty")
-    config = check_config(override(base, rest))
+    chosen = choose_config(flags.config, rest, home)
     program = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
     if [*program, *argv] != sys.orig_argv:  # it is called from Python
         program = ["python", "train.py"]
     return RunFlags(
-        config=config,
-        workdir=resolve_path(flags.workdir or home / "checkpoints" / path.stem),
-        base=base,
-        name=path.stem if path.parent == configs else str(path),
+        config=chosen.config,
+        workdir=resolve_path(flags.workdir or home / "checkpoints" / chosen.path.stem),
+        base=chosen.base,
+        name=chosen.name,
         program=program,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenConfig:
+    """A config from the command line.
+
+    Attributes:
+      config: checked, with the fields that flags set.
+      base: the config before that.
+      path: of its file.
+      name: the config as `--config` takes it.
+    """
+
+    config: Any
+    base: ConfigDict
+    path: Path
+    name: str
+
+    def train_command(self, *changes: str) -> str:
+        """The command of `train.py` for this config.
+
+        Args:
+          *changes: further flags that set fields.
+        """
+        flags = as_flags(override(self.config, list(changes)), self.base)
+        return shell_command(["python", "train.py"], ("--config", self.name), *([f] for f in flags))
+
+
+def choose_config(name: str, settings: Sequence[str], home: Path) -> ChosenConfig:
+    """Loads and checks a config that a command line names.
+
+    Args:
+      name: the path of a config, or the name of one in `configs/`.
+      settings: flags that set fields of it.
+      home: the folder with `configs/`.
+
+    Raises:
+      UserError: there is no such config, an unknown flag or field, or a value that is refused.
+    """
+    configs = home / "configs"
+    path = find_config(name, configs)
+    base = load_config(path)
+    config = check_config(override(base, settings))
+    return ChosenConfig(config, base, path, path.stem if path.parent == configs else str(path))
+
+
+def add_config_argument(parser: Parser) -> None:
+    """Adds CONFIG, for a command that `parse_with_config` is called for."""
+    parser.add_argument(
+        "config",
+        nargs="?",
+        default="baseline",
+        metavar="CONFIG",
+        help="a config's file, or its name in configs/ (default: baseline); its fields are set as "
+        "--config.FIELD=VALUE, and python train.py --config CONFIG --help lists them",
+    )
+
+
+def parse_with_config(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the flags of a command that takes a config; `chosen` becomes the `ChosenConfig`.
+
+    Args:
+      parser: with the argument of `add_config_argument`.
+      argv: the words after the command's name.
+
+    Raises:
+      UserError: as for `choose_config`, or for a flag that the parser does not know.
+    """
+    # Not by argparse, to which the value in `--config.seed 3` would be CONFIG.
+    settings, rest = split_settings(argv)
+    arguments = parser.parse_args(rest)
+    arguments.chosen = choose_config(arguments.config, settings, _home())
+    return arguments
+
+
+def _home() -> Path:
+    """The folder with `configs/`: that of train.py if the package lies beside it."""
+    beside = Path(__file__).resolve().parents[1]
+    return beside if (beside / "train.py").is_file() else Path.cwd()
 
 
 def _parser(description: str | None, configs: Path) -> Parser:

@@ -38,7 +38,7 @@ from cnn.optimizers import (
 )
 from cnn.registry import REQUIRED, Field, Schema, check_type, shown
 from cnn.runtime.devices import PLATFORMS
-from cnn.runtime.disk import local_path
+from cnn.runtime.disk import local_path, resolve_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,7 @@ _RUN_FIELDS: dict[str, _RunField] = {
     "metrics": _RunField(
         tuple, ("accuracy",), valid=lambda value: "accuracy" in value, must='hold "accuracy"'
     ),
+    "init_from": _RunField(str, ""),
     "schedule.warmup_epochs": _RunField(
         float, 0.0, valid=lambda value: 0 <= value < 2**31, must="be 0 or more, and below 2**31"
     ),
@@ -124,8 +125,8 @@ def fields(config: ConfigDict) -> Schema:
         if isinstance(name, str):  # else it is missing, or the check of types refuses it
             known.update({f"{section}.{key}": field for key, field in schema(name).items()})
     known.update({f"augment.{key}": field for key, field in augment_schema().items()})
-    order = ("seed", "dataset", "batch_size", "num_epochs", "metrics", "model", "loss",
-             "optimizer", "schedule", "augment", "runtime")  # fmt: skip
+    order = ("seed", "dataset", "batch_size", "num_epochs", "metrics", "init_from",
+             "model", "loss", "optimizer", "schedule", "augment", "runtime")  # fmt: skip
     everything = {**_RUN_FIELDS, **known}
     return dict(sorted(everything.items(), key=lambda item: order.index(item[0].partition(".")[0])))
 
@@ -241,6 +242,24 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
     return _unflatten(flat)
 
 
+def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divides a command line into the flags that `override` takes and the other words.
+
+    A word after a `--config.FIELD` without a value is its value, unless it begins with two dashes.
+
+    >>> split_settings(["digits", "--config.seed", "3", "--config.augment.flip", "--json"])
+    (['--config.seed', '3', '--config.augment.flip'], ['digits', '--json'])
+    """
+    settings, others, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
+        is_setting = word.startswith("--config.")
+        (settings if is_setting else others).append(word)
+        if is_setting and "=" not in word and rest and not rest[0].startswith("--"):
+            settings.append(rest.pop(0))
+    return settings, others
+
+
 def _settings(flags: Sequence[str]) -> list[tuple[str, str | None]]:
     """Names and texts of flags; None for a flag without a value."""
     given, rest = [], list(flags)
@@ -349,8 +368,8 @@ def check_config(config: ConfigDict) -> ConfigDict:
     """Refuses a config with an unknown, missing, mistyped or impossible field.
 
     Returns:
-      All fields, with defaults where the config has none. A config that is read back from JSON,
-      with lists for tuples, equals the original.
+      All fields, with defaults where the config has none, and `init_from` as an absolute path. A
+      config that is read back from JSON, with lists for tuples, equals the original.
 
     Raises:
       UserError: names the field, its value and what it should be.
@@ -370,6 +389,8 @@ def check_config(config: ConfigDict) -> ConfigDict:
         if isinstance(field, _RunField) and not field.valid(value):
             raise UserError(f"config field {name}={shown(value)} must {field.must}")
         checked[name] = value
+    if checked["init_from"]:  # the same run from any working directory
+        checked["init_from"] = str(resolve_path(checked["init_from"]))
     complete = _unflatten(checked)
     _check_built(complete)
     return complete

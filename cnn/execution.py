@@ -68,6 +68,25 @@ class TrainSteps:
                 self._wait(one, ahead=8)
             return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
+    @property
+    def compiles_each_length(self) -> bool:
+        """Whether each number of steps in a call is a program of its own."""
+        return self._compiles_each_length
+
+    def lower(self, state: TrainState, batches: Batch, num_steps: int) -> jax.stages.Lowered:
+        """The program that a call would compile, which is only a step where steps are not looped.
+
+        Args:
+          state: as for a call; it is not consumed.
+          batches: as for a call.
+          num_steps: as for a call.
+        """
+        with jax.set_mesh(self._mesh):
+            if not self._is_looped:
+                return _train_one_step.lower(state, batches, 0)
+            call = _train_known_steps if self._compiles_each_length else _train_steps
+            return call.lower(state, batches, num_steps)
+
     def _wait(self, metrics: Metrics, ahead: int) -> None:
         self._in_flight = [*self._in_flight[-ahead:], metrics]
         limit_in_flight(self._in_flight, ahead)

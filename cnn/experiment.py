@@ -22,7 +22,7 @@ from cnn.losses import LossFn, create_loss
 from cnn.metrics import MetricFn, find_metrics
 from cnn.models import create_model
 from cnn.models.summary import model_summary
-from cnn.optimizers import create_optimizer, create_schedule
+from cnn.optimizers import create_optimizer, create_schedule, frozen
 from cnn.runtime.devices import data_mesh, replicated_sharding
 from cnn.runtime.provenance import describe_object
 from cnn.runtime.screen import waiting
@@ -105,6 +105,11 @@ class Experiment:
         return self.config.optimizer.grad_accumulation_steps if self.schedule else 1
 
     @property
+    def freeze(self) -> tuple[str, ...]:
+        """Patterns of the parameters that are not trained, as far as the config says it."""
+        return self.config.optimizer.freeze if self.schedule else ()
+
+    @property
     def num_updates(self) -> int:
         """Updates of the whole run: an optimizer that accumulates makes fewer than steps."""
         return self.num_steps // self._accumulation
@@ -130,21 +135,41 @@ class Experiment:
           UserError: the model does not fit the images, a batch of one image meets batch
             normalization, or a training step with what a script has passed cannot be traced.
         """
-        static = static_arguments(
+        static = self._static_arguments()
+        state = self.jit_once(initialize, tuple(static))(self._initial_key, **static)
+        self._check_batch_size(state)
+        self._check_step(state)
+        state = state.replace(skip_nonfinite=self.config.runtime.on_nonfinite == "skip")
+        return jax.device_put(state, replicated_sharding(self.mesh))
+
+    def initial_shapes(self) -> TrainState:
+        """Shapes and dtypes of the state, of which nothing is compiled or computed.
+
+        Raises:
+          UserError: as for `initial_state`.
+        """
+        static = self._static_arguments()
+        state = jax.eval_shape(functools.partial(initialize, **static), self._initial_key)
+        self._check_batch_size(state)
+        self._check_step(state)
+        return state
+
+    @property
+    def _initial_key(self) -> jax.Array:
+        return stream_key(self.config.seed, _INIT)
+
+    def _static_arguments(self) -> dict[str, Any]:
+        return static_arguments(
             self.model, self.tx, self.dataset.image_shape, self.loss_fn, self.metric_fns
         )
-        state = self.jit_once(initialize, tuple(static))(
-            stream_key(self.config.seed, _INIT), **static
-        )
+
+    def _check_batch_size(self, state: TrainState) -> None:
         if "batch_stats" in state.model_state and self.config.batch_size == 1:
             raise UserError(
                 "batch_size=1 and a model with batch normalization: the statistics of one image "
                 "are not those of others, and nothing would be learned; choose batch_size=2 or "
                 "more, or a model without"
             )
-        self._check_step(state)
-        state = state.replace(skip_nonfinite=self.config.runtime.on_nonfinite == "skip")
-        return jax.device_put(state, replicated_sharding(self.mesh))
 
     def _check_step(self, state: TrainState) -> None:
         """Traces what a script has passed, so that a mistake in it leaves no run directory."""
@@ -388,8 +413,19 @@ def describe(experiment: Experiment, variables: Any, num_devices: int, *, width:
             f"{num_devices - used} stay idle"
         )
     lines += [f"note: {line}" for line in notes(experiment)]
+    if experiment.freeze:
+        total = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        kept = num_frozen(experiment, variables["params"])
+        lines.append(f"frozen: {kept:,} of {total:,} parameters")
     table = model_summary(experiment.model, variables, data.image_shape, width=width)
     return "\n".join([*lines, table])
+
+
+def num_frozen(experiment: Experiment, params: Any) -> int:
+    """How many parameters the config freezes."""
+    mask = jax.tree.leaves(frozen(params, experiment.freeze))
+    pairs = zip(jax.tree.leaves(params), mask, strict=True)
+    return sum(leaf.size for leaf, is_frozen in pairs if is_frozen)
 
 
 def _origin(origin: dict[str, Any]) -> str:

@@ -6,10 +6,12 @@ are the parameters of that function, and those that `create_optimizer` adds to e
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -134,6 +136,8 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 # Decay rates of moving averages: at 1 and above nothing of the gradient would enter.
 _DECAY_RATES = ("b1", "b2", "decay", "momentum")
+# Labels of parameters, for `optax.partition`.
+_TRAINED, _FROZEN = "trained", "frozen"
 
 
 def optimizer_schema(name: str) -> Schema:
@@ -151,6 +155,7 @@ def create_optimizer(
     weight_decay: float = 0.0,
     grad_clip_norm: float = 0.0,
     grad_accumulation_steps: int = 1,
+    freeze: Sequence[str] = (),
     **fields: Any,
 ) -> optax.GradientTransformation:
     """Builds an optimizer.
@@ -163,17 +168,23 @@ def create_optimizer(
         the L2 term added to the gradient, as in PyTorch.
       grad_clip_norm: gradients of a larger global norm are scaled down to it; 0 does not clip.
       grad_accumulation_steps: the number of calls whose mean gradient makes one update.
+      freeze: the parameters that are not trained: see `frozen`. They keep their bits, and clipping,
+        weight decay and moments are those of the others. Running statistics, as those of batch
+        normalization, are no parameters: they still follow the images.
       **fields: further parameters of the optimizer, such as `b1`.
 
     Raises:
-      UserError: an unknown name or field, or a value out of its range.
+      UserError: an unknown name or field, or a value out of its range; when the optimizer meets the
+        parameters, also what `frozen` raises.
 
     >>> tx = create_optimizer("sgd", 0.1, momentum=0.5, weight_decay=5e-4)
+    >>> head_only = create_optimizer("adam", 1e-3, freeze=("Conv_*", "Dense_0"))
     """
     common = {
         "weight_decay": weight_decay,
         "grad_clip_norm": grad_clip_norm,
         "grad_accumulation_steps": grad_accumulation_steps,
+        "freeze": freeze,
     }
     checked = complete("optimizer", optimizer_schema(name), {**fields, **common})
     fields = {field: checked[field] for field in fields}
@@ -196,7 +207,77 @@ def create_optimizer(
     tx = optax.chain(*parts)
     if grad_accumulation_steps > 1:
         tx = optax.MultiSteps(tx, grad_accumulation_steps).gradient_transformation()
+    if checked["freeze"]:
+        labels = functools.partial(_labels, patterns=checked["freeze"])
+        tx = optax.partition({_TRAINED: tx, _FROZEN: _unchanged()}, labels)
     return tx
+
+
+def frozen(params: Any, patterns: Sequence[str]) -> Any:
+    """Which parameters are frozen: a tree of booleans, like the parameters.
+
+    Args:
+      params: nested dictionaries of parameters.
+      patterns: each is the path of a parameter, such as `Conv_0/kernel`, or of a module, such as
+        `Conv_0`, which stands for all parameters in it; or a shell pattern of one, such as
+        `*/bias`. An asterisk also stands for slashes.
+
+    Raises:
+      UserError: a pattern matches no parameter, or all are frozen.
+
+    >>> params = {"Conv_0": {"bias": 1.0, "kernel": 2.0}, "Dense_0": {"bias": 3.0, "kernel": 4.0}}
+    >>> frozen(params, ["Conv_0", "*/bias"])
+    {'Conv_0': {'bias': True, 'kernel': True}, 'Dense_0': {'bias': True, 'kernel': False}}
+    """
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    matched = {pattern: [_covers(pattern, path) for path in paths] for pattern in patterns}
+    for pattern, matches in matched.items():
+        if not any(matches):
+            raise UserError(
+                f"optimizer.freeze: {pattern!r} matches no parameter; {_near(pattern, paths)}"
+            )
+    mask = [any(one) for one in zip(*matched.values(), strict=True)]
+    if mask and all(mask):
+        raise UserError(
+            f"optimizer.freeze={tuple(patterns)} freezes every parameter: nothing would be "
+            f"trained; leave some out"
+        )
+    return jax.tree.unflatten(jax.tree.structure(params), mask or [False] * len(paths))
+
+
+def _covers(pattern: str, path: str) -> bool:
+    """Whether a pattern is, or matches, a path or one of the modules above it."""
+    names = path.split("/")
+    above = ["/".join(names[:end]) for end in range(1, len(names) + 1)]
+    return any(one == pattern or fnmatch.fnmatchcase(one, pattern) for one in above)
+
+
+def _near(pattern: str, paths: Sequence[str], most: int = 8) -> str:
+    """The paths that a person may have meant, for a message."""
+    modules = [path.rpartition("/")[0] for path in paths]
+    known = list(dict.fromkeys(filter(None, [*modules, *paths])))
+    if near := difflib.get_close_matches(pattern, known, n=3):
+        return f"did you mean {' or '.join(near)}?"
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return f"there are {', '.join(paths[:most])}{more}"
+
+
+def _labels(params: Any, patterns: Sequence[str]) -> Any:
+    mask = frozen(params, patterns)
+    return jax.tree.map(lambda is_frozen: _FROZEN if is_frozen else _TRAINED, mask)
+
+
+def _unchanged() -> optax.GradientTransformation:
+    """Updates of -0.0, the one number that changes no bit where it is added.
+
+    `optax.set_to_zero` would turn a parameter of -0.0, as pruning leaves them, into 0.0.
+    """
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
+    )
 
 
 def _kernels(params: Any) -> Any:
@@ -208,6 +289,12 @@ def _check_fields(fields: dict[str, Any]) -> None:
     _check_range("optimizer.weight_decay", fields["weight_decay"], 0, _MOST)
     _check_range("optimizer.grad_clip_norm", fields["grad_clip_norm"], 0, _MOST)
     _check_range("optimizer.grad_accumulation_steps", fields["grad_accumulation_steps"], 1, 2**31)
+    for pattern in fields["freeze"]:
+        if not isinstance(pattern, str) or not pattern:
+            raise UserError(
+                f"config field optimizer.freeze={fields['freeze']!r} must hold paths of "
+                f'parameters, such as "Conv_0"'
+            )
     for name, value in fields.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"config field optimizer.{name}={value} must be finite")

@@ -45,6 +45,7 @@ from cnn.runtime.screen import log, waiting, warning_on_failure, width
 from cnn.runtime.signals import GracefulShutdown
 from cnn.runtime.writers import TensorBoardWriter, Writer, require_tensorboard
 from cnn.steps import TrainState
+from cnn.transfer import find_source, transfer
 
 
 def train_and_evaluate(
@@ -65,7 +66,8 @@ def train_and_evaluate(
     of its source; a run is not resumed with another object, as far as these tell them apart.
 
     Args:
-      config: a `ConfigDict` with the fields of `configs/baseline.py`.
+      config: a `ConfigDict` with the fields of `configs/baseline.py`. A fresh run takes its weights
+        from the run `config.init_from`, if that is set: see `cnn.transfer`.
       workdir: the run directory; made if it is not there.
       dataset: used instead of the one that the config names; so are the arguments up to `augment`.
       model: any linen module that returns logits; see `create_train_state`.
@@ -95,6 +97,7 @@ def train_and_evaluate(
         # Compared before the data is loaded; objects from a script are compared below.
         sections = [SECTIONS[name] for name, value in given.items() if value is not None]
         sections += ["schedule"] if tx is not None else []
+        source = find_source(config.init_from, run)
         check_same_config(run, to_json_dict(config), but=sections)
         with waiting("starting the devices"):
             devices = select_devices(
@@ -104,7 +107,9 @@ def train_and_evaluate(
         recorded = {**to_json_dict(config), **experiment.given}
         with compilation_cache(runtime.compilation_cache):
             with waiting("initializing the model"):
-                state = experiment.initial_state()
+                state, origin = experiment.initial_state(), None
+            if source is not None:
+                state, origin = transfer(experiment, state, source, recorded)
             log(describe(experiment, state.variables, len(devices), width=width()))
             check_same_config(run, recorded)
             if finished is None:
@@ -116,6 +121,7 @@ def train_and_evaluate(
                     run.lock()  # a finished run whose last checkpoint is damaged is trained again
                     run.delete_result()
                     saved |= {"config": recorded, "dataset": experiment.dataset_record}
+                    saved.setdefault("init_from", origin)
                     saved["environments"] = environments_of_parts(
                         experiment, int(state.step), saved
                     )
@@ -125,6 +131,7 @@ def train_and_evaluate(
                     )
                     seconds = time.monotonic() - started
                     finished = final_result(state, experiment, records, seconds)
+                    finished |= {"init_from": saved["init_from"]} if config.init_from else {}
                     run.write("result.json", finished)
             assert finished is not None
             present_result(state, experiment, run, finished, is_new=not is_complete)
@@ -162,7 +169,7 @@ def _train(
 
     def save(**about: Any) -> None:
         checks.check_weights(state)
-        kept = {name: saved[name] for name in ("config", "dataset", "environments")}
+        kept = {name: saved[name] for name in ("config", "dataset", "environments", "init_from")}
         kept |= {"wall_seconds": time.monotonic() - started}
         checkpoints.save(state, {**kept, "records": records, **about})
 

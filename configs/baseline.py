@@ -29,6 +29,9 @@ def get_config() -> ConfigDict:
     config.num_epochs = 10.0
     # What is reported beside the loss, by the names of cnn/metrics.py.
     config.metrics = ("accuracy",)
+    # The run directory whose latest weights a fresh run starts from; "" draws new ones. Layers that
+    # depend on the number of classes are new where it differs. See docs/transfer.md.
+    config.init_from = ""
 
     config.model = ConfigDict()
     # The network, of cnn/models/; the fields below are its own.
@@ -65,6 +68,9 @@ def get_config() -> ConfigDict:
     config.optimizer.grad_clip_norm = 0.0
     # Steps whose mean gradient makes one update.
     config.optimizer.grad_accumulation_steps = 1
+    # Parameters that are not trained, by the path of a layer or a parameter, or a shell pattern of
+    # one: ("Conv_0", "*/bias"). Running statistics still follow the images.
+    config.optimizer.freeze = ()
 
     config.schedule = ConfigDict()
     # "cosine" and "linear" fall to final_lr_fraction of the peak.

@@ -48,6 +48,8 @@ def test_every_field_of_the_baseline_has_a_comment():
         ("optimizer.b1=1", "optimizer.b1=1.0 must be at least 0 and below 1"),
         ("optimizer.grad_accumulation_steps=0", "=0 must lie between 1 and"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1.0 must lie between 0 and"),
+        ("optimizer.freeze=(1,)", "optimizer.freeze=(1,) must hold paths of parameters"),
+        ("optimizer.freeze=('',)", "optimizer.freeze=('',) must hold paths of parameters"),
         ("augment.translate=-1", "augment.translate=-1 must be 0 or more"),
         ("metrics=()", 'metrics=() must hold "accuracy"'),
         ('metrics=("accuracy","acuracy")', "unknown metric 'acuracy'; did you mean accuracy?"),
@@ -239,6 +241,7 @@ def test_another_name_brings_its_own_fields():
     assert check_config(changed).optimizer.to_dict() == {
         "name": "sgd", "learning_rate": 1e-3, "momentum": 0.5, "nesterov": True,
         "weight_decay": 0.0, "grad_clip_norm": 0.0, "grad_accumulation_steps": 1,
+        "freeze": (),
     }  # fmt: skip
     back = override(changed, ["--config.optimizer.name=adam"])
     assert "momentum" not in back.optimizer
@@ -335,3 +338,11 @@ def test_flags_of_a_config_make_it_again():
     config = override(base, flags)
     assert sorted(as_flags(config, base)) == sorted(flags)
     assert override(base, as_flags(config, base)) == config
+
+
+def test_the_source_of_the_weights_is_an_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = check_config(override(load_config(DIGITS), ["--config.init_from=runs/1"]))
+    assert config.init_from == str(tmp_path / "runs" / "1")
+    with pytest.raises(UserError, match=r"s3://bucket/run is an address"):
+        check_config(override(load_config(DIGITS), ["--config.init_from=s3://bucket/run"]))

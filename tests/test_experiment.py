@@ -44,3 +44,12 @@ def test_the_start_says_how_many_images_are_left_out_and_fits(config, digits):
     text = describe(plan, variables, 1, width=79)
     assert "batches: 1 of 800 images in each epoch; 637 images left out" in text
     assert max(map(len, text.splitlines())) <= 79
+
+
+def test_the_start_says_how_many_parameters_are_frozen(config, digits):
+    plan = plan_of(config, "optimizer.freeze=('Conv_0', '*/bias')")
+    image = jnp.zeros((1, *digits.image_shape))
+    variables = jax.eval_shape(plan.model.init, jax.random.key(0), image)
+    # 3*3*1*4 weights, and biases of 4, 8, 16 and 10.
+    total = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert f"frozen: 74 of {total:,} parameters" in describe(plan, variables, 1, width=79)

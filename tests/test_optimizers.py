@@ -1,11 +1,13 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import cnn
 from cnn import UserError, create_optimizer, create_schedule
-from cnn.optimizers import OPTIMIZERS
+from cnn.optimizers import OPTIMIZERS, frozen
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5])}
 GRADS = {"kernel": jnp.array([[3.0, -4.0]]), "bias": jnp.array([0.0])}
@@ -133,3 +135,110 @@ def test_an_optimizers_own_parameters_are_optaxs():
 def test_an_optimizer_that_cannot_be_built(fields, message):
     with pytest.raises(UserError, match=message):
         create_optimizer(learning_rate=0.1, **fields)
+
+
+LAYERS = {
+    "Block_0": {"Conv_0": {"bias": 1.0, "kernel": 2.0}},
+    "Block_1": {"Conv_0": {"bias": 3.0, "kernel": 4.0}},
+    "scale": 5.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ((), ()),
+        (("Block_0",), (1.0, 2.0)),
+        (("Block_1/Conv_0",), (3.0, 4.0)),
+        (("*/bias",), (1.0, 3.0)),
+        (("*/Conv_0/kernel", "scale"), (2.0, 4.0, 5.0)),
+        (("Block_[1-9]", "*bias"), (1.0, 3.0, 4.0)),
+    ],
+)
+def test_a_frozen_path_covers_all_below_it(patterns, expected):
+    mask = frozen(LAYERS, patterns)
+    leaves = zip(jax.tree.leaves(LAYERS), jax.tree.leaves(mask), strict=True)
+    assert tuple(leaf for leaf, is_frozen in leaves if is_frozen) == expected
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (("Block_0", "Blok_1"), "'Blok_1' matches no parameter; did you mean Block_1"),
+        (("Conv_0",), "'Conv_0' matches no parameter; "),
+        (("xyz",), "'xyz' matches no parameter; there are Block_0/Conv_0/bias, Block_0/Conv_0/k"),
+        (("block_0",), "matches no parameter"),
+        (("*",), r"optimizer.freeze=\('\*',\) freezes every parameter: nothing would be trained"),
+        (("Block_*", "scale"), "freezes every parameter"),
+    ],
+)
+def test_patterns_that_cannot_be_meant(patterns, message):
+    with pytest.raises(UserError, match=message):
+        frozen(LAYERS, patterns)
+    params = jax.tree.map(jnp.asarray, LAYERS)
+    with pytest.raises(UserError, match=message):
+        create_optimizer("adam", 0.1, freeze=patterns).init(params)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_frozen_parameters_keep_their_bits_and_have_no_optimizer_state(name):
+    """With decay, clipping and accumulation, and a -0.0, to which 0.0 must not be added."""
+    tx = create_optimizer(
+        name,
+        0.1,
+        weight_decay=0.1,
+        grad_clip_norm=1.0,
+        grad_accumulation_steps=2,
+        freeze=["kernel"],
+    )
+    before = {"kernel": jnp.array([[1.0, -0.0]]), "bias": jnp.array([0.5])}
+    params, opt_state = before, tx.init(before)
+    assert all(leaf.shape in ((), (1,)) for leaf in jax.tree.leaves(opt_state))
+    for _ in range(4):
+        change, opt_state = tx.update(before, opt_state, params)
+        params = optax.apply_updates(params, change)
+    assert np.asarray(params["kernel"]).tobytes() == np.asarray(before["kernel"]).tobytes()
+    assert params["bias"] != before["bias"]
+
+
+def test_the_rest_is_optimized_as_if_it_were_alone():
+    """The clipped norm is that of the trained parameters."""
+    options = {"momentum": 0.0, "grad_clip_norm": 1.0}
+    tx = create_optimizer("sgd", 1.0, **options, freeze=("bias",))
+    grads = {"kernel": jnp.array([[3.0, -4.0]]), "bias": jnp.array([1000.0])}
+    np.testing.assert_allclose(updates(tx, grads)["kernel"], [[-0.6, 0.8]], rtol=1e-6)
+
+
+class Normalized(nn.Module):
+    """Too few layers to take long to compile."""
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        x = nn.Dense(3)(image.reshape(len(image), -1))
+        return nn.Dense(4)(nn.BatchNorm(use_running_average=not train)(x))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    ("model", "kept"),
+    [(cnn.CNN(4, features=(4,), hidden_features=0), "Conv_0"), (Normalized(), "BatchNorm_0")],
+)
+def test_a_step_leaves_frozen_layers_and_moves_their_statistics(model, kept, skip):
+    """In microbatches, which the baseline uses, and with batch normalization."""
+    batch = {"image": jnp.linspace(0, 1, 512).reshape(8, 8, 8, 1), "label": jnp.arange(8) % 4}
+    tx = create_optimizer("adamw", 0.1, weight_decay=0.1, freeze=(kept,))
+    state = cnn.create_train_state(model, tx, jax.random.key(0), (8, 8, 1))
+    state = state.replace(skip_nonfinite=skip)
+    after, _ = jax.jit(cnn.train_step)(state, batch)
+    for layer, params in state.params.items():
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(after.params[layer]), strict=True)
+        assert all((a == b).all() for a, b in pairs) == (layer == kept), layer
+    if state.model_state:
+        mean, moved = (s.model_state["batch_stats"][kept]["mean"] for s in (state, after))
+        assert (mean != moved).any()
+
+
+def test_a_mistyped_layer_is_named_when_the_state_is_created():
+    tx = create_optimizer("adam", 0.1, freeze=("Conv_7",))
+    with pytest.raises(UserError, match=r"^optimizer.freeze: 'Conv_7' .*; did you mean Conv_[01]"):
+        cnn.create_train_state(cnn.CNN(10), tx, jax.random.key(0), (32, 32, 3))

@@ -1,8 +1,10 @@
 """The commands of `python -m cnn`: each is the module of its name.
 
 It has two functions: `add_arguments(parser)` adds the command's flags, and `run(arguments)` does
-the work and returns the exit code, or None for 0. The module's docstring is the command's help. A
-new command is a file here and a row in `COMMANDS`.
+the work and returns the exit code, or None for 0. With `TAKES_CONFIG = True` a command takes a
+CONFIG and `--config.FIELD=VALUE` flags as well, and finds the `cnn.command_line.ChosenConfig` in
+`arguments.chosen`; `cnn.commands.prepare` makes an experiment of it. The module's docstring is the
+command's help. A new command is a file here and a row in `COMMANDS`.
 """
 
 # By the name that a person types; a module has an underscore for a hyphen.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,50 @@ import jax.numpy as jnp
 
 from cnn.models.conv_pool import ConvPool
 from cnn.ops.linen_apply import ModuleApply
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A module with parameters of its own.
+
+    Attributes:
+      name: its path.
+      output: the shape of its output for one image; of a `ConvPool`, before the pooling.
+      parameters: how many.
+      flops: of its kernel in the forward pass for one image, two per multiply-add.
+    """
+
+    name: str
+    output: tuple[int, ...]
+    parameters: int
+    flops: float
+
+
+def model_layers(
+    model: nn.Module, variables: Any, image_shape: tuple[int, int, int]
+) -> list[Layer]:
+    """The layers that hold parameters, in natural order of their names.
+
+    Args:
+      model: a linen module of images `[B, H, W, C]`.
+      variables: its parameters and other collections, as arrays or as their shapes and dtypes.
+      image_shape: (H, W, C).
+    """
+    outputs = _output_shapes(model, variables, image_shape)
+    layers = []
+    for path, layer in _layers(variables["params"]):
+        shape = outputs[path]
+        # Each weight of a kernel is multiplied and added once at each output position.
+        weights = layer["kernel"].size if "kernel" in layer else 0
+        layers.append(
+            Layer(
+                name="/".join(path),
+                output=shape,
+                parameters=sum(leaf.size for leaf in layer.values()),
+                flops=2.0 * weights * math.prod(shape[:-1]),
+            )
+        )
+    return layers
 
 
 def model_summary(
@@ -29,18 +74,14 @@ def model_summary(
       image_shape: (H, W, C).
       width: columns that the table may have; long names of layers are cut at their beginnings.
     """
-    outputs = _output_shapes(model, variables, image_shape)
+    layers = model_layers(model, variables, image_shape)
     rows = [("layer", "output", "parameters", "MFLOP"), ("input", _by(image_shape), "", "")]
-    total_size, total_flops = 0, 0.0
-    for path, layer in _layers(variables["params"]):
-        shape = outputs[path]
-        size = sum(leaf.size for leaf in layer.values())
-        # Each weight of a kernel is multiplied and added once at each output position.
-        weights = layer["kernel"].size if "kernel" in layer else 0
-        flops = 2.0 * weights * math.prod(shape[:-1])
-        rows.append(("/".join(path), _by(shape), f"{size:,}", f"{flops / 1e6:.2f}"))
-        total_size += size
-        total_flops += flops
+    rows += [
+        (one.name, _by(one.output), f"{one.parameters:,}", f"{one.flops / 1e6:.2f}")
+        for one in layers
+    ]
+    total_size = sum(one.parameters for one in layers)
+    total_flops = sum(one.flops for one in layers)
     rows.append(("total", "", f"{total_size:,}", f"{total_flops / 1e6:.2f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     # Names of nested modules are long and differ at their ends.

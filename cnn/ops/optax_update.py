@@ -67,6 +67,8 @@ def initial_state(tx: optax.GradientTransformation, params: Any) -> optax.OptSta
     try:
         opt_state = tx.init(params)
         after = jax.eval_shape(update_once, params, opt_state)
+    except UserError:  # from an optimizer of this package
+        raise
     except Exception as error:  # of any kind, from any optimizer
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"train_step cannot use the optimizer {_title(tx)}: {reason}") from error

@@ -74,6 +74,48 @@ def plot_curves(
             axes.legend(frameon=False)
 
 
+def plot_learning_rates(
+    rates: Sequence[float],
+    losses: Sequence[float],
+    smoothed: Sequence[float],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    suggestion: float | None,
+) -> None:
+    """Plots the loss of a learning-rate range test against the rate.
+
+    Args:
+      rates: ascending.
+      losses: at these rates.
+      smoothed: the same, averaged.
+      path: the PNG file.
+      title: shown above.
+      suggestion: a rate to mark, if there is one.
+
+    Raises:
+      ImportError: if matplotlib is not installed.
+      OSError: if the file cannot be written.
+    """
+    with _figure(5.5, 3.6, path, [title]) as figure:
+        figure.suptitle(title, fontsize=11, parse_math=False)
+        axes = figure.subplots()
+        axes.plot(rates, losses, color="#999999", linewidth=0.8, label="loss of a batch")
+        axes.plot(rates, smoothed, color=_TRAIN["color"], linewidth=1.8, label="smoothed")
+        if suggestion is not None:
+            label = f"suggestion: {suggestion:g}"
+            axes.axvline(suggestion, color=_TEST["color"], linestyle="--", label=label)
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("train loss")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(smoothed):  # the last batches of a divergence would hide the rest
+            low, high = min(losses), max(smoothed)
+            axes.set_ylim(low - 0.05 * (high - low + 1e-9), high + 0.05 * (high - low + 1e-9))
+        axes.legend(frameon=False)
+
+
 def plot_samples(
     images: np.ndarray,
     labels: np.ndarray,

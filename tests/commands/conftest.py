@@ -11,8 +11,11 @@ from tests.helpers import without_waits
 
 
 @pytest.fixture
-def command(monkeypatch, capfd):
-    """Gives exit code, standard output and standard error of a command."""
+def command(digits, monkeypatch, capfd, tmp_path):
+    """Runs a command in an empty folder; gives exit code, standard output and standard error."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # is restored
     handlers = {signum: signal.getsignal(signum) for signum in signal.valid_signals()}
 
@@ -37,3 +40,15 @@ def command(monkeypatch, capfd):
 def own_copy(trained_run, tmp_path):
     """A copy of the trained run, to write into."""
     return shutil.copytree(trained_run, tmp_path / "digits")
+
+
+SMALL = (
+    "digits", "--config.model.features=(4, 8)", "--config.model.hidden_features", "16",
+    "--config.batch_size=96", "--config.runtime.num_devices=2",
+)  # fmt: skip
+
+
+@pytest.fixture
+def small():
+    """A CONFIG, and flags that make its network small."""
+    return SMALL
