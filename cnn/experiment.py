@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from cnn.augment import Augment, create_augment
-from cnn.data import Dataset, load_dataset
+from cnn.data import Dataset, load_dataset, load_folder
 from cnn.data.pipeline import Pipeline, stream_key
 from cnn.errors import UserError
 from cnn.losses import LossFn, create_loss
@@ -215,8 +215,7 @@ def create_experiment(
     if tx is not None:
         given["schedule"] = {}  # an optimizer has its own, if any
     if dataset is None:
-        with waiting(f"loading {config.dataset.name}"):
-            dataset = load_dataset(config.dataset.name, config.runtime.data_dir or None)
+        dataset = _load_dataset(config)
     else:
         normalization = config.dataset.normalization
         given["dataset"] = {"object": dataset.name, "normalization": normalization}
@@ -253,6 +252,21 @@ def create_experiment(
         warmup_updates=warmup_updates,
         given=given,
     )
+
+
+def _load_dataset(config: Any) -> Dataset:
+    """The folder of a config if it has one, else the dataset that it names."""
+    given = config.dataset
+    how = {
+        "image_size": given.image_size,
+        "resize": given.resize,
+        "test_fraction": given.test_fraction,
+        "split_seed": given.split_seed,
+    }
+    with waiting(f"loading {given.folder or given.name}"):
+        if given.folder:
+            return load_folder(given.folder, **how, on_unreadable=given.on_unreadable)
+        return load_dataset(given.name, config.runtime.data_dir or None, **how)
 
 
 def _check_passed(*, model: Any, tx: Any, loss_fn: Any, augment: Any, dataset: Any) -> None:

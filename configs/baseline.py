@@ -19,6 +19,19 @@ def get_config() -> ConfigDict:
     config.dataset = ConfigDict()
     # cifar10, cifar100, mnist, fashion_mnist, digits, or any TFDS image classification set.
     config.dataset.name = "cifar10"
+    # Pictures of your own, in a folder for each class (docs/datasets.md); the name is not used then.
+    config.dataset.folder = ""
+    # Side of the images in pixels, or "(height, width)"; 0 keeps their size, if all have the same.
+    config.dataset.image_size = 0
+    # "crop" takes the largest centred part of each image that has the proportions of image_size,
+    # "stretch" all of it.
+    config.dataset.resize = "crop"
+    # The part of each class to test on, for a folder or a dataset without a test split.
+    config.dataset.test_fraction = 0.2
+    # Another number sets other images aside.
+    config.dataset.split_seed = 0
+    # "skip" leaves out files of a folder that cannot be read, with a warning; "stop" does not train.
+    config.dataset.on_unreadable = "skip"
     # "scale": pixel / 255. "standardize": per-channel mean 0, variance 1.
     config.dataset.normalization = "scale"
 
