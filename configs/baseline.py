@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.dataset = ConfigDict()
     # cifar10, cifar100, mnist, fashion_mnist, digits, or any TFDS image classification set.
     config.dataset.name = "cifar10"
-    # Pictures of your own, in a folder for each class (docs/datasets.md); the name is not used then.
+    # Your own pictures, in a folder for each class (docs/datasets.md); the name is not used then.
     config.dataset.folder = ""
     # Side of the images in pixels, or "(height, width)"; 0 keeps their size, if all have the same.
     config.dataset.image_size = FieldReference(0, field_type=object)  # a number or a tuple
@@ -30,7 +30,8 @@ def get_config() -> ConfigDict:
     config.dataset.test_fraction = 0.2
     # Another number sets other images aside.
     config.dataset.split_seed = 0
-    # "skip" leaves out files of a folder that cannot be read, with a warning; "stop" does not train.
+    # What to do about files of a folder that cannot be read: "skip" leaves them out, with a
+    # warning; "stop" does not train.
     config.dataset.on_unreadable = "skip"
     # "scale": pixel / 255. "standardize": per-channel mean 0, variance 1.
     config.dataset.normalization = "scale"
