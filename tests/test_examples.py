@@ -2,6 +2,7 @@
 
 import csv
 import os
+import runpy
 import subprocess
 import sys
 
@@ -11,16 +12,25 @@ import pytest
 
 from tests.helpers import REPOSITORY
 
+EXAMPLES = REPOSITORY / "examples"
 
-def run(script, *flags):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(REPOSITORY / "examples" / script), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
-    return done.returncode, done.stdout, done.stderr
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs a script in this process; gives exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # is restored
+
+    def run(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return run
 
 
 def images(number):
@@ -42,11 +52,11 @@ def rows(tmp_path):
     return rows
 
 
-SHORT = ("--epochs", 4, "--batch-size", 8)
+SHORT = ("--epochs", 1, "--batch-size", 8)
 COLUMNS = ("--path-column", "file", "--label-column", "kind")
 
 
-def test_own_csv(rows, tmp_path):
+def test_own_csv(run, rows, tmp_path):
     table = tmp_path / "pictures.csv"
     with open(table, "w", newline="") as stream:
         writer = csv.DictWriter(stream, rows[0])
@@ -55,27 +65,51 @@ def test_own_csv(rows, tmp_path):
     flags = (*COLUMNS, "--image-size", 8, "--split-column", "split", *SHORT)
     code, out, err = run("own_csv.py", table, *flags, "--workdir", tmp_path / "run")
     assert code == 0, err
-    assert out.endswith("100.0% of 12 pictures\n")
+    assert "data: pictures, 8x8x3, 2 classes\nimages: 48 for training, 12 for testing\n" in out
+    assert out.endswith("% of 12 pictures\n")
 
 
-def test_own_csv_of_parquet(rows, tmp_path):
+def test_own_csv_of_parquet(run, rows, tmp_path):
     """The table is read; a picture that is missing is named, and nothing is trained."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     (tmp_path / "files" / "7.png").unlink()
-    run_ = tmp_path / "run"
-    code, out, err = run("own_csv.py", tmp_path / "t.parquet", *COLUMNS, "--workdir", run_)
+    workdir = tmp_path / "run"
+    code, out, err = run("own_csv.py", tmp_path / "t.parquet", *COLUMNS, "--workdir", workdir)
     assert (code, out) == (2, "")
     assert err.startswith("error: 1 image (")
     assert "files/7.png: no such file" in err
-    assert not run_.exists()
+    assert not workdir.exists()
 
 
 def test_own_arrays(tmp_path):
+    """In a process of its own, from another directory."""
     labels = np.arange(60) % 2
     np.savez(tmp_path / "arrays.npz", images=images(60)[..., 0], labels=labels)
-    flags = (*SHORT, "--workdir", tmp_path / "run")
-    code, out, err = run("own_arrays.py", tmp_path / "arrays.npz", *flags)
-    assert code == 0, err
-    assert out.endswith("100.0% of 12 images\n")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / "own_arrays.py"), "arrays.npz",
+         *map(str, SHORT), "--workdir", "run"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("% of 12 images\n")
+    assert (tmp_path / "run" / "result.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "telling"),
+    [
+        ("path,label\n", "has no rows"),
+        ("file,label\na.png,b\n", "has no column 'path'; it has file, label"),
+        ("path,label\na.png,b\n", "a.png: no such file"),
+    ],
+)
+def test_tables_that_cannot_be_read(content, telling, run, tmp_path):
+    (tmp_path / "t.csv").write_text(content)
+    code, _, err = run("own_csv.py", tmp_path / "t.csv", "--workdir", tmp_path / "run")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert telling in err
+    assert err.count("\n") == 1
