@@ -165,16 +165,17 @@ def test_unreadable_files_are_left_out_and_named(fraction, photos, capsys):
     expected = load_folder(photos, test_fraction=fraction)
     for i in range(7):
         (photos / "ant" / f"bad{i}.png").write_bytes(b"no image")
+    (photos / "ant" / "bad0.png").rename(photos / "ant" / "bad\n0.png")
     (photos / "bee" / "gone.png").symlink_to(photos / "nowhere")
     capsys.readouterr()
     for _ in range(2):  # decoded, and from the cache
         data = load_folder(photos, test_fraction=fraction)
         assert data.fingerprint == expected.fingerprint
         line = warnings_of(capsys)[0]
-        assert line.startswith("warning: 8 images (ant/bad0.png: not an image; ")
+        assert line.startswith("warning: 8 images (ant/bad\\n0.png: not an image; ")
         assert "; and 3 more) in " in line
     message = refusal(photos, test_fraction=fraction, on_unreadable="stop")
-    assert "ant/bad0.png: not an image" in message
+    assert "ant/bad1.png: not an image" in message
     assert "on_unreadable=skip" in message
 
 
@@ -348,6 +349,7 @@ def test_pictures_that_do_not_fit_in_memory(photos, monkeypatch):
     message = refusal(photos)
     assert "36 pictures of 8x8 in" in message
     assert "--config.dataset.image_size" in message
+    assert "36 pictures of 60000x60000 in" in refusal(photos, image_size=60_000)
     assert load_folder(photos, image_size=4).image_shape == (4, 4, 3)
 
 

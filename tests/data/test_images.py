@@ -302,7 +302,7 @@ def test_warnings_of_the_caller_are_as_they_were():
 
 
 def test_many_images_in_order_with_their_errors_and_a_bounded_look_ahead(monkeypatch):
-    monkeypatch.setattr(images_module, "usable_cores", lambda: 2)
+    monkeypatch.setattr("cnn.runtime.cores.usable_cores", lambda: 2)
     decoded, threads, progress = [], set(), []
     real = images_module._read
 
