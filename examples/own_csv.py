@@ -33,8 +33,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
             ) from error
         table = parquet.read_table(path).to_pylist()
         return [{name: str(value) for name, value in row.items()} for row in table]
-    with open(path, newline="", encoding="utf-8-sig") as stream:
-        return list(csv.DictReader(stream))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            return list(csv.DictReader(stream))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise cnn.UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
 
 
 def column(rows: list[dict[str, str]], name: str, path: Path) -> list[str]:
@@ -43,6 +46,9 @@ def column(rows: list[dict[str, str]], name: str, path: Path) -> list[str]:
         raise cnn.UserError(f"{path} has no rows: give a table with a header and a row per picture")
     if name not in rows[0]:
         raise cnn.UserError(f"{path} has no column {name!r}; it has {', '.join(rows[0])}")
+    for number, row in enumerate(rows, 1):
+        if row[name] is None:
+            raise cnn.UserError(f"row {number} of {path} is too short: it has no {name!r}")
     return [row[name] for row in rows]
 
 

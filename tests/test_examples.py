@@ -104,10 +104,12 @@ def test_own_arrays(tmp_path):
         ("path,label\n", "has no rows"),
         ("file,label\na.png,b\n", "has no column 'path'; it has file, label"),
         ("path,label\na.png,b\n", "a.png: no such file"),
+        ("path,label\na.png\n", "row 1 of"),
+        ("path,label\n\udcff,b\n", "is not a CSV file in UTF-8"),
     ],
 )
 def test_tables_that_cannot_be_read(content, telling, run, tmp_path):
-    (tmp_path / "t.csv").write_text(content)
+    (tmp_path / "t.csv").write_text(content, errors="surrogateescape")
     code, _, err = run("own_csv.py", tmp_path / "t.csv", "--workdir", tmp_path / "run")
     assert code == 2
     assert err.startswith("error: ")
