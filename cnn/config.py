@@ -23,7 +23,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cnn.augment import augment_schema, create_augment
+from cnn.data.folder import ON_UNREADABLE
+from cnn.data.images import IMAGE_SIZE_MUST, RESIZE, is_image_size
 from cnn.data.pipeline import NORMALIZATIONS
+from cnn.data.settings import TEST_FRACTION
 from cnn.errors import UserError
 from cnn.losses import LOSSES, create_loss, loss_schema
 from cnn.metrics import find_metrics
@@ -72,8 +75,18 @@ _RUN_FIELDS: dict[str, _RunField] = {
         int, 0, valid=lambda value: 0 <= value < 2**32, must="lie between 0 and 2**32 - 1"
     ),
     "dataset.name": _RunField(str, valid=bool, must="name a dataset"),
+    "dataset.folder": _RunField(str, ""),
+    "dataset.image_size": _RunField(object, 0, valid=is_image_size, must=IMAGE_SIZE_MUST),
+    "dataset.resize": _choice("crop", *RESIZE),
+    "dataset.test_fraction": _RunField(
+        float,
+        TEST_FRACTION,
+        valid=lambda value: 0 < value < 1,
+        must="be more than 0 and less than 1",
+    ),
+    "dataset.split_seed": _at_least(0, 0),
+    "dataset.on_unreadable": _choice("skip", *ON_UNREADABLE),
     "dataset.normalization": _choice("scale", *NORMALIZATIONS),
-    "dataset.resize": _choice("crop", "crop", "stretch"),
     "batch_size": _at_least(1),
     "num_epochs": _RunField(
         float, valid=lambda value: 0 < value < 2**31, must="be more than 0, and below 2**31"
@@ -389,8 +402,9 @@ def check_config(config: ConfigDict) -> ConfigDict:
         if isinstance(field, _RunField) and not field.valid(value):
             raise UserError(f"config field {name}={shown(value)} must {field.must}")
         checked[name] = value
-    if checked["init_from"]:  # the same run from any working directory
-        checked["init_from"] = str(resolve_path(checked["init_from"]))
+    for name in ("init_from", "dataset.folder"):  # the same wherever the run is resumed from
+        if checked[name]:
+            checked[name] = str(resolve_path(checked[name]))
     complete = _unflatten(checked)
     _check_built(complete)
     return complete

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from cnn.augment import Augment, create_augment
-from cnn.data import Dataset, load_dataset
+from cnn.data import Dataset, load_dataset, load_folder
 from cnn.data.pipeline import Pipeline, stream_key
 from cnn.errors import UserError
 from cnn.losses import LossFn, create_loss
@@ -257,8 +257,7 @@ def create_experiment(
     if tx is not None:
         given["schedule"] = {}  # an optimizer has its own, if any
     if dataset is None:
-        with waiting(f"loading {config.dataset.name}"):
-            dataset = load_config_dataset(config.to_dict())
+        dataset = load_config_dataset(config.to_dict())
     else:
         normalization = config.dataset.normalization
         given["dataset"] = {"object": dataset.name, "normalization": normalization}
@@ -298,12 +297,20 @@ def create_experiment(
 
 
 def load_config_dataset(config: Mapping[str, Any]) -> Dataset:
-    """Loads the dataset that a checked config names.
+    """Loads the folder of a checked config if it has one, else the dataset that it names.
+
+    Args:
+      config: with all fields, also as `config.json` has it.
 
     Raises:
-      UserError: as for `load_dataset`.
+      UserError: as for `load_folder` and `load_dataset`.
     """
-    return load_dataset(config["dataset"]["name"], config["runtime"]["data_dir"] or None)
+    given = config["dataset"]
+    how = {name: given[name] for name in ("image_size", "resize", "test_fraction", "split_seed")}
+    with waiting(f"loading {given['folder'] or given['name']}"):
+        if given["folder"]:
+            return load_folder(given["folder"], **how, on_unreadable=given["on_unreadable"])
+        return load_dataset(given["name"], config["runtime"]["data_dir"] or None, **how)
 
 
 def _check_passed(*, model: Any, tx: Any, loss_fn: Any, augment: Any, dataset: Any) -> None:

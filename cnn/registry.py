@@ -162,8 +162,9 @@ def check_type(name: str, field: Field, value: Any) -> Any:
             f"config field {name}={shown(value)} must be {field.description}, "
             f"not {type(value).__name__}"
         )
-    if isinstance(value, tuple | list) and field.type is tuple:
-        _check_entries(name, field, value)
+    if isinstance(value, tuple | list) and field.type in (tuple, object):
+        if field.type is tuple:
+            _check_entries(name, field, value)
         return tuple(value)
     return value
 

@@ -19,7 +19,7 @@ from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict
 
 from cnn.config import check_config, fields, flatten, load_config, override, to_json_dict
-from cnn.data import load_dataset
+from cnn.data import load_dataset, load_folder
 from cnn.errors import UserError
 from tests.helpers import REPOSITORY, train_command, without_waits
 
@@ -528,11 +528,11 @@ PICTURES = {
     "several sizes": (training(PNG, png((8, 9))), "images of several sizes"),
     "other sizes to test": (
         {"splits": {**WHOLE, "test": examples(png((9, 8)))}},
-        "train images are (8, 8, 1) but test images (8, 9, 1)",
+        "images of several sizes (such as (8, 8, 1) and (8, 9, 1) in test)",
     ),
     "a negative label": (training(PNG, label=-1), "run from -1 to -1"),
-    "no test split": ({"splits": {"train": examples(PNG)}}, "train and test are needed"),
-    "no train split": ({"splits": {"test": examples(PNG)}}, "train and test are needed"),
+    "no test split": ({"splits": {"train": examples(PNG)}}, "one image of each class"),
+    "no train split": ({"splits": {"test": examples(PNG)}}, "train is needed"),
     "other splits": (
         {"splits": {"a": examples(PNG), "b": examples(PNG)}},
         "pictures has the splits a, b",
@@ -591,6 +591,46 @@ def test_pictures_that_do_not_fit_the_config(refused, pictures, size, telling):
     load_dataset("pictures")  # decoding them is no fault
     fits = ["--config.batch_size=2"] if "small" in telling else []
     refused("--config.dataset.name=pictures", *fits, telling=telling)
+
+
+def photos(world):
+    """Two classes, with pictures of two sizes and a file that is no image."""
+    for name in ("ant", "bee"):
+        (world / "photos" / name).mkdir(parents=True)
+        for i in range(4):
+            picture = PIL.Image.new("RGB", (8 + i % 2, 8))
+            picture.save(world / "photos" / name / f"{i}.png")
+    (world / "photos" / "bee" / "bad.png").write_bytes(b"no image")
+
+
+FOLDERS = [
+    (["folder=none"], "none does not exist"),
+    (["folder=photos/ant/0.png"], "0.png is not a folder"),
+    (["folder=photos/ant"], "has pictures, but no folders"),
+    (["folder=s3://bucket/photos"], "s3://bucket/photos is an address"),
+    ([f"folder={LONG}"], "File name too long"),
+    (["folder=photos"], "several sizes, such as 8x8 (ant/"),
+    (["folder=photos", "image_size=8", "on_unreadable=stop"], "bee/bad.png: not an image"),
+    (["folder=photos", "image_size=-8"], "dataset.image_size=-8 must be a number of pixels"),
+    (["folder=photos", "image_size=(8,)"], "dataset.image_size=(8,) must be"),
+    (["folder=photos", "image_size=8.0"], "dataset.image_size=8.0 must be"),
+    (["folder=photos", "image_size=small"], "dataset.image_size='small' must be"),
+    (["folder=photos", "resize=fit"], "dataset.resize='fit' must be one of crop, stretch"),
+    (["folder=photos", "test_fraction=1"], "dataset.test_fraction=1.0 must be more than 0"),
+    (["folder=photos", "test_fraction=nan"], "dataset.test_fraction=nan must be more than 0"),
+    (["folder=photos", "split_seed=-1"], "dataset.split_seed=-1 must be 0 or more"),
+    (["folder=photos", "on_unreadable=ask"], "dataset.on_unreadable='ask' must be one of skip"),
+]
+
+
+@pytest.mark.parametrize(("given", "telling"), FOLDERS)
+def test_folders_of_pictures(refused, own_data, world, given, telling):
+    photos(world)
+    if (
+        "on_unreadable=stop" in given
+    ):  # what was decoded is kept, for the start after the file is removed
+        load_folder("photos", image_size=8)
+    refused(*(f"--config.dataset.{field}" for field in given), telling=telling)
 
 
 ANOTHER = "holds a run of another config"

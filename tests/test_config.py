@@ -292,6 +292,27 @@ def test_a_field_that_was_added_since_had_its_default():
     assert config_diff(before, after) == ["augment.cutout: 0 -> 8"]
 
 
+def test_runs_from_before_there_were_folders_resume():
+    after = to_json_dict(check_config(load_config(BASELINE)))
+    before = json.loads(json.dumps(after))
+    before["dataset"] = {key: after["dataset"][key] for key in ("name", "normalization")}
+    assert config_diff(before, after) == []
+
+
+def test_the_size_of_images_is_a_number_or_two(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(BASELINE)
+    config.dataset.image_size = (24, 32)  # a config file may set either
+    config.dataset.image_size = 32
+    flags = ["--config.dataset.image_size=(24, 32)", "--config.dataset.folder=photos"]
+    checked = check_config(override(config, flags))
+    assert checked.dataset.image_size == (24, 32)
+    assert checked.dataset.folder == str(tmp_path / "photos")
+    again = check_config(ConfigDict(json.loads(json.dumps(checked.to_dict()))))
+    assert again == checked
+    assert config_diff(to_json_dict(again), to_json_dict(checked)) == []
+
+
 def test_defaults_fill_a_short_config():
     config = ConfigDict(
         {

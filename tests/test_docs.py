@@ -7,13 +7,14 @@ import sys
 
 import numpy as np
 import PIL.Image
+import pytest
 
 import cnn
 from tests.helpers import REPOSITORY
 
 DATASETS = (REPOSITORY / "docs" / "datasets.md").read_text()
-PREPARE, DIVIDE = re.findall(r"```python\n(.*?)```", DATASETS, re.DOTALL)
-(TRAIN,) = re.findall(r"```bash\n(.*?)```", DATASETS, re.DOTALL)
+(PREPARE,) = re.findall(r"```python\n(.*?)```", DATASETS, re.DOTALL)
+COMMANDS = re.findall(r"```bash\n(.*?)```", DATASETS, re.DOTALL)
 EXTENDING = re.findall(
     r"```python\n(.*?)```", (REPOSITORY / "docs" / "extending.md").read_text(), re.DOTALL
 )
@@ -22,36 +23,30 @@ EXTENDING = re.findall(
 def test_a_dataset_of_ones_own(tmp_path, monkeypatch):
     """Prepared where TensorFlow cannot be imported, and then loaded by its name."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for split, number in (("train", 10), ("test", 3)):
-        for red, name in ((250, "cat"), (5, "polar bear")):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for index in range(number):
-                image = PIL.Image.new("RGB", (40, 30 + index), (red, index, 0))
-                image.save(folder / f"{index}.png")
+    for red, name in ((250, "cat"), (5, "polar bear")):
+        folder = tmp_path / "photos" / "train" / name
+        folder.mkdir(parents=True)
+        for index in range(10):
+            image = PIL.Image.new("RGB", (40, 30 + index), (red, index, 0))
+            image.save(folder / f"{index}.png")
     (tmp_path / "blocked" / "tensorflow").mkdir(parents=True)
     blocked = tmp_path / "blocked" / "tensorflow" / "__init__.py"
     blocked.write_text("raise ImportError('not here')")
-
-    def run(script):
-        done = subprocess.run(
-            [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": f"{tmp_path / 'blocked'}:{REPOSITORY}"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    run(PREPARE)
-    data = cnn.load_dataset("photos", tmp_path / "datasets")
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'blocked'}:{REPOSITORY}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    data = cnn.load_dataset("photos", tmp_path / "datasets", image_size=32)
     assert data.class_names == ("cat", "polar bear")
-    assert data.train.images.shape == (20, 32, 32, 3)
-    assert data.test.images.shape == (6, 32, 32, 3)
+    assert data.train.images.shape == (16, 32, 32, 3)
+    assert data.test.images.shape == (4, 32, 32, 3)
     np.testing.assert_array_equal(data.train.images[:, 0, 0, 0] < 128, data.train.labels == 1)
-    assert "16 to train, 4 to test" in run(DIVIDE)
 
 
-def test_the_command_is_one_of_train_py():
-    words = TRAIN.replace("\\\n", " ").split()
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_are_those_of_train_py(command):
+    words = command.replace("\\\n", " ").split()
     assert words[:2] == ["python", "train.py"]
     config = cnn.load_config(REPOSITORY / words[3])
     for flag in words[4:]:

@@ -65,7 +65,7 @@ def run_dataset(run: TrainedModel) -> Dataset:
             f"{run.path} was trained on {run.dataset['name']}, a dataset that a script passed: "
             f"score it there, with cnn.load_run and cnn.evaluate"
         )
-    with waiting(f"loading {run.dataset['name']}", sys.stderr):
+    with waiting("loading the data", sys.stderr):  # the outermost task's stream is used within
         dataset = load_config_dataset(run.config)
     if dataset.class_names != run.class_names or dataset.image_shape != run.image_shape:
         raise UserError(

@@ -6,7 +6,6 @@ differ by the SHA-256 of its content; only content that is new is decoded.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
@@ -32,8 +31,8 @@ from cnn.data.images import (
 )
 from cnn.data.layout import Layout, PictureFile, find_pictures
 from cnn.data.settings import TEST_FRACTION, Settings
-from cnn.errors import UserError
-from cnn.runtime.devices import usable_cores
+from cnn.errors import UserError, one_line
+from cnn.runtime.cores import map_in_parts
 from cnn.runtime.disk import cache_directory, describe_read_error, resolve_path
 from cnn.runtime.memory import available_memory
 from cnn.runtime.screen import counted, log_warning, waiting
@@ -114,10 +113,9 @@ def _report(
     root: Path, layout: Layout, dataset: Dataset, unreadable: Sequence[tuple[str, str]]
 ) -> None:
     """Says what was left out, and which classes have few images."""
-    for note in layout.notes:
-        log_warning(note)
+    lines = list(layout.notes)
     if unreadable:
-        log_warning(f"{name_unreadable(unreadable)} in {root} cannot be read and are left out")
+        lines.append(f"{name_unreadable(unreadable)} in {root} cannot be read and are left out")
     counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()
     few = [
         f"{name} {number}"
@@ -126,9 +124,11 @@ def _report(
     ]
     if few:
         shown = ", ".join(few[:NAMES_SHOWN]) + (" ..." if len(few) > NAMES_SHOWN else "")
-        log_warning(
+        lines.append(
             f"classes with less than {_FEW} images to train on: {shown}; more pictures would help"
         )
+    for line in lines:
+        log_warning(one_line(line))
 
 
 def _decode(
@@ -252,11 +252,9 @@ def _digests(root: Path, files: Sequence[PictureFile], known: _Known) -> list[st
         except OSError:
             return None
 
-    with (
-        waiting(f"reading {root.name}", sys.stderr) as task,
-        concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool,
-    ):
-        return list(counted(pool.map(digest, files), task, len(files), "files"))
+    with waiting(f"reading {root.name}", sys.stderr) as task:
+        found = itertools.chain.from_iterable(map_in_parts(digest, files))
+        return list(counted(found, task, len(files), "files"))
 
 
 def _images(
@@ -271,6 +269,8 @@ def _images(
     errors: list[UnreadableImageError | None] = [None] * len(files)
     rows = _inverse(order, len(files))
     images, first = np.empty(0, np.uint8), 0
+    if how.size is not None:
+        _check_memory(root, (len(files), *how.size, _CHANNELS))
     new = [index for index, digest in enumerate(digests) if digest not in known.rows]
     with waiting(f"decoding {root.name}", sys.stderr) as task:
         decoded = read_images(

@@ -9,11 +9,9 @@ Pillow is imported within functions, so that `import cnn` stays light.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import functools
 import io
-import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from cnn.errors import UserError, one_line
-from cnn.runtime.devices import usable_cores
+from cnn.runtime.cores import map_in_parts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,7 +35,6 @@ _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by number of channels
 # filter alone; a JPEG decoder's own reduction (by 2, 4 or 8) drops just the higher frequencies of
 # the cosine transform, which the filter would remove too.
 _GAP = 3.0
-_AHEAD = 16  # images that are decoded ahead, for each core
 # Pillow knows these by name, but needs another program to read them, or cannot.
 _UNSUPPORTED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
@@ -122,7 +119,7 @@ def read_images(
       size: of the results.
       channels: of the results.
       resize: "crop" or "stretch".
-      progress: is called with the number of images that have been read so far.
+      progress: is called with the number of each image, from 1, before it is returned.
 
     Returns:
       For each source in order, its array or why it cannot be read. A few images for each core are
@@ -432,18 +429,16 @@ def _read_in_parts(
         except UnreadableImageError as error:
             return error
 
-    cores, number = usable_cores(), 0
     _formats()  # not by several threads at once
-    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-        remaining = iter(sources)
-        while part := list(itertools.islice(remaining, _AHEAD * cores)):
-            found = []
-            # All of a part is read before any of it is given to the caller, for whom Python's
-            # warnings must be as they were.
-            with _pillow_warnings():
-                for image in pool.map(read, part):
-                    found.append(image)
-                    number += 1
-                    if progress is not None:
-                        progress(number)
-            yield from found
+    parts, number = map_in_parts(read, sources), 0
+    while True:
+        # While a part is read, the caller does not run, whose warnings must be as they were.
+        with _pillow_warnings():
+            part = next(parts, None)
+        if part is None:
+            return
+        for image in part:
+            number += 1
+            if progress is not None:
+                progress(number)
+            yield image

@@ -81,7 +81,7 @@ def find_pictures(root: Path) -> Layout:
         is_test = None if len(parts) == 1 else part != _TRAIN
         for name in names:
             label = class_names.index(name)
-            for path in _files(root / place / name):
+            for path in _files(root / place / name, above=(_place(root), _place(root / place))):
                 if path.suffix.lower() not in image_extensions():
                     others[path.suffix.lower() or "no extension"] += 1
                     continue
@@ -157,10 +157,15 @@ def _folders(place: Path) -> list[str]:
 def _files(
     place: Path, *, deep: bool = True, above: tuple[tuple[int, int], ...] = ()
 ) -> Iterator[Path]:
-    """The files in a folder and, if it is to be deep, in those below it, each link once."""
-    status = place.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:  # a link leads to a folder that holds it
+    """The files in a folder, in no order.
+
+    Args:
+      place: the folder.
+      deep: whether the folders in it are looked into.
+      above: folders that hold it; a link to one of them is not followed.
+    """
+    here = _place(place)
+    if here in above:
         return
     with os.scandir(place) as entries:
         found = [entry for entry in entries if _counts(entry.name)]
@@ -171,6 +176,12 @@ def _files(
                 yield from _files(path, above=(*above, here))
         elif entry.is_file() or not path.exists():  # a link to nothing is named as unreadable
             yield path
+
+
+def _place(folder: Path) -> tuple[int, int]:
+    """What tells a folder apart, by whichever path it is reached."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _counts(name: str) -> bool:

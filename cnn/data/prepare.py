@@ -66,6 +66,52 @@ def find(root: Path, spec: DatasetSpec) -> Path | None:
     return prepared[-1] if prepared else None
 
 
+@dataclasses.dataclass(frozen=True)
+class PreparedDataset:
+    """What is written beside a prepared dataset.
+
+    Attributes:
+      name: as `load_dataset` takes it.
+      counts: of images, by split.
+      num_classes: of the first feature that has classes; 0 if there is none.
+      num_bytes: of the files.
+    """
+
+    name: str
+    counts: dict[str, int]
+    num_classes: int
+    num_bytes: int
+
+
+def list_prepared(root: Path) -> list[PreparedDataset]:
+    """The datasets in a TFDS data directory, sorted, without importing TFDS.
+
+    What cannot be read there is left out.
+    """
+    found = []
+    for depth in ("*/*", "*/*/*"):  # name/version and name/config/version
+        for folder in root.glob(depth):
+            if _VERSION.fullmatch(folder.name):
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                    found.append(_prepared(root, folder))
+    return sorted(found, key=lambda dataset: dataset.name)
+
+
+def _prepared(root: Path, folder: Path) -> PreparedDataset:
+    info = json.loads((folder / "dataset_info.json").read_text())
+    features = json.loads((folder / "features.json").read_text())["featuresDict"]["features"]
+    classes = [feature["classLabel"] for feature in features.values() if "classLabel" in feature]
+    return PreparedDataset(
+        name=f"{folder.parent.relative_to(root).as_posix()}:{folder.name}",
+        counts={
+            split["name"]: sum(int(number) for number in split["shardLengths"])
+            for split in info["splits"]
+        },
+        num_classes=int(classes[0]["numClasses"]) if classes else 0,
+        num_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+    )
+
+
 def prepare(root: Path, spec: DatasetSpec) -> Path:
     """Downloads and prepares a dataset in a TFDS data directory.
 

@@ -31,7 +31,7 @@ from cnn.runtime.disk import (
     is_writable,
     resolve_path,
 )
-from cnn.runtime.screen import counted, waiting
+from cnn.runtime.screen import counted, log_warning, waiting
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 _FORMAT = 2
@@ -88,10 +88,12 @@ def load_dataset(
             cache.Key(prepared, how.as_json()),
             spec.title,
             identity,
-            lambda _: cache.Cached(_decode(prepared, spec.title, how), identity, None),
+            lambda _: _decode(prepared, spec.title, how, identity),
         )
     except OSError as error:
         raise UserError(f"{name}: {error}") from error
+    if found.details is not None:
+        log_warning(found.details)
     return found.dataset
 
 
@@ -161,7 +163,7 @@ def _find_or_prepare(root: Path, spec: DatasetSpec) -> Path:
     return prepare(next(filter(is_writable, roots), root), spec)
 
 
-def _decode(prepared: Path, name: str, how: Settings) -> Dataset:
+def _decode(prepared: Path, name: str, how: Settings, identity: list[Any]) -> cache.Cached:
     """Decodes the prepared files into arrays, which takes seconds per 10,000 images."""
     import PIL.Image
     import tensorflow_datasets as tfds
@@ -189,18 +191,21 @@ def _decode(prepared: Path, name: str, how: Settings) -> Dataset:
                 "(docs/datasets.md), or read it with tfds.data_source, divide the images and pass "
                 "them to cnn.Dataset.from_splits"
             )
+        note = None
         train = _decode_split(builder, "train", image_key, label_key, how)
         if (tested := next((name for name in _TESTED if name in splits), None)) is not None:
             shape = train.images.shape[1:]
             test = _decode_split(builder, tested, image_key, label_key, how, shape)
         else:
             train, test = _divide(train, name, how)
-        return Dataset.from_splits(
+            note = f"{name} has no test split: {len(test):,} of its train images are set aside"
+        dataset = Dataset.from_splits(
             name,
             train=train,
             test=test,
             class_names=tuple(builder.info.features[label_key].names),
         )
+        return cache.Cached(dataset, identity, note)
     except UserError:
         raise
     except too_large as error:

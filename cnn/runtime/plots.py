@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG files.
+"""Pictures of a run, as PNG files, which appear when they are complete.
 
 They depend only on their arguments and the installed fonts, and not on matplotlib's backend or any
 of its settings.
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cnn.runtime.disk import local_path
+from cnn.runtime.disk import atomic_write, local_path
 from cnn.scores import Calibration
 
 # Blue and vermilion of Okabe & Ito's palette differ for every kind of colour vision and in
@@ -28,6 +28,7 @@ from cnn.scores import Calibration
 _TRAIN = {"color": "#0072B2", "linestyle": "-", "marker": "o"}
 _TEST = {"color": "#D55E00", "linestyle": "--", "marker": "s"}
 _FONT = "DejaVu Sans"  # comes with matplotlib
+SAMPLE_COLUMNS = 6  # images in a row
 _LINE_LENGTH = 22  # characters that fit above an image
 
 
@@ -119,7 +120,7 @@ def plot_learning_rates(
 def plot_samples(
     images: np.ndarray,
     labels: np.ndarray,
-    predictions: np.ndarray,
+    predictions: np.ndarray | None,
     class_names: Sequence[str],
     path: str | os.PathLike[str],
     *,
@@ -132,7 +133,7 @@ def plot_samples(
       images: `uint8[N, H, W, C]`. One channel is grey, two are grey and opacity, three are colour,
         four are colour and opacity; of more channels the first is shown in grey.
       labels: `int[N]`, the true classes.
-      predictions: `int[N]`, the predicted classes.
+      predictions: `int[N]`, the predicted classes; None shows the true ones alone.
       class_names: by label; shown as they are, without any markup.
       path: the PNG file.
       title: shown above the grid.
@@ -142,8 +143,9 @@ def plot_samples(
       ImportError: if matplotlib is not installed.
       OSError: if the file cannot be written.
     """
-    columns = 6
+    columns = SAMPLE_COLUMNS
     rows = -(-len(images) // columns)
+    predictions = labels if predictions is None else predictions
     shown = [class_names[int(label)] for label in (*labels, *predictions)]
     with _figure(1.5 * columns, 1.9 * rows + 0.4, path, [title, *shown]) as figure:
         figure.suptitle(title, fontsize=11, parse_math=False)
@@ -277,7 +279,8 @@ def _figure(
             figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
             canvas = FigureCanvasAgg(figure)
             yield figure
-            canvas.print_figure(target, format="png")
+            with atomic_write(target) as stream:
+                canvas.print_figure(stream, format="png")
 
 
 def _import_matplotlib() -> Any:

@@ -126,7 +126,7 @@ def cache_files(digits_dir, capsys):
     def warning(file, content):
         whole = file.read_bytes()
         file.write_bytes(content)
-        assert cache.load(digits_dir, "digits") is None
+        assert cache.load(cache.Key(digits_dir), "digits") is None
         file.write_bytes(whole)
         line = capsys.readouterr().err
         assert line.startswith(f"warning: the decoded images in {folder} are damaged (")
@@ -136,7 +136,7 @@ def cache_files(digits_dir, capsys):
 
     files = sorted(folder.iterdir())
     yield files, warning
-    assert cache.load(digits_dir, "digits") is not None
+    assert cache.load(cache.Key(digits_dir), "digits") is not None
 
 
 def test_a_flip_in_the_cache_is_named(cache_files):

@@ -20,6 +20,8 @@ from cnn.data import load_dataset
 from cnn.errors import UserError
 from cnn.runtime.checksums import CHECKSUMS
 
+DIGITS = "9d1181cfd3bfa574c2c0cb0016e4e04561671cb157aee5b754dadcd506005be1"
+
 
 def message_of(name, data_dir=None):
     with pytest.raises(UserError) as error:
@@ -108,13 +110,66 @@ def test_labels_out_of_range(data_dir, monkeypatch):
     assert "run from -1 to 0" in message_of("own_images")
 
 
-@pytest.mark.parametrize("splits", [("train", "extra"), ("train",), ("test",)])
+@pytest.mark.parametrize("splits", [("a", "b"), ("test",)])
 def test_splits_that_are_missing(splits, data_dir, monkeypatch):
     monkeypatch.setattr(OwnImages, "splits", splits)
     message = message_of("own_images")
-    assert f"own_images has the splits {', '.join(splits)}: train and test are needed" in message
+    assert f"own_images has the splits {', '.join(splits)}: train is needed" in message
     for way_out in ("docs/datasets.md", "tfds.data_source", "cnn.Dataset.from_splits"):
         assert way_out in message
+
+
+@pytest.mark.parametrize("splits", [("train",), ("train", "extra")])
+def test_one_split_is_divided(splits, data_dir, monkeypatch, capsys):
+    monkeypatch.setattr(OwnImages, "splits", splits)
+    data = load_dataset("own_images")
+    assert np.bincount(data.train.labels).tolist() == [3, 3, 3]
+    assert np.bincount(data.test.labels).tolist() == [1, 1, 1]
+    note = "own_images has no test split: 3 of its train images are set aside"
+    assert note in capsys.readouterr().err
+    other = load_dataset("own_images", split_seed=1, test_fraction=0.5)
+    assert len(other.test) == 6
+    monkeypatch.setattr("cnn.data.sources._decode", None)  # each has its place in the cache
+    assert load_dataset("own_images").fingerprint == data.fingerprint
+    assert note in capsys.readouterr().err
+    again = load_dataset("own_images", split_seed=1, test_fraction=0.5)
+    assert again.fingerprint == other.fingerprint
+
+
+def test_single_images_cannot_be_divided(data_dir, monkeypatch):
+    monkeypatch.setattr(OwnImages, "splits", ("train",))
+    monkeypatch.setattr(OwnImages, "classes", 12)
+    monkeypatch.setattr(OwnImages, "labels", tuple(range(12)))
+    assert "one image of each class" in message_of("own_images")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_images_of_several_sizes_are_resized(mode, data_dir, monkeypatch):
+    monkeypatch.setattr(OwnImages, "sizes", ((4, 6), (5, 6)))
+    monkeypatch.setattr(OwnImages, "mode", mode)
+    assert "--config.dataset.image_size=4" in message_of("own_images")
+    data = load_dataset("own_images", image_size=(3, 5), resize="stretch")
+    channels = len(PIL.Image.new(mode, (1, 1)).getbands())
+    assert data.train.images.shape == (12, 3, 5, channels)
+    assert np.ptp(data.train.images[3], axis=(0, 1)).max() == 0  # of one colour, as it was
+
+
+def test_settings_without_effect_share_the_arrays(digits_dir, monkeypatch):
+    expected = load_dataset("digits")
+    monkeypatch.setattr("cnn.data.sources._decode", None)
+    assert load_dataset("digits", image_size=0, resize="stretch").fingerprint == (
+        expected.fingerprint
+    )
+
+
+def test_a_set_of_one_size_is_resized_too(digits_dir):
+    assert load_dataset("digits", image_size=6).train.images.shape == (1437, 6, 6, 1)
+    assert load_dataset("digits", image_size=8).fingerprint == load_dataset("digits").fingerprint
+
+
+def test_the_digits_are_what_they_always_were(digits_dir):
+    """Runs on them resume only with these bits."""
+    assert load_dataset("digits").fingerprint == DIGITS
 
 
 BAD_NAMES = [

@@ -1,0 +1,224 @@
+"""Lists, prepares and shows datasets.
+
+  python -m cnn data list                    what can be trained on by its name
+  python -m cnn data prepare cifar100        download and prepare it
+  python -m cnn data show digits             counts, statistics and a picture
+  python -m cnn data show photos/ --image-size 64 --output photos.png
+
+`show` takes a folder that has a folder of pictures per class, or the name of a
+dataset; a folder that exists comes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnn.data import Dataset, Split, load_dataset, load_folder
+from cnn.data.folder import ON_UNREADABLE
+from cnn.data.images import RESIZE
+from cnn.data.prepare import PreparedDataset, list_prepared
+from cnn.data.settings import TEST_FRACTION
+from cnn.data.sources import data_directory, prepare_dataset
+from cnn.errors import UserError, one_line
+from cnn.runtime.disk import describe_disk_error, local_path
+from cnn.runtime.plots import SAMPLE_COLUMNS, plot_samples
+
+_ACTIONS = {
+    "list": "what can be trained on by its name, and what is prepared",
+    "prepare": "download and prepare a dataset",
+    "show": "counts, statistics and a picture of a dataset",
+}
+_MOST_SAMPLES = 72  # pictures on a sheet
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags."""
+    commands = parser.add_subparsers(dest="action", required=True, metavar="list|prepare|show")
+    listing, prepare, show = (
+        commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        for name, what in _ACTIONS.items()
+    )
+    prepare.add_argument("name", metavar="NAME", help="such as cifar10 or cifar10:3.0.2")
+    show.add_argument("name", metavar="NAME|FOLDER", help="a dataset, or a folder of pictures")
+    for command in (listing, prepare, show):
+        command.add_argument(
+            "--data-dir",
+            metavar="DIR",
+            help="of TFDS datasets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
+        )
+    show.add_argument(
+        "--image-size",
+        type=_image_size,
+        default=0,
+        metavar="N",
+        help='side in pixels, or "(height, width)"; 0 keeps the size (default: 0)',
+    )
+    show.add_argument("--resize", choices=RESIZE, default=RESIZE[0], help="(default: %(default)s)")
+    show.add_argument(
+        "--test-fraction",
+        type=float,
+        default=TEST_FRACTION,
+        metavar="X",
+        help="of each class, where there is no test split (default: %(default)s)",
+    )
+    show.add_argument(
+        "--split-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="another one sets other images aside (default: %(default)s)",
+    )
+    show.add_argument(
+        "--on-unreadable",
+        choices=ON_UNREADABLE,
+        default=ON_UNREADABLE[0],
+        help="what to do about pictures that cannot be read (default: %(default)s)",
+    )
+    show.add_argument(
+        "--split", choices=("train", "test"), default="train", help="drawn (default: %(default)s)"
+    )
+    show.add_argument(
+        "--output",
+        default="samples.png",
+        metavar="FILE",
+        help="the picture, a PNG file (default: %(default)s)",
+    )
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _image_size(text: str) -> Any:
+    """A number or a tuple; what else it is, the check of its value refuses."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Does what the first word says."""
+    if arguments.action == "list":
+        _list(arguments.data_dir)
+    elif arguments.action == "prepare":
+        _prepare(arguments.name, arguments.data_dir)
+    else:
+        _show(arguments)
+
+
+def _list(data_dir: str | None) -> None:
+    from cnn.data.builders import BUILDERS
+
+    root = data_directory(data_dir)
+    prepared = list_prepared(root)
+    print("Without TensorFlow, prepared when they are first used:")
+    for name in sorted(BUILDERS):
+        print(f"  {name}")
+    print(f"Prepared in {root}:")
+    for dataset in prepared:
+        print(f"  {_described(dataset)}")
+    if not prepared:
+        print("  none")
+
+
+def _described(dataset: PreparedDataset) -> str:
+    counts = ", ".join(f"{number:,} {split}" for split, number in dataset.counts.items())
+    classes = f"{dataset.num_classes:,} classes" if dataset.num_classes else "no classes"
+    return one_line(f"{dataset.name}: {counts}; {classes}; {dataset.num_bytes / 1e6:,.0f} MB")
+
+
+def _prepare(name: str, data_dir: str | None) -> None:
+    prepared = prepare_dataset(name, data_dir)
+    print(f"{name} is prepared in {prepared}")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    target = _png(arguments.output)
+    dataset = _load(arguments)
+    split = dataset.train if arguments.split == "train" else dataset.test
+    chosen = _samples(split, dataset.num_classes)
+    try:
+        plot_samples(
+            split.images[chosen],
+            split.labels[chosen],
+            None,
+            dataset.class_names,
+            target,
+            title=f"{dataset.name}, {arguments.split}",
+        )
+    except OSError as error:
+        raise UserError(
+            f"the picture cannot be written: {describe_disk_error(error, target.parent)}"
+        ) from error
+    facts = _facts(dataset)
+    if arguments.json:
+        print(json.dumps({**facts, "samples": str(target)}))
+        return
+    classes = zip(dataset.class_names, facts["train_counts"], facts["test_counts"], strict=True)
+    print(f"name         {one_line(dataset.name)}")
+    print(f"images       {'x'.join(map(str, dataset.image_shape))}")
+    print(f"mean         {' '.join(f'{value:.4f}' for value in facts['mean'])}")
+    print(f"std          {' '.join(f'{value:.4f}' for value in facts['std'])}")
+    print(f"fingerprint  {dataset.fingerprint}")
+    print(f"samples      {target}")
+    print("   train     test  class")
+    for name, train, test in classes:
+        print(f"{train:8,} {test:8,}  {one_line(name)}")
+    print(f"{len(dataset.train):8,} {len(dataset.test):8,}  all {dataset.num_classes:,} classes")
+
+
+def _png(output: str) -> Path:
+    """The file to write, if it is one that can be written."""
+    target = local_path(output)
+    if target.suffix.lower() != ".png":
+        raise UserError(f"--output {output} is not the name of a PNG file: let it end with .png")
+    if not os.path.isdir(target.parent):
+        raise UserError(f"--output {output}: there is no folder {target.parent}; make it first")
+    if os.path.isdir(target):
+        raise UserError(f"--output {output} is a folder: give the name of a file")
+    return target
+
+
+def _load(arguments: argparse.Namespace) -> Dataset:
+    how = {
+        "image_size": arguments.image_size,
+        "resize": arguments.resize,
+        "test_fraction": arguments.test_fraction,
+        "split_seed": arguments.split_seed,
+    }
+    given = arguments.name
+    if os.path.isdir(os.path.expanduser(given)) or given.startswith((".", "/", "~")):
+        return load_folder(given, **how, on_unreadable=arguments.on_unreadable)
+    return load_dataset(given, arguments.data_dir, **how)
+
+
+def _samples(split: Split, num_classes: int) -> np.ndarray:
+    """Indices of some images of each class, a class after the other."""
+    number = max(1, min(SAMPLE_COLUMNS, _MOST_SAMPLES // num_classes))
+    chosen = []
+    for label in range(min(num_classes, _MOST_SAMPLES)):
+        members = np.flatnonzero(split.labels == label)
+        places = np.linspace(0, len(members) - 1, min(number, len(members)))
+        chosen.append(members[places.astype(int)])
+    return np.concatenate(chosen)
+
+
+def _facts(dataset: Dataset) -> dict[str, Any]:
+    def counts(split: Split) -> list[int]:
+        return np.bincount(split.labels, minlength=dataset.num_classes).tolist()
+
+    return {
+        "name": dataset.name,
+        "image_shape": list(dataset.image_shape),
+        "class_names": list(dataset.class_names),
+        "train_counts": counts(dataset.train),
+        "test_counts": counts(dataset.test),
+        "mean": dataset.mean.tolist(),
+        "std": dataset.std.tolist(),
+        "fingerprint": dataset.fingerprint,
+    }

@@ -1,0 +1,117 @@
+"""The scripts of examples/, run as a person runs them."""
+
+import csv
+import os
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from tests.helpers import REPOSITORY
+
+EXAMPLES = REPOSITORY / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs a script in this process; gives exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # is restored
+
+    def run(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def images(number):
+    """Dark and bright ones, in turn."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 100, (number, 16, 16, 3), np.uint8)
+    pixels[1::2] += 150
+    return pixels
+
+
+@pytest.fixture
+def rows(tmp_path):
+    (tmp_path / "files").mkdir()
+    rows = []
+    for i, image in enumerate(images(60)):
+        PIL.Image.fromarray(image).save(tmp_path / "files" / f"{i}.png")
+        split = "test" if i % 5 == 0 else "train"
+        rows.append({"file": f"files/{i}.png", "kind": "ab"[i % 2], "split": split})
+    return rows
+
+
+SHORT = ("--epochs", 1, "--batch-size", 8)
+COLUMNS = ("--path-column", "file", "--label-column", "kind")
+
+
+def test_own_csv(run, rows, tmp_path):
+    table = tmp_path / "pictures.csv"
+    with open(table, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    flags = (*COLUMNS, "--image-size", 8, "--split-column", "split", *SHORT)
+    code, out, err = run("own_csv.py", table, *flags, "--workdir", tmp_path / "run")
+    assert code == 0, err
+    assert "data: pictures, 8x8x3, 2 classes\nimages: 48 for training, 12 for testing\n" in out
+    assert out.endswith("% of 12 pictures\n")
+
+
+def test_own_csv_of_parquet(run, rows, tmp_path):
+    """The table is read; a picture that is missing is named, and nothing is trained."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    (tmp_path / "files" / "7.png").unlink()
+    workdir = tmp_path / "run"
+    code, out, err = run("own_csv.py", tmp_path / "t.parquet", *COLUMNS, "--workdir", workdir)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: 1 image (")
+    assert "files/7.png: no such file" in err
+    assert not workdir.exists()
+
+
+def test_own_arrays(tmp_path):
+    """In a process of its own, from another directory."""
+    labels = np.arange(60) % 2
+    np.savez(tmp_path / "arrays.npz", images=images(60)[..., 0], labels=labels)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / "own_arrays.py"), "arrays.npz",
+         *map(str, SHORT), "--workdir", "run"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("% of 12 images\n")
+    assert (tmp_path / "run" / "result.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "telling"),
+    [
+        ("path,label\n", "has no rows"),
+        ("file,label\na.png,b\n", "has no column 'path'; it has file, label"),
+        ("path,label\na.png,b\n", "a.png: no such file"),
+        ("path,label\na.png\n", "row 1 of"),
+        ("path,label\n\udcff,b\n", "is not a CSV file in UTF-8"),
+    ],
+)
+def test_tables_that_cannot_be_read(content, telling, run, tmp_path):
+    (tmp_path / "t.csv").write_text(content, errors="surrogateescape")
+    code, _, err = run("own_csv.py", tmp_path / "t.csv", "--workdir", tmp_path / "run")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert telling in err
+    assert err.count("\n") == 1
