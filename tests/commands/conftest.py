@@ -21,6 +21,7 @@ def command(digits, monkeypatch, capfd, tmp_path):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["cnn", *map(str, words)])
+        monkeypatch.delitem(sys.modules, "cnn.__main__", raising=False)  # the doctests import it
         capfd.readouterr()
         code = 0
         try:
