@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 
 from cnn.commands import COMMANDS
 from cnn.registry import select

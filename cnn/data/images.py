@@ -1,7 +1,9 @@
 """stub"""
 
-import numpy as np, PIL.Image
 from typing import Any
+
+import numpy as np
+import PIL.Image
 
 
 class UnreadableImageError(Exception): ...
