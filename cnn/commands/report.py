@@ -4,8 +4,8 @@
     python -m cnn report runs/a-0 runs/a-1 runs/b-0 runs/b-1 --output a-and-b.html
 
 The page is one file, which needs neither a network nor JavaScript. Runs whose configs differ in
-`seed` only form a group; groups are compared with that of the first run. Run `python -m cnn
-evaluate RUN` first for classes, calibration, mistakes, and comparisons image by image.
+`seed` only form a group; groups are compared with that of the first run. Classes, calibration,
+mistakes, and comparisons image by image need `python -m cnn evaluate RUN` first.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from cnn.commands.common import output_folder, print_json
 from cnn.errors import UserError
 from cnn.report.comparison import compare, group_runs
-from cnn.report.comparison_page import interval_text, points, settings_text, spread_text
 from cnn.report.page import report_figures, report_page
 from cnn.report.runs import Run, read_runs
+from cnn.report.texts import interval_text, points, settings_text, spread_text
 from cnn.runtime.disk import atomic_write, resolve_path
 from cnn.runtime.screen import shown, waiting
 from cnn.runtime.table import epoch_number, percent
@@ -73,8 +73,8 @@ def _run_text(run: Run) -> list[str]:
     return [
         f"{shown(run.path)}: epoch {epoch_number(figures['epoch'])} of "
         f"{epoch_number(figures['num_epochs'])}{state}",
-        f"  test accuracy: {percent(figures['test_accuracy'])} of {figures['test_count']:,} images, "
-        f"95 % interval {100 * low:.2f} to {percent(high)}",
+        f"  test accuracy: {percent(figures['test_accuracy'])} of {figures['test_count']:,} "
+        f"images, 95 % interval {100 * low:.2f} to {percent(high)}",
     ]
 
 

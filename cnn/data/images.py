@@ -1,9 +1,7 @@
 """stub"""
 
+import numpy as np, PIL.Image
 from typing import Any
-
-import numpy as np
-import PIL.Image
 
 
 class UnreadableImageError(Exception): ...

@@ -148,13 +148,13 @@ def compare(first: Group, second: Group) -> Comparison:
     known = [_with_predictions(group) for group in (first, second)]
     known[1] = [run for run in known[1] if known[0] and _same_images(known[0][0], run)]
     known[0] = [run for run in known[0] if known[1] and _same_images(known[1][0], run)]
-    means = [np.mean([_correct(run) for run in runs], axis=0) if runs else None for runs in known]
+    means = [np.mean([_correct(run) for run in runs], axis=0) for runs in known if runs]
     return Comparison(
         first=first,
         second=second,
         difference=second.accuracy.mean - first.accuracy.mean,
         interval=welch_interval(*samples),
-        images=None if means[0] is None or means[1] is None else paired_difference(*means),
+        images=paired_difference(means[0], means[1]) if len(means) == 2 else None,
         pairs=[_pair(*runs) for runs in _pairs(*known)],
     )
 

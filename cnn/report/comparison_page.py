@@ -10,12 +10,21 @@ from xml.etree.ElementTree import Element
 from cnn.report.comparison import Comparison, Group, Pair, compare, differing, group_runs, values_of
 from cnn.report.elements import Child, element, figure, section, table
 from cnn.report.figures import Curve, curve_panel, interval_panel, is_fraction
-from cnn.report.run_page import text_of
 from cnn.report.runs import Run
-from cnn.report.statistics import PairedDifference, Spread
+from cnn.report.statistics import PairedDifference
+from cnn.report.texts import (
+    MINUS,
+    interval_text,
+    p_text,
+    percent,
+    points,
+    settings_text,
+    spread_text,
+    value_text,
+)
 from cnn.runtime.environment import changes
 from cnn.runtime.progress import format_duration
-from cnn.runtime.table import epoch_number, loss, percent
+from cnn.runtime.table import epoch_number, loss
 
 
 def comparison_sections(runs: Sequence[Run]) -> list[Child]:
@@ -58,11 +67,11 @@ def _header(runs: Sequence[Run], groups: Sequence[Group]) -> Element:
     unfinished = [run.path.name for run in runs if run.status != "finished"]
     notices = []
     if unfinished:
-        text_of_them = (
-            f"Not finished: {', '.join(unfinished)}. Their figures are those after their last epoch "
-            f"so far, and all that follows counts them as they are."
+        notice = (
+            f"Not finished: {', '.join(unfinished)}. Their figures are those after their last "
+            f"epoch so far, and all that follows counts them as they are."
         )
-        notices.append(element("p", text_of_them, class_="notice"))
+        notices.append(element("p", notice, class_="notice"))
     return element(
         "header",
         element("p", "Comparison", class_="kicker"),
@@ -70,36 +79,6 @@ def _header(runs: Sequence[Run], groups: Sequence[Group]) -> Element:
         element("p", f"{text}their random seeds only", class_="subtitle"),
         *notices,
     )
-
-
-def spread_text(accuracy: Spread) -> str:
-    """Mean ± standard deviation, in per cent.
-
-    >>> spread_text(Spread(3, 0.5, 0.01))
-    '50.00 ± 1.00 %'
-    """
-    if accuracy.std is None:
-        return percent(accuracy.mean)
-    return f"{100 * accuracy.mean:.2f} ± {percent(accuracy.std)}"
-
-
-def points(value: float) -> str:
-    """A difference of accuracies, in percentage points.
-
-    >>> points(-0.0123), points(0.0)
-    ('−1.23', '+0.00')
-    """
-    return f"{100 * value:+.2f}".replace("-", "−")
-
-
-def interval_text(interval: tuple[float, float]) -> str:
-    """An interval of a difference, in percentage points."""
-    return " to ".join(map(points, interval))
-
-
-def settings_text(group: Group) -> str:
-    """The settings that tell a group from the others."""
-    return ", ".join(f"{name} = {text_of(value)}" for name, value in group.settings.items())
 
 
 def _group_table(groups: Sequence[Group]) -> Element:
@@ -125,7 +104,7 @@ def _differences(comparisons: Sequence[Comparison], names: dict[Run, str]) -> li
     first = comparisons[0].first
     rows = [
         (
-            f"{c.second.letter} − {c.first.letter}",
+            f"{c.second.letter} {MINUS} {c.first.letter}",
             points(c.difference),
             interval_text(c.interval) if c.interval else "none: n = 1",
             points(c.images.difference) if c.images else "",
@@ -133,7 +112,7 @@ def _differences(comparisons: Sequence[Comparison], names: dict[Run, str]) -> li
         )
         for c in comparisons
     ]
-    header = ("difference", "means", "95 % over seeds", "same images", "95 % over images")
+    header = ("difference", "means", "95 % over seeds", "on the same images", "95 % over images")
     summary = table(
         header,
         rows,
@@ -152,7 +131,7 @@ def _differences(comparisons: Sequence[Comparison], names: dict[Run, str]) -> li
 def _drawing(comparisons: Sequence[Comparison]) -> list[Element]:
     rows: list[tuple[str, float, tuple[float, float] | None]] = []
     for c in comparisons:
-        name = f"{c.second.letter} − {c.first.letter}"
+        name = f"{c.second.letter} {MINUS} {c.first.letter}"
         if c.interval is not None:
             rows.append((f"{name}, seeds", c.difference, c.interval))
         if c.images is not None:
@@ -190,34 +169,27 @@ def _pair_table(comparisons: Sequence[Comparison], names: dict[Run, str]) -> lis
         return []
     rows = [
         (
-            f"{names[pair.second]} − {names[pair.first]}",
+            names[pair.second],
+            names[pair.first],
             points(pair.difference.difference),
             interval_text(pair.difference.interval),
-            f"{pair.disagreement.only_first:,}",
             f"{pair.disagreement.only_second:,}",
+            f"{pair.disagreement.only_first:,}",
             p_text(pair.disagreement.p_value),
         )
         for pair in pairs
     ]
-    header = ("pair of runs", "difference", "95 % over images", "only the first right",
-              "only the second right", "McNemar p")  # fmt: skip
+    letter = comparisons[0].first.letter
+    header = ("run", f"minus run of {letter}", "difference", "95 % over images", "only run right",
+              f"only run of {letter} right", "McNemar p")  # fmt: skip
     first = pairs[0].difference.count
     same = all(pair.difference.count == first for pair in pairs)
-    images = f" of {first:,} images" if same else ""
+    images = f", {first:,} images" if same else ""
     caption = (
-        f"Pairs of runs, image by image{images} (percentage points): the first is that of group "
-        f"{comparisons[0].first.letter}, p is of McNemar's exact test"
+        f"Pairs of runs image by image{images}; differences in percentage points, p of McNemar's "
+        f"exact test"
     )
-    return [table(header, rows, caption=caption, numbers=range(1, 6))]
-
-
-def p_text(value: float) -> str:
-    """A p-value with two significant digits.
-
-    >>> p_text(0.62512), p_text(1e-9)
-    ('0.63', '< 0.0001')
-    """
-    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+    return [table(header, rows, caption=caption, numbers=range(2, 7))]
 
 
 def _missing(comparisons: Sequence[Comparison], names: dict[Run, str]) -> list[Element]:
@@ -252,8 +224,8 @@ def _curves(groups: Sequence[Group]) -> Element:
         alt = f"{part} {metric} against the epoch: {', '.join(ends)}"
         panels.append(curve_panel(metric, curves, alt, title=part))
     caption = (
-        "Lines are means over the n runs of a group, bands are ± one sample standard deviation over "
-        "them (none for n = 1), up to the last epoch that all runs of the group have."
+        "Lines are means over the n runs of a group, bands are ± one sample standard deviation "
+        "over them (none for n = 1), up to the last epoch that all runs of the group have."
     )
     return figure(caption, element("div", *panels, class_="panels"))
 
@@ -309,7 +281,10 @@ def _fields(groups: Sequence[Group], names: dict[Run, str]) -> Element:
         return element("p", "None: the configs are the same.")
     values = {run: values_of(run) for run in runs}
     rows = [
-        (names[run], *(element("code", text_of(values[run].get(name, "unset"))) for name in fields))
+        (
+            names[run],
+            *(element("code", value_text(values[run].get(name, "unset"))) for name in fields),
+        )
         for run in runs
     ]
     caption = (

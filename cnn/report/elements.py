@@ -105,7 +105,7 @@ def table(
     """
     made = element("table")
     if caption:
-        made.append(element("caption", caption))
+        made.append(element("caption", element("span", caption)))
     if header:
         cells = [
             element("th", cell, scope="col", **_kind(column, numbers))

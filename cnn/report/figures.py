@@ -121,7 +121,7 @@ def interval_panel(
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
 
-    return _twice(6.4, 0.75 + 0.3 * len(rows), draw, [label, *(name for name, *_ in rows)], alt)
+    return _twice(5.4, 0.75 + 0.3 * len(rows), draw, [label, *(name for name, *_ in rows)], alt)
 
 
 def reliability_panel(calibration: Calibration, alt: str) -> Element:
@@ -175,7 +175,8 @@ def _twice(
     texts: Sequence[str],
     alt: str,
 ) -> Element:
-    return picture(*(_svg(width, height, draw, theme, texts) for theme in (_LIGHT, _DARK)), alt)
+    light, dark = (_svg(width, height, draw, theme, texts) for theme in (_LIGHT, _DARK))
+    return picture(light, dark, alt)
 
 
 def _svg(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -12,13 +11,16 @@ from cnn.config import flatten
 from cnn.report.elements import Child, element, figure, png, section, table
 from cnn.report.figures import Curve, curve_panel, is_fraction, reliability_panel
 from cnn.report.runs import Evaluation, Run
+from cnn.report.texts import percent, value_text
 from cnn.runtime.environment import changes
 from cnn.runtime.progress import format_duration
 from cnn.runtime.screen import shown
-from cnn.runtime.table import epoch_number, loss, percent
+from cnn.runtime.table import epoch_number, loss
 from cnn.scores import calibration, class_scores, confusion_matrix
 
 _MOST_CLASSES = 20  # of a confusion matrix that is shown whole
+# The order of a config file; `config.json` is in that of the alphabet.
+_SECTIONS = ("run", "dataset", "model", "loss", "optimizer", "schedule", "augment", "runtime")
 _MOST_CONFUSED = 20  # pairs of classes, where it is not
 
 
@@ -52,8 +54,9 @@ def _header(run: Run) -> Element:
     low, high = figures["test_accuracy_interval"]
     duration = figures["wall_seconds"]
     facts = {
-        "Best test accuracy": f"{percent(figures['best_test_accuracy'])}, "
-        f"epoch {epoch_number(figures['best_epoch'])}",
+        f"Best, epoch {epoch_number(figures['best_epoch'])}": percent(
+            figures["best_test_accuracy"]
+        ),
         "Test loss": _number(figures["test_loss"], loss),
         "Train accuracy": _number(figures["train_accuracy"], percent),
         "Parameters": _number(figures["num_params"], "{:,}".format),
@@ -77,8 +80,7 @@ def _header(run: Run) -> Element:
                 "span",
                 f"test accuracy on {figures['test_count']:,} images",
                 element("br"),
-                f"95 % interval {100 * low:.2f} to {percent(high)} (Wilson score; over images, "
-                f"for this one trained model)",
+                f"95 % interval {100 * low:.2f} to {percent(high)} (Wilson score, over images)",
             ),
             class_="lead",
         ),
@@ -96,7 +98,7 @@ def _number(value: Any, text: Any) -> str:
 
 def _notices(run: Run) -> Iterator[str]:
     """What a reader must know before he trusts the figures."""
-    epoch = f"epoch {epoch_number(run.last['epoch'])} of {epoch_number(run.config['num_epochs'])}"
+    epoch = f"epoch {epoch_number(run.last['epoch'])} of {epoch_number(run.num_epochs)}"
     if run.status == "running":
         yield (
             f"Not finished: {run.trainer} was training it when this page was written. The figures "
@@ -238,8 +240,8 @@ def _calibration(found: Evaluation) -> Element:
     error, mean = found.figures["calibration_error"], found.figures["mean_confidence"]
     caption = (
         f"The expected calibration error is {percent(error)} (15 bins of equal width; Guo et al. "
-        f"2017): the mean over images of the distance between accuracy and confidence in their bin. "
-        f"The mean confidence is {percent(mean)}."
+        f"2017): the mean over images of the distance between accuracy and confidence in their "
+        f"bin. The mean confidence is {percent(mean)}."
     )
     alt = f"accuracy against confidence in 15 bins; expected calibration error {percent(error)}"
     return figure(caption, element("div", reliability_panel(bins, alt), class_="single"))
@@ -258,16 +260,10 @@ def _config(run: Run) -> list[Element]:
     sections: dict[str, list[tuple[Child, Child]]] = {}
     for name, value in flatten(run.config).items():
         part, _, leaf = name.rpartition(".")
-        sections.setdefault(part or "run", []).append((leaf, element("code", text_of(value))))
-    tables = [table((), rows, caption=part) for part, rows in sections.items()]
+        sections.setdefault(part or "run", []).append((leaf, element("code", value_text(value))))
+    tables = [table((), sections.pop(part), caption=part) for part in _SECTIONS if part in sections]
+    tables += [table((), rows, caption=part) for part, rows in sections.items()]
     return [element("div", *tables, class_="columns")]
-
-
-def text_of(value: Any) -> str:
-    """A config value as one reads it; a text without quotes."""
-    if isinstance(value, str):
-        return value or '""'
-    return json.dumps(value)
 
 
 def _environments(run: Run) -> list[Element]:
@@ -292,7 +288,7 @@ def _environment(part: dict[str, Any]) -> list[Element]:
     devices = part.get("devices") or []
     processor = part.get("processor") or {}
     rows = {
-        "devices": f"{len(devices)} × {devices[0]}" if devices else "",
+        "devices": f"{len(devices)} x {devices[0]}" if devices else "",
         "runtime": part.get("runtime"),
         "processor": f"{processor.get('model')}, {part.get('cores')} cores",
         "operating system": part.get("os"),
@@ -302,9 +298,9 @@ def _environment(part: dict[str, Any]) -> list[Element]:
         **(part.get("variables") or {}),
     }
     unset = (None, "")
-    main = [(name, element("code", text_of(v))) for name, v in rows.items() if v not in unset]
+    main = [(name, element("code", value_text(v))) for name, v in rows.items() if v not in unset]
     settings = [
-        (name, element("code", text_of(value)))
+        (name, element("code", value_text(value)))
         for name, value in (part.get("settings") or {}).items()
         if value not in unset
     ]

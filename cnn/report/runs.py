@@ -97,6 +97,12 @@ class Run:
         return max(self.records, key=lambda record: (record["test_accuracy"], record["step"]))
 
     @property
+    def num_epochs(self) -> int | float:
+        """The epochs of the finished run."""
+        number = self.config["num_epochs"]
+        return int(number) if number == int(number) else number
+
+    @property
     def status(self) -> str:
         """`finished`, `running`, or `stopped` before its last epoch."""
         if self.result is not None:
@@ -109,14 +115,14 @@ class Run:
         return [step for part in self.environments for step in part["starts"]]
 
     def summary(self) -> dict[str, Any]:
-        """The headline figures, as JSON values; those of an unfinished run are of its last record."""
+        """The headline figures as JSON values, up to the last record of an unfinished run."""
         last, result = self.last, self.result or {}
         count = int(last["test_count"])
         return {
             "run": str(self.path),
             "status": self.status,
             "epoch": last["epoch"],
-            "num_epochs": self.config["num_epochs"],
+            "num_epochs": self.num_epochs,
             "test_accuracy": self.accuracy,
             "test_accuracy_interval": list(wilson_interval(round(self.accuracy * count), count)),
             "test_count": count,
@@ -169,8 +175,8 @@ def _read_run(directory: RunDirectory) -> Run:
         raise UserError(f"{path} is not a run directory: it has no config.json; {hint}")
     if not (_is_number(config.get("num_epochs")) and isinstance(config.get("seed"), int)):
         raise UserError(
-            f"{path / 'config.json'} is damaged: it lacks num_epochs or seed; the command of the run "
-            f"writes it again"
+            f"{path / 'config.json'} is damaged: it lacks num_epochs or seed; the command of the "
+            f"run writes it again"
         )
     if not (records := directory.records()):
         raise UserError(

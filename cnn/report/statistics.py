@@ -97,9 +97,9 @@ def paired_difference(
 ) -> PairedDifference:
     """The difference in accuracy with an interval from the differences of the single images.
 
-    It is the normal interval after 1/2 was added to each of the four counts (both right, first only,
-    second only, both wrong), by Agresti & Min 2005, "Simple improved confidence intervals for
-    comparing matched proportions", Statistics in Medicine 24. Without that, models that never
+    It is the normal interval after 1/2 was added to each of the four counts (both right, first
+    only, second only, both wrong), by Agresti & Min 2005, "Simple improved confidence intervals
+    for comparing matched proportions", Statistics in Medicine 24. Without that, models that never
     disagree would have an interval of width 0. Fractions between 0 and 1 enter with their own
     differences, which for 0 and 1 is the same formula.
 
