@@ -19,7 +19,7 @@ from cnn.errors import UserError
 from cnn.report.comparison import compare, group_runs
 from cnn.report.page import report_figures, report_page
 from cnn.report.runs import Run, read_runs
-from cnn.report.texts import interval_text, points, settings_text, spread_text
+from cnn.report.texts import interval_text, points, setting_texts, spread_text
 from cnn.runtime.disk import atomic_write, resolve_path
 from cnn.runtime.screen import shown, waiting
 from cnn.runtime.table import epoch_number, percent
@@ -80,10 +80,11 @@ def _run_text(run: Run) -> list[str]:
 
 def _comparison_text(runs: list[Run]) -> list[str]:
     first, *others = groups = group_runs(runs)
-    lines = [
-        f"{g.letter}: {spread_text(g.accuracy)} (n = {len(g.runs)})  {settings_text(g)}".rstrip()
-        for g in groups
-    ]
+    lines = []
+    for group in groups:
+        settings = ", ".join(setting_texts(group)) or "all the same"
+        accuracy = f"{spread_text(group.accuracy)} (n = {len(group.runs)})"
+        lines.append(f"{group.letter}: test accuracy {accuracy}; {settings}")
     for group in others:
         found = compare(first, group)
         seeds = f"{interval_text(found.interval)} over seeds" if found.interval else ""

@@ -18,7 +18,7 @@ from cnn.report.texts import (
     p_text,
     percent,
     points,
-    settings_text,
+    setting_texts,
     spread_text,
     value_text,
 )
@@ -85,7 +85,7 @@ def _group_table(groups: Sequence[Group]) -> Element:
     rows = [
         (
             group.letter,
-            element("code", settings_text(group) or "as the only group"),
+            _settings(group),
             f"{len(group.runs)}",
             ", ".join(str(run.config["seed"]) for run in group.runs),
             spread_text(group.accuracy),
@@ -98,6 +98,11 @@ def _group_table(groups: Sequence[Group]) -> Element:
     if any(len(group.runs) == 1 for group in groups):
         caption += "; a group of one run has none"
     return table(header, rows, caption=caption, numbers=(2, 4, 5))
+
+
+def _settings(group: Group) -> Element:
+    lines = [element("code", text, class_="line") for text in setting_texts(group)]
+    return element("div", *lines or ["all the same"])
 
 
 def _differences(comparisons: Sequence[Comparison], names: dict[Run, str]) -> list[Child]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from xml.etree.ElementTree import Element
 
@@ -66,7 +66,7 @@ def _header(run: Run) -> Element:
     }
     if figures["skipped_steps"]:
         facts["Skipped steps"] = f"{figures['skipped_steps']:,}, as they were not finite"
-    pairs = [element("div", element("dt", k), element("dd", v)) for k, v in facts.items()]
+    pairs = [element("div", element("dt", k), element("dd", v)) for k, v in facts.items() if v]
     header = element(
         "header",
         element("p", "Training run", class_="kicker"),
@@ -92,8 +92,8 @@ def _header(run: Run) -> Element:
     return header
 
 
-def _number(value: Any, text: Any) -> str:
-    return "not recorded" if value is None else text(value)
+def _number(value: Any, text: Callable[[Any], str]) -> str:
+    return "" if value is None else text(value)
 
 
 def _notices(run: Run) -> Iterator[str]:

@@ -66,6 +66,6 @@ def value_text(value: Any) -> str:
     return json.dumps(value)
 
 
-def settings_text(group: Group) -> str:
+def setting_texts(group: Group) -> list[str]:
     """The settings that tell a group from the others."""
-    return ", ".join(f"{name} = {value_text(value)}" for name, value in group.settings.items())
+    return [f"{name} = {value_text(value)}" for name, value in group.settings.items()]
