@@ -28,6 +28,14 @@ def digits(own_home):
     return cnn.load_dataset("digits")
 
 
+@pytest.fixture(scope="session")
+def trained_run(digits, tmp_path_factory):
+    """The directory of a finished run on the digits; not to be written into."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    cnn.train_and_evaluate(short_config(), path)
+    return path
+
+
 @pytest.fixture
 def config():
     return short_config()

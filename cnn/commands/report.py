@@ -42,9 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Reads the runs, writes the page and prints the figures."""
     runs = read_runs(arguments.runs)
     page = _output(arguments.output, runs)
+    output_folder(page.parent)
     with waiting("drawing the report", sys.stderr):
         html = report_page(runs)
-    output_folder(page.parent)
     with atomic_write(page) as stream:
         stream.write(html.encode())
     if arguments.json:

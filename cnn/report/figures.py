@@ -148,7 +148,7 @@ def reliability_panel(calibration: Calibration, alt: str) -> Element:
         )
         upper.set_ylabel("accuracy (%)")
         upper.set_ylim(0, 100)
-        upper.legend(frameon=False, loc="upper left")
+        upper.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=7)
         lower.bar(centres, calibration.counts, width=90 / bins, color=theme.ink, alpha=0.5)
         lower.set_ylabel("images")
         lower.set_xlabel("confidence (%)")

@@ -193,7 +193,7 @@ def _read_run(directory: RunDirectory) -> Run:
         config=config,
         records=records,
         result=_checked_result(directory),
-        environments=directory.environments(),
+        environments=_checked_environments(directory),
         dataset=directory.dataset(),
         trainer=directory.trainer(),
         evaluation=_read_evaluation(path),
@@ -210,6 +210,24 @@ def _checked_result(directory: RunDirectory) -> dict[str, Any] | None:
             f"delete it, and the command of the run writes it again"
         )
     return result
+
+
+def _checked_environments(directory: RunDirectory) -> list[dict[str, Any]]:
+    parts = directory.environments()
+    mappings = ("packages", "processor", "settings", "variables")
+    for part in parts:
+        if (
+            not isinstance(part, dict)
+            or not isinstance(part.get("starts"), list)
+            or not all(isinstance(step, int) for step in part["starts"])
+            or not all(isinstance(part.get(name) or {}, dict) for name in mappings)
+            or not all(isinstance(part.get(name) or [], list) for name in ("devices", "command"))
+        ):
+            raise UserError(
+                f"{directory.path / 'environment.json'} is damaged; delete it, and the page says "
+                f"that the environment was not recorded"
+            )
+    return parts
 
 
 def _read_evaluation(run: Path) -> Evaluation | None:
@@ -252,7 +270,7 @@ def _read_figures(path: Path, remedy: str) -> dict[str, Any]:
 def _read_arrays(path: Path, remedy: str) -> Mapping[str, np.ndarray]:
     names = ("logits", "labels", "class_names", "fingerprint")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in names}
     except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise _damaged(path, remedy) from error

@@ -111,7 +111,7 @@ def paired_difference(
 
     >>> found = paired_difference(np.array([1, 1, 0, 0]), np.array([1, 1, 1, 0]))
     >>> found.difference, [round(end, 3) for end in found.interval]
-    (0.25, [-0.264, 0.597])
+    (0.25, [-0.276, 0.609])
     """
     delta = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     number = len(delta) + 2

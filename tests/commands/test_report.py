@@ -1,22 +1,26 @@
 """`python -m cnn report`, as a user runs it."""
 
+import argparse
 import html.parser
 import json
 import re
 import shutil
-import signal
-import sys
 
 import numpy as np
 import pytest
 
 import cnn
-from cnn.__main__ import main
-from cnn.runtime import cli
-from tests.helpers import Killed, kill_at, short_config
+from cnn.commands import evaluate
+from cnn.config import check_config, to_json_dict
+from cnn.report.comparison import compare, group_runs
+from cnn.report.page import report_figures
+from cnn.report.runs import read_runs
+from cnn.runtime.run_directory import RunDirectory
+from tests.helpers import records_of
 
+LOST, GAINED = 3, 8  # images
 VOID = {"meta", "img", "br", "source"}
-NASTY = ("<script>alert(1)</script>", "$x$", 'a"b&c', "</style>", "nul\x00", "Ümläut", "7", "8", "9", "\ud800")
+NASTY = ["<script>alert(1)</script>", "$x$", 'a"b&c', "</style>", "Ümläut", *"56789"]
 
 
 class Page(html.parser.HTMLParser):
@@ -46,51 +50,75 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.fixture
-def report(monkeypatch, capfd):
-    """Runs the command in this process; gives exit code, standard output and standard error."""
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    handlers = {signum: signal.getsignal(signum) for signum in signal.valid_signals()}
-
-    def run(*flags, command="report"):
-        monkeypatch.setattr(sys, "argv", ["cnn", command, *map(str, flags)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.run(main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capfd.readouterr()
-
-    yield run
-    for signum, handler in handlers.items():
-        if signal.getsignal(signum) is not handler:
-            signal.signal(signum, handler)
-
-
-def renamed(digits, names):
-    """The dataset with other class names."""
-    import dataclasses
-
-    return dataclasses.replace(digits, class_names=names)
+def report(command):
+    """Runs the command; gives exit code, standard output and standard error."""
+    return lambda *flags: command("report", *flags)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, digits):
-    """Three runs: two seeds of one config, and one of another."""
+def evaluated(trained_run, tmp_path_factory):
+    """A run with an evaluation, a-0, and two that are made of it: another seed, another rate."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, seed, rate in (("a-0", 0, 1e-3), ("a-1", 1, 1e-3), ("b-0", 0, 5e-3)):
-        config = short_config()
-        config.seed, config.optimizer.learning_rate = seed, rate
-        cnn.train_and_evaluate(config, folder / name)
-    main(["evaluate", str(folder / "a-0")])
-    main(["evaluate", str(folder / "b-0")])
+    run = shutil.copytree(trained_run, folder / "a-0")
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    evaluate.run(parser.parse_args([str(run)]))
+    shutil.copytree(run, folder / "a-1")
+    shutil.rmtree(folder / "a-1" / "evaluation")
+    edit(folder / "a-1" / "config.json", seed=1)
+    set_accuracy(folder / "a-1", accuracy_of(run) - 0.02)
+    other = shutil.copytree(run, folder / "b-0")
+    optimizer = read(other / "config.json")["optimizer"] | {"learning_rate": 0.005}
+    edit(other / "config.json", optimizer=optimizer)
+    set_accuracy(other, accuracy_of(run) + (GAINED - LOST) / 360)
+    edit_arrays(other, logits=other_logits(other))
     return folder
 
 
+def read(path):
+    return json.loads(path.read_text())
+
+
+def edit(path, **values):
+    path.write_text(json.dumps({**read(path), **values}))
+
+
+def edit_arrays(run, **values):
+    path = run / "evaluation" / "test" / "predictions.npz"
+    with np.load(path) as file:
+        arrays = {**file, **values}
+    np.savez(path, **arrays)
+
+
+def accuracy_of(run):
+    return records_of(run)[-1]["test_accuracy"]
+
+
+def set_accuracy(run, accuracy):
+    *before, last = records_of(run)
+    write_records(run, [*before, {**last, "test_accuracy": accuracy}])
+
+
+def write_records(run, records):
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+
+
+def other_logits(run):
+    """The run's logits, with LOST images wrong that were right, and GAINED the other way round."""
+    with np.load(run / "evaluation" / "test" / "predictions.npz") as file:
+        logits, labels = file["logits"], file["labels"]
+    correct = logits.argmax(-1) == labels
+    lost, gained = np.flatnonzero(correct)[:LOST], np.flatnonzero(~correct)[:GAINED]
+    assert len(gained) == GAINED
+    logits[lost, (labels[lost] + 1) % 10] = 100
+    logits[gained, labels[gained]] = 100
+    return logits
+
+
 @pytest.fixture
-def runs(trained, tmp_path):
+def runs(evaluated, tmp_path):
     """A copy of the runs that a test may damage."""
-    return shutil.copytree(trained, tmp_path / "runs")
+    return shutil.copytree(evaluated, tmp_path / "runs")
 
 
 def check(text):
@@ -134,24 +162,13 @@ def test_page_about_one_run(runs, report):
     ):
         assert part in page.text, part
     assert "Not finished" not in page.text
-    # Every section of the config, once.
     assert all(page.text.count(f"{name}") for name in ("optimizer", "schedule", "runtime"))
 
 
-def test_without_an_evaluation_it_names_the_command(runs, report):
-    report(runs / "a-1")
-    page = check((runs / "a-1" / "report.html").read_text())
-    assert f"python -m cnn evaluate {runs / 'a-1'} finds them" in page.text
-    assert "Confusion" not in page.text
-
-
-def test_reproduce_command_repeats_the_run(runs, in_process, tmp_path):
-    again = tmp_path / "again"
-    config = runs / "a-0" / "config.json"
-    code, _, err = in_process("--config", config, "--workdir", again)
-    assert (code, err) == (0, "")
-    digests = [json.loads((run / "result.json").read_text())["digest"] for run in (runs / "a-0", again)]
-    assert digests[0] == digests[1]
+def test_config_of_a_run_is_a_config_file(runs):
+    """So the command that the page gives repeats the run."""
+    path = runs / "a-0" / "config.json"
+    assert to_json_dict(check_config(cnn.load_config(path))) == read(path)
 
 
 def test_comparison(runs, report, monkeypatch):
@@ -187,14 +204,12 @@ def test_json_has_the_same_figures(runs, report):
     (pair,) = comparison["pairs"]
     assert pair["count"] == 360
     assert pair["difference"] == pytest.approx(accuracies[2] - accuracies[0])
-    gained = pair["only_second_correct"] - pair["only_first_correct"]
-    assert gained == round(360 * pair["difference"])
+    assert (pair["only_first_correct"], pair["only_second_correct"]) == (LOST, GAINED)
     assert comparison["same_images"]["difference"] == pytest.approx(pair["difference"])
 
 
-def test_json_of_one_run(runs, report):
-    _, out, _ = report(runs / "a-0", "--json")
-    found = json.loads(out)
+def test_figures_of_one_run(runs):
+    found = report_figures(read_runs([str(runs / "a-0")]))
     low, high = found["test_accuracy_interval"]
     assert found["status"] == "finished"
     assert low < found["test_accuracy"] < high
@@ -202,89 +217,70 @@ def test_json_of_one_run(runs, report):
 
 
 def test_runs_that_differ_in_runtime_only_are_one_group(runs, report):
-    path = runs / "a-1" / "config.json"
-    config = json.loads(path.read_text())
-    config["runtime"]["eval_batch_size"] = 7
-    path.write_text(json.dumps(config))
+    config = read(runs / "a-1" / "config.json")
+    edit(runs / "a-1" / "config.json", runtime={**config["runtime"], "eval_batch_size": 7})
     _, out, _ = report(runs / "a-0", runs / "a-1", "--output", runs / "p.html", "--json")
     assert [group["count"] for group in json.loads(out)["groups"]] == [2]
     assert "runtime.eval_batch_size" in check((runs / "p.html").read_text()).text
 
 
-def test_runs_on_other_images_are_not_paired(runs, report):
-    for name in ("dataset.json", "evaluation/test/predictions.npz"):
-        path = runs / "b-0" / name
-        if path.suffix == ".json":
-            path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprint": "other"}))
-        else:
-            with np.load(path) as file:
-                arrays = {**file, "fingerprint": np.array("other")}
-            np.savez(path, **arrays)
-    _, out, _ = report(runs / "a-0", runs / "b-0", "--output", runs / "p.html", "--json")
-    (comparison,) = json.loads(out)["comparisons"]
-    assert comparison["same_images"] is None
-    assert comparison["pairs"] == []
-    assert "Predictions of other images" in check((runs / "p.html").read_text()).text
+def test_runs_on_other_images_are_not_paired(runs):
+    edit(runs / "b-0" / "dataset.json", fingerprint="other")
+    edit_arrays(runs / "b-0", fingerprint=np.array("other"))
+    first, second = group_runs(read_runs([str(runs / "a-0"), str(runs / "b-0")]))
+    found = compare(first, second)
+    assert (found.images, found.pairs) == (None, [])
+    assert set(first.settings) == {"optimizer.learning_rate", "dataset (fingerprint)"}
 
 
-def test_names_are_texts_and_never_markup(tmp_path, digits, report):
-    run = tmp_path / "<b>run & $x$"
-    config = short_config()
-    config.num_epochs = 1
-    cnn.train_and_evaluate(config, run, dataset=renamed(digits, NASTY[:-1] + ("0",)))
-    arrays = dict.fromkeys(("labels",), digits.test.labels)
-    rng = np.random.default_rng(0)
-    folder = run / "evaluation" / "test"
-    folder.mkdir(parents=True)
-    logits = rng.normal(size=(360, 10)).astype(np.float32)
-    np.savez(folder / "predictions.npz", logits=logits, class_names=np.array(NASTY[:-1] + ("0",)),
-             fingerprint=np.array(digits.fingerprint), **arrays)  # fmt: skip
-    figures = {"split": "test", "tta": "none", "step": 14, "count": 360, "accuracy": 0.1,
-               "loss": 1.0, "calibration_error": 0.1, "mean_confidence": 0.5}  # fmt: skip
-    (folder / "evaluation.json").write_text(json.dumps(figures))
-    (folder / "predictions.csv").write_text("confidence\n" + "0.5\n" * 360)
+def test_names_are_texts_and_never_markup(runs, report):
+    run = (runs / "a-0").rename(runs / "<b>run & $x$")
+    edit(run / "dataset.json", name="<i>", class_names=NASTY)
+    edit_arrays(run, class_names=np.array(NASTY))
+    config = read(run / "config.json")
+    model = {"object": "</style><script>", "source": None, "value": "\ud800"}
+    edit(run / "config.json", model=model, dataset={**config["dataset"], "name": "<i>"})
     code, _, err = report(run)
-    assert (code, err.count("error")) == (0, 0)
+    assert (code, err) == (0, "")
     text = (run / "report.html").read_text()
     page = check(text)
-    assert "<script" not in text
-    for name in ("<script>alert(1)</script>", "$x$", 'a"b&c', "</style>", "nul\\x00", "Ümläut"):
+    assert not re.search(r"<script|<i>|<b>", text)
+    for name in (*NASTY, "<b>run & $x$", "</style><script> on <i>", "\\ud800"):
         assert name in page.text
-    assert "<b>run & $x$" in page.text
     assert "without which it cannot be repeated" in page.text
 
 
-def test_killed_run_is_reported_as_what_it_is(tmp_path, digits, report):
-    config = short_config()
-    with pytest.raises(Killed):
-        cnn.train_and_evaluate(config, tmp_path / "run", writers=[kill_at(14)])
-    code, out, _ = report(tmp_path / "run")
-    page = check((tmp_path / "run" / "report.html").read_text())
+def test_run_that_was_killed_and_resumed_is_reported_as_such(runs, report):
+    run = runs / "a-0"
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "evaluation")
+    write_records(run, records_of(run)[:1])
+    now = read(run / "environment.json")
+    edit(
+        run / "environment.json", starts=[14], devices=["cpu"], earlier=[{**now, "starts": [0, 7]}]
+    )
+    code, out, _ = report(run)
+    page = check((run / "report.html").read_text())
     assert code == 0
     assert "epoch 1 of 2; stopped, not finished" in out
     assert "interrupted or killed. The figures are those after epoch 1 of 2" in page.text
-    with cnn.runtime.run_directory.RunDirectory(tmp_path / "run") as run:
-        run.lock()
-        _, out, _ = report(tmp_path / "run")
-        assert "epoch 1 of 2; running, not finished" in out
-    config.runtime.num_devices = 1
-    cnn.train_and_evaluate(config, tmp_path / "run")
-    report(tmp_path / "run")
-    page = check((tmp_path / "run" / "report.html").read_text())
-    assert "trained by 2 processes, in 2 environments: resumed at step 0" in page.text
+    assert "trained by 3 processes, in 2 environments: resumed at step 7, 14" in page.text
     assert "What changed: 1 x cpu (was 2 x cpu)" in page.text
-    assert "Not finished" not in page.text
+    assert f"python -m cnn evaluate {run} finds them" in page.text
+    with RunDirectory(run) as directory:
+        directory.lock()
+        assert read_runs([str(run)])[0].status == "running"
+    assert read_runs([str(run)])[0].status == "stopped"
 
 
 def test_evaluation_of_an_earlier_step_is_named_and_not_compared(runs, report):
-    path = runs / "a-0" / "evaluation" / "test" / "evaluation.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "step": 14}))
+    edit(runs / "a-0" / "evaluation" / "test" / "evaluation.json", step=14)
     report(runs / "a-0")
     assert "It is of step 14, while the run is at step 28" in (
         Page((runs / "a-0" / "report.html").read_text()).text
     )
-    _, out, _ = report(runs / "a-0", runs / "b-0", "--output", runs / "p.html", "--json")
-    assert json.loads(out)["comparisons"][0]["pairs"] == []
+    groups = group_runs(read_runs([str(runs / "a-0"), str(runs / "b-0")]))
+    assert compare(*groups).pairs == []
 
 
 def write(name, content):
@@ -312,7 +308,7 @@ def cut(name):
         (write("metrics.jsonl", b""), "no records yet"),
         (write("result.json", b'{"digest": "0"}'), "result.json is damaged"),
         (write("environment.json", b"[]"), "environment.json is damaged"),
-        (write("environment.json", b'{"starts": [0], "packages": 3}'), "environment.json is damaged"),
+        (write("environment.json", b'{"starts": [0], "packages": 3}'), "environment.json is"),
         (write("dataset.json", b"{}"), "dataset.json is damaged"),
         (cut("samples.png"), "samples.png is damaged"),
         (cut("evaluation/test/evaluation.json"), "evaluation.json is damaged"),
@@ -326,13 +322,13 @@ def cut(name):
 )  # fmt: skip
 def test_damage_is_one_line_and_writes_nothing(runs, report, damage, message):
     damage(runs / "a-0")
-    before = {path for path in runs.rglob("*")}
+    before = set(runs.rglob("*"))
     code, out, err = report(runs / "a-0")
     assert (code, out) == (2, "")
     assert message in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert {path for path in runs.rglob("*")} == before
+    assert set(runs.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
