@@ -11,7 +11,6 @@ from xml.etree.ElementTree import Element
 import numpy as np
 
 from cnn.report.elements import picture
-from cnn.report.statistics import spread
 from cnn.runtime.plots import drawing
 from cnn.scores import Calibration
 
@@ -66,14 +65,12 @@ def curve_panel(metric: str, curves: Sequence[Curve], alt: str, *, title: str = 
         scale = 100 if is_fraction(metric) else 1
         for index, curve in enumerate(curves):
             style = _style(index, theme)
-            columns = [
-                spread([scale * value for value in v]) for v in zip(*curve.values, strict=True)
-            ]
-            mean = np.array([column.mean for column in columns])
+            values = scale * np.array(curve.values, np.float64)
+            mean = values.mean(axis=0)
             dense = {"marker": "none"} if len(mean) > 40 else {}
             axes.plot(curve.epochs, mean, **{**style, **dense}, label=curve.legend)
             if len(curve.values) > 1:
-                std = np.array([column.std for column in columns])
+                std = values.std(axis=0, ddof=1)
                 color = style["color"]
                 axes.fill_between(
                     curve.epochs, mean - std, mean + std, color=color, alpha=0.22, linewidth=0
@@ -148,7 +145,14 @@ def reliability_panel(calibration: Calibration, alt: str) -> Element:
         )
         upper.set_ylabel("accuracy (%)")
         upper.set_ylim(0, 100)
-        upper.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=7)
+        figure.legend(
+            frameon=False,
+            loc="outside upper left",
+            ncols=3,
+            fontsize=7.5,
+            handlelength=1.4,
+            columnspacing=1,
+        )
         lower.bar(centres, calibration.counts, width=90 / bins, color=theme.ink, alpha=0.5)
         lower.set_ylabel("images")
         lower.set_xlabel("confidence (%)")

@@ -133,7 +133,7 @@ def _curves(run: Run) -> Element:
         "Train figures are means over the steps of an epoch, each before its update; test figures "
         "are of all test images after the epoch."
     )
-    if smoothing:
+    if isinstance(smoothing, float) and smoothing:
         caption += f" The train loss has label smoothing {smoothing:g}, the test loss has none."
     return section("Curves", figure(caption, element("div", *panels, class_="panels")))
 

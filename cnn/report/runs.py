@@ -6,10 +6,11 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import PIL.Image
@@ -173,9 +174,9 @@ def _read_run(directory: RunDirectory) -> Run:
         inside = next((p for p in path.parents if (p / "config.json").exists()), None)
         hint = f"did you mean {inside}?" if inside else "give the directory that train.py printed"
         raise UserError(f"{path} is not a run directory: it has no config.json; {hint}")
-    if not (_is_number(config.get("num_epochs")) and isinstance(config.get("seed"), int)):
+    if not _is_config(config):
         raise UserError(
-            f"{path / 'config.json'} is damaged: it lacks num_epochs or seed; the command of the "
+            f"{path / 'config.json'} is damaged: it is not the config of a run; the command of the "
             f"run writes it again"
         )
     if not (records := directory.records()):
@@ -183,10 +184,10 @@ def _read_run(directory: RunDirectory) -> Run:
             f"{path} has no records yet: its first epoch is not complete; train on, and report then"
         )
     for record in records:
-        if not (_is_number(record.get("test_accuracy")) and _is_number(record.get("test_count"))):
+        if not _is_complete(record):
             raise UserError(
-                f"{path / 'metrics.jsonl'} has no test accuracy at step {record['step']}: it is "
-                f"not of this version of cnn, or damaged"
+                f"{path / 'metrics.jsonl'} has no test accuracy at step {record['step']}, or no "
+                f"number for another metric: it is damaged, or not of this version of cnn"
             )
     return Run(
         path=path,
@@ -198,6 +199,29 @@ def _read_run(directory: RunDirectory) -> Run:
         trainer=directory.trainer(),
         evaluation=_read_evaluation(path),
         samples=_read_picture(path / "samples.png", "python train.py with the run's flags"),
+    )
+
+
+def _is_config(config: dict[str, Any]) -> bool:
+    sections = ("dataset", "model", "loss", "optimizer", "schedule", "augment", "runtime")
+    return (
+        _is_number(config.get("num_epochs"))
+        and isinstance(config.get("seed"), int)
+        and all(isinstance(config.get(name, {}), dict) for name in sections)
+    )
+
+
+def _is_complete(record: dict[str, Any]) -> bool:
+    accuracy, count = record.get("test_accuracy"), record.get("test_count")
+    metrics = [v for name, v in record.items() if name.startswith(("train_", "test_"))]
+    return (
+        _is_number(accuracy)
+        and 0 <= accuracy <= 1
+        and _is_number(count)
+        and count >= 1
+        # Other metrics may be NaN.
+        and all(isinstance(value, int | float) for value in metrics)
+        and isinstance(record.get("skipped_steps", 0), int)
     )
 
 
@@ -309,5 +333,5 @@ def _read_picture(path: Path, remedy: str) -> bytes | None:
     return picture
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

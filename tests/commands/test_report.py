@@ -302,7 +302,7 @@ def cut(name):
     ("damage", "message"),
     [
         (write("config.json", b"{"), "config.json is damaged"),
-        (write("config.json", b"{}"), "it lacks num_epochs or seed"),
+        (write("config.json", b"{}"), "it is not the config of a run"),
         (write("metrics.jsonl", b"{}\n"), "metrics.jsonl is damaged"),
         (write("metrics.jsonl", b'{"step": 1, "epoch": 1}\n'), "no test accuracy at step 1"),
         (write("metrics.jsonl", b""), "no records yet"),
