@@ -336,6 +336,8 @@ def _commands(run: Run) -> list[Element]:
         paragraphs.append(element("p", text, class_="notice"))
     if run.result is not None:
         text = "In the same environment result.json then has the digest above, bit for bit."
+        if len(run.environments) > 1:
+            text = "As its parts were trained in several environments, the digest may be another."
         paragraphs.append(element("p", text))
     return paragraphs
 
