@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import PIL.Image
 from jax.sharding import Mesh
 
 from cnn.data.dataset import Split
@@ -124,6 +123,8 @@ class TrainedModel:
 
     def _pixels(self, images: Any) -> np.ndarray:
         """uint8[N, H, W, C] of `image_shape`."""
+        import PIL.Image  # not needed by every script
+
         if isinstance(images, np.ndarray | jax.Array) and images.ndim == 4:
             images = np.asarray(images)
             if images.dtype == np.uint8 and images.shape[1:] == self.image_shape:
@@ -136,6 +137,8 @@ class TrainedModel:
         return np.stack(pixels) if pixels else np.zeros((0, *self.image_shape), np.uint8)
 
     def _one(self, image: Any) -> np.ndarray:
+        import PIL.Image
+
         if not isinstance(image, PIL.Image.Image):
             array = np.asarray(image)
             if array.dtype != np.uint8 or array.ndim not in (2, 3):

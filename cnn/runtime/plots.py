@@ -15,7 +15,7 @@ import sys
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -267,20 +267,40 @@ def _figure(
       texts: all texts in the figure, by whose characters the fonts are chosen.
     """
     target = local_path(path)
+    with drawing(width, height, texts) as figure:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        canvas = FigureCanvasAgg(figure)
+        yield figure
+        with atomic_write(target) as stream:
+            canvas.print_figure(stream, format="png")
+
+
+@contextlib.contextmanager
+def drawing(
+    width: float, height: float, texts: Sequence[str], settings: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
+    """Yields a figure to draw into and to save within the block.
+
+    Args:
+      width: in inches.
+      height: in inches.
+      texts: all texts in the figure, by whose characters the fonts are chosen.
+      settings: of matplotlib, by its names, in place of its defaults.
+
+    Raises:
+      ImportError: if matplotlib is not installed.
+    """
     # Nobody can act on matplotlib's warnings here, such as a character that no font has.
     with warnings.catch_warnings(action="ignore"), _silent_logger("matplotlib"):
         matplotlib = _import_matplotlib()
         defaults = {k: v for k, v in matplotlib.rcParamsDefault.items() if k != "backend"}
-        with matplotlib.rc_context({**defaults, "font.family": _families("".join(texts))}):
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
+        families = {"font.family": _families("".join(texts))}
+        with matplotlib.rc_context({**defaults, **families, **(settings or {})}):
             from matplotlib.figure import Figure
 
             # Not by pyplot, which has a window system, global state, and figures to close.
-            figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-            canvas = FigureCanvasAgg(figure)
-            yield figure
-            with atomic_write(target) as stream:
-                canvas.print_figure(stream, format="png")
+            yield Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def _import_matplotlib() -> Any:

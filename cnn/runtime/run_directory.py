@@ -181,7 +181,38 @@ class RunDirectory:
         lines = file.read_bytes().split(b"\n")[:-1]
         return [_parse_object(line, file, step=int, epoch=int | float) for line in lines]
 
-    def _read(self, name: str, **required: type) -> dict[str, Any] | None:
+    def dataset(self) -> dict[str, Any] | None:
+        """What the run is trained on; None if that is not recorded.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        return self._read("dataset.json", name=str, class_names=list, fingerprint=str)
+
+    def environments(self) -> list[dict[str, Any]]:
+        """The environments of the run's parts, the latest last; empty if they are not recorded.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        if (now := self._read("environment.json", starts=list)) is None:
+            return []
+        earlier = now.pop("earlier", [])
+        return [*earlier, now] if isinstance(earlier, list) else [now]
+
+    def trainer(self) -> str | None:
+        """The process that trains the run now; None if there is none, or that is unknown."""
+        try:
+            with self._lock_file.open("rb", buffering=0) as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return _holder(lock)
+        except OSError:  # there is no lock, or this file system has none
+            return None
+        return None
+
+    def _read(self, name: str, /, **required: type) -> dict[str, Any] | None:
         path = self.path / name
         return _parse_object(path.read_bytes(), path, **required) if path.exists() else None
 
@@ -200,7 +231,7 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
-def _parse_object(text: bytes, path: Path, **required: type | UnionType) -> dict[str, Any]:
+def _parse_object(text: bytes, path: Path, /, **required: type | UnionType) -> dict[str, Any]:
     """Parses a JSON object with the required names and types; UserError for anything else."""
     try:
         value = json.loads(text)

@@ -1,0 +1,95 @@
+"""Writes an HTML page about one run, or a comparison of several.
+
+    python -m cnn report checkpoints/baseline
+    python -m cnn report runs/a-0 runs/a-1 runs/b-0 runs/b-1 --output a-and-b.html
+
+The page is one file, which needs neither a network nor JavaScript. Runs whose configs differ in
+`seed` only form a group; groups are compared with that of the first run. Classes, calibration,
+mistakes, and comparisons image by image need `python -m cnn evaluate RUN` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from cnn.commands.common import output_folder, print_json
+from cnn.errors import UserError
+from cnn.report.comparison import compare, group_runs
+from cnn.report.page import report_figures, report_page
+from cnn.report.runs import Run, read_runs
+from cnn.report.texts import interval_text, points, setting_texts, spread_text
+from cnn.runtime.disk import atomic_write, resolve_path
+from cnn.runtime.screen import shown, waiting
+from cnn.runtime.table import epoch_number, percent
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="run directories, such as checkpoints/baseline"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the page (default: RUN/report.html; of several runs report.html)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Reads the runs, writes the page and prints the figures."""
+    runs = read_runs(arguments.runs)
+    page = _output(arguments.output, runs)
+    output_folder(page.parent)
+    with waiting("drawing the report", sys.stderr):
+        html = report_page(runs)
+    with atomic_write(page) as stream:
+        stream.write(html.encode())
+    if arguments.json:
+        print_json({**report_figures(runs), "page": str(page)})
+        return
+    print("\n".join(_run_text(runs[0]) if len(runs) == 1 else _comparison_text(runs)))
+    print(f"see {shown(page)}: open {page.as_uri()} in a browser")
+
+
+def _output(given: str | None, runs: list[Run]) -> Path:
+    """Where the page goes; a name that cannot be that of a page may be that of a run's file."""
+    if given is None:
+        return runs[0].path / "report.html" if len(runs) == 1 else resolve_path("report.html")
+    page = resolve_path(given)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--output {given} must be the name of a file that ends in .html")
+    if page.is_dir():
+        raise UserError(f"--output {given} is a directory; give the name of a file in it")
+    return page
+
+
+def _run_text(run: Run) -> list[str]:
+    figures = run.summary()
+    low, high = figures["test_accuracy_interval"]
+    state = "" if run.status == "finished" else f"; {run.status}, not finished"
+    return [
+        f"{shown(run.path)}: epoch {epoch_number(figures['epoch'])} of "
+        f"{epoch_number(figures['num_epochs'])}{state}",
+        f"  test accuracy: {percent(figures['test_accuracy'])} of {figures['test_count']:,} "
+        f"images, 95 % interval {100 * low:.2f} to {percent(high)}",
+    ]
+
+
+def _comparison_text(runs: list[Run]) -> list[str]:
+    first, *others = groups = group_runs(runs)
+    lines = []
+    for group in groups:
+        settings = ", ".join(setting_texts(group)) or "all the same"
+        accuracy = f"{spread_text(group.accuracy)} (n = {len(group.runs)})"
+        lines.append(f"{group.letter}: test accuracy {accuracy}; {settings}")
+    for group in others:
+        found = compare(first, group)
+        seeds = f"{interval_text(found.interval)} over seeds" if found.interval else ""
+        images = f"{interval_text(found.images.interval)} over images" if found.images else ""
+        known = "; ".join(filter(None, (seeds, images))) or "no interval: one run in a group"
+        name = f"{group.letter} - {first.letter}"
+        lines.append(f"{name}: {points(found.difference)} percentage points; 95 %: {known}")
+    return lines
