@@ -92,7 +92,6 @@ def parse(argv: Sequence[str], description: str | None, home: Path) -> RunFlags:
         parser.print_help()
         parser.exit()
     if flags.workdir == "":
-        find_config(flags.config, configs)
         parser.error("--workdir is empty")
     chosen = choose_config(flags.config, rest, home)
     program = sys.orig_argv[: len(sys.orig_argv) - len(argv)]

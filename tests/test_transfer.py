@@ -100,9 +100,17 @@ def test_the_new_head_is_that_of_a_run_without_source(source, config, tmp_path, 
 
 
 def test_a_resumed_run_does_not_need_its_source(source, config, tmp_path):
+    """With frozen layers, which the optimizer's state leaves out."""
     copy, whole = tmp_path / "source", tmp_path / "whole"
     shutil.copytree(source, copy)
-    config = override(config, [f"--config.init_from={copy}", "--config.num_epochs=2"])
+    config = override(
+        config,
+        [
+            f"--config.init_from={copy}",
+            "--config.num_epochs=2",
+            "--config.optimizer.freeze=('Conv_*',)",
+        ],
+    )
     _, expected = train_and_evaluate(config, whole)
     with pytest.raises(Killed):
         train_and_evaluate(config, tmp_path / "run", writers=[kill_at(28)])
