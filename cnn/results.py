@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,27 +188,19 @@ def _draw(path: Path, state: TrainState, experiment: Experiment, run: RunDirecto
     """Draws a picture, which appears when it is complete."""
     dataset = experiment.dataset
     title = f"{type(experiment.model).__name__} on {dataset.name}, seed {experiment.config.seed}"
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}.png")
-    try:
-        if path.name == _CURVES:
-            smoothing = getattr(experiment.loss_fn, "label_smoothing", 0.0)
-            plot_curves(run.records(), temporary, title=title, label_smoothing=smoothing)
-        else:
-            test = dataset.test
-            first = Split(test.images[:_NUM_SAMPLES], test.labels[:_NUM_SAMPLES])
-            title = f"{title}: predicted class of the first test images"
-            predictions = _predict(state, experiment, first)
-            plot_samples(
-                first.images,
-                first.labels,
-                predictions,
-                dataset.class_names,
-                temporary,
-                title=title,
-            )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if path.name == _CURVES:
+        smoothing = getattr(experiment.loss_fn, "label_smoothing", 0.0)
+        plot_curves(run.records(), path, title=title, label_smoothing=smoothing)
+        return
+    first = Split(dataset.test.images[:_NUM_SAMPLES], dataset.test.labels[:_NUM_SAMPLES])
+    plot_samples(
+        first.images,
+        first.labels,
+        _predict(state, experiment, first),
+        dataset.class_names,
+        path,
+        title=f"{title}: predicted class of the first test images",
+    )
 
 
 def _predict(state: TrainState, experiment: Experiment, split: Split) -> np.ndarray:
