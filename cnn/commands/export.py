@@ -77,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         for name in formats:
             with waiting(f"making model.{name}", sys.stderr):
                 made[f"model.{name}"] = _FORMATS[name][0](model)
+        # No card of an earlier export may describe these files while they are checked.
+        (folder / "README.md").unlink(missing_ok=True)
         for name, data in made.items():
             _write(folder / name, data)
         test = _test_images(model) if arguments.check else None
