@@ -21,8 +21,13 @@ from cnn.runtime.disk import write_error
 from cnn.runtime.screen import log_warning, waiting
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that select a checkpoint of a run and the devices."""
+def add_run_arguments(parser: argparse.ArgumentParser, *, platform: str | None = None) -> None:
+    """Adds the flags that select a checkpoint of a run and the devices.
+
+    Args:
+      parser: of a command.
+      platform: the devices of a command that leaves no choice.
+    """
     parser.add_argument("run", metavar="RUN", help="a run directory, such as checkpoints/baseline")
     parser.add_argument(
         "--checkpoint",
@@ -30,6 +35,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WHICH",
         help="latest, best (by test accuracy) or a step (default: latest)",
     )
+    if platform is not None:
+        parser.set_defaults(platform=platform)
+        return
     parser.add_argument(
         "--platform", default="auto", choices=PLATFORMS, help="the devices (default: the fastest)"
     )
