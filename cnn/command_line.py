@@ -59,15 +59,18 @@ class RunFlags:
     program: list[str]
 
     def next_commands(self) -> str:
-        """Commands to type after the run: TensorBoard if it was written, and another seed."""
+        """Commands to type after the run: TensorBoard if it was written, scores, another seed."""
         lines = []
         if flatten(self.config)["runtime.tensorboard"]:
             lines.append("curves of all runs beside this one:")
             lines.append(shell_command(["tensorboard"], ("--logdir", shown(self.workdir.parent))))
+        lines.append("next, its accuracy by class, its confusions and its worst mistakes:")
+        evaluate = [*self.program[:1], "-m", "cnn", "evaluate", shown(self.workdir)]
+        lines.append(shell_command(evaluate))
         seed, workdir = _next_seed(flatten(self.config)["seed"], self.workdir)
         changed = as_flags(override(self.config, [f"--config.seed={seed}"]), self.base)
         flags = ("--config", self.name), ("--workdir", shown(workdir))
-        lines.append("next, another seed shows how much the result varies:")
+        lines.append("another seed shows how much the result varies:")
         lines.append(shell_command([*self.program, *changed], *flags))
         return "\n".join(lines)
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import PIL.Image
 import pytest
 
 from tests.helpers import REPOSITORY
@@ -22,15 +23,30 @@ def test_the_two_commands_are_one_line_each():
     assert TEST.endswith("-m pytest")
 
 
-def test_the_script_runs_as_printed(tmp_path):
-    (script,) = (text for language, text in BLOCKS if language == "python")
-    command = [sys.executable, "-W", "error", "-c", script]
+PREDICT, LOOP = (text for language, text in BLOCKS if language == "python")
+
+
+def run_script(script, folder):
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-W", "error", "-c", script],
+        cwd=folder,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
-    accuracies = [float(value) for value in re.findall(r"test accuracy ([\d.]+)%", done.stdout)]
+    return done.stdout
+
+
+def test_an_image_is_classified_as_printed(tmp_path, trained_run, digits):
+    shutil.copytree(trained_run, tmp_path / "checkpoints" / "digits")
+    PIL.Image.fromarray(digits.test.images[0, ..., 0]).save(tmp_path / "seven.png")
+    assert run_script(PREDICT, tmp_path).strip() in digits.class_names
+
+
+def test_the_loop_runs_as_printed(tmp_path):
+    accuracies = re.findall(r"test accuracy ([\d.]+)%", run_script(LOOP, tmp_path))
+    accuracies = [float(value) for value in accuracies]
     assert len(accuracies) == 5
     assert accuracies[-1] > 90
 
