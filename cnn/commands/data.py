@@ -1,12 +1,12 @@
 """Lists, prepares and shows datasets.
 
-  python -m cnn data list                    what can be trained on by its name
-  python -m cnn data prepare cifar100        download and prepare it
-  python -m cnn data show digits             counts, statistics and a picture
-  python -m cnn data show photos/ --image-size 64 --output photos.png
+    python -m cnn data list               what can be trained on by its name
+    python -m cnn data prepare cifar100   download and prepare it
+    python -m cnn data show digits        counts, statistics and a picture
+    python -m cnn data show photos/ --image-size 64 --output photos.png
 
-`show` takes a folder that has a folder of pictures per class, or the name of a
-dataset; a folder that exists comes first.
+`show` takes a folder that has a folder of pictures per class, or the name of a dataset; a folder
+that exists comes first.
 """
 
 from __future__ import annotations

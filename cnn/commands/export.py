@@ -1,17 +1,17 @@
 """Writes a run as files that other programs read, with a model card.
 
-  model.stablehlo    the program for CPUs, NVIDIA GPUs and TPUs; it needs jax only
-  model.onnx         the program for ONNX runtimes
-  model.safetensors  the weights by name, with config.json
-  README.md          a model card as the Hugging Face hub reads it
+    python -m cnn export checkpoints/baseline
+    python -m cnn export checkpoints/baseline --format onnx --output exported
 
-The programs take uint8 images [B, H, W, C] and return float32 logits [B, K]. Each
-file is then loaded in a new process without this package, on the CPU, and compared
-with the run on its test images; exit code 1 means that one differs. ONNX and
-safetensors need an extra: pip install -e '.[export]'
+    model.stablehlo    the program for CPUs, NVIDIA GPUs and TPUs; it needs jax only
+    model.onnx         the program for ONNX runtimes
+    model.safetensors  the weights by name, with config.json
+    README.md          a model card as the Hugging Face hub reads it
 
-For example:
-  python -m cnn export checkpoints/baseline --output exported
+The programs take uint8 images [B, H, W, C] and return float32 logits [B, K]. Each file is then
+loaded in a new process without this package, on the CPU, and compared with the run on its test
+images; exit code 1 means that one differs. ONNX and safetensors need an extra:
+pip install -e '.[export]'
 """
 
 from __future__ import annotations

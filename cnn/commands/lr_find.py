@@ -1,5 +1,8 @@
 """Suggests a learning rate for a config: the learning-rate range test.
 
+    python -m cnn lr-find digits
+    python -m cnn lr-find baseline --config.optimizer.name=sgd --steps 300
+
 The rate grows exponentially from --low to --high over --steps batches, with the config's own model,
 data and optimizer, and the training loss is recorded (Smith 2017, "Cyclical Learning Rates for
 Training Neural Networks", section 3.3). The test ends early where the smoothed loss is more than
