@@ -4,7 +4,8 @@ Run from the root of the clone; each takes `--help` and writes into the `results
 
     python -m benchmarks.peers                  training and inference beside other frameworks
     python -m benchmarks.whole_runs             whole processes, beside a Keras script
-    python -m benchmarks.prediction             a folder of photographs, beside Keras and timm
+    python -m benchmarks.pictures.predict       a folder of photographs, beside Keras and timm
+    python -m benchmarks.pictures.folder        own pictures: prepared, trained on, classified
     python -m benchmarks.scaling                cost by batch, width, depth, pixels, devices, data
     python -m benchmarks.reliability.kills      runs that are killed end in the same bits
     python -m benchmarks.reliability.cost       what checkpoints, digests and guards cost

@@ -1,6 +1,6 @@
-"""Runs timm's `inference.py` with the baseline network, for `benchmarks.prediction`.
+"""Runs timm's `inference.py` with the baseline network, for `benchmarks.pictures.predict`.
 
-    python benchmarks/prediction/timm_script.py INFERENCE_PY FOLDER RESULTS
+    python benchmarks/pictures/timm_script.py INFERENCE_PY FOLDER RESULTS
 
 timm's package does not hold the script; it is in its repository.
 """

@@ -1,7 +1,7 @@
 """Times `python -m cnn predict` on a folder of photographs, beside Keras and timm.
 
     pip install -e '.[bench]'
-    python -m benchmarks.prediction --timm-script inference.py
+    python -m benchmarks.pictures.predict --timm-script inference.py
 
 The peers are a script of Keras's `image_dataset_from_directory` and `predict`, and timm's
 `inference.py`, which is in timm's repository, not in its package; without --timm-script it is left
@@ -13,11 +13,8 @@ between the two times is what the other pictures take, and the ratio compares th
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +23,14 @@ import numpy as np
 
 from benchmarks import machine, report
 from benchmarks.command_line import Parser, positive
-from benchmarks.prediction.pictures import make_pictures
+from benchmarks.pictures.made import make_photographs
+from benchmarks.pictures.processes import timed
 from benchmarks.report import Spread, table
-from benchmarks.workers import REPOSITORY, command, environment, last_line
+from benchmarks.workers import REPOSITORY, command
 from cnn import Dataset, Split, UserError, load_config, train_and_evaluate
 from cnn.runtime import cli
 
-_MODULE = "benchmarks.prediction"
+_MODULE = "benchmarks.pictures.predict"
 _HERE = Path(__file__).resolve().parent
 OURS, KERAS, TIMM = "python -m cnn predict", "Keras", "timm inference.py"
 
@@ -73,22 +71,6 @@ def _command_of(name: str, flags: argparse.Namespace, run: Path, folder: Path) -
     return [sys.executable, script, str(flags.timm_script), str(folder), str(run.parent)]
 
 
-def _timed(words: Sequence[str]) -> tuple[float, float]:
-    """Seconds and peak MiB of a process; raises UserError if it fails."""
-    with tempfile.TemporaryFile("w+") as log:
-        start = time.monotonic()
-        process = subprocess.Popen(
-            words, stdout=subprocess.DEVNULL, stderr=log, env=environment({})
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.monotonic() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        log.seek(0)
-        if process.returncode:
-            raise UserError(f"{' '.join(map(str, words[:3]))} failed: {last_line(log.read())}")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**20
-
-
 def _summary(samples: dict[str, list[dict[str, float]]], number: int) -> str:
     """A row per program; ratios are those of single rounds, the peer's time over ours."""
     head = ["program", f"{number:,} pictures, s", "one picture, s", "pictures/s", "time / ours"]
@@ -122,15 +104,15 @@ def main(argv: Sequence[str]) -> None:
         place = Path(scratch)
         run, many, single = place / "run", place / "many", place / "single"
         _make_run(run)
-        make_pictures(many, flags.pictures)
-        make_pictures(single, 1)
+        make_photographs(many, flags.pictures)
+        make_photographs(single, 1)
         for folder in (many, single):  # the first start compiles, which later ones need not
-            _timed(_command_of(OURS, flags, run, folder))
+            timed(_command_of(OURS, flags, run, folder))
         for turn in range(flags.rounds):
             first = turn % len(names)
             for name in (*names[first:], *names[:first]):
-                alone, _ = _timed(_command_of(name, flags, run, single))
-                seconds, peak = _timed(_command_of(name, flags, run, many))
+                alone, _ = timed(_command_of(name, flags, run, single))
+                seconds, peak = timed(_command_of(name, flags, run, many))
                 samples[name].append({"many": seconds, "single": alone, "peak_mib": peak})
                 print(f"round {turn + 1}, {name}: {seconds:.1f} s, {alone:.1f} s", flush=True)
     words = f"python -m {_MODULE} --pictures={flags.pictures} --rounds={flags.rounds}"
@@ -145,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
             f"{_summary(samples, flags.pictures)}\n",
         ]
     )
-    report.write(flags.out, "prediction", text, {"command": words, "machine": about, **samples})
+    report.write(flags.out, "predict", text, {"command": words, "machine": about, **samples})
     print(text)
 
 

@@ -1,6 +1,6 @@
-"""Classifies a folder of images as the Keras guides do, for `benchmarks.prediction`.
+"""Classifies a folder of images as the Keras guides do, for `benchmarks.pictures.predict`.
 
-python benchmarks/prediction/keras_script.py FOLDER
+python benchmarks/pictures/keras_script.py FOLDER
 """
 
 from __future__ import annotations

@@ -1,1 +1,0 @@
-"""Classifying a folder of photographs, beside Keras and timm."""
