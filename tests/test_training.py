@@ -28,8 +28,8 @@ def test_the_run_directory_explains_itself(finished):
     workdir, state, result = finished
     names = {path.name for path in workdir.iterdir()}
     assert names == {
-        ".lock", "checkpoints", "config.json", "curves.png", "environment.json", "metrics.jsonl",
-        "result.json", "samples.png",
+        ".lock", "checkpoints", "config.json", "curves.png", "dataset.json", "environment.json",
+        "metrics.jsonl", "result.json", "samples.png",
     }  # fmt: skip
     assert json.loads((workdir / "result.json").read_text()) == result
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == 96
@@ -377,7 +377,7 @@ def test_other_images_under_the_same_name_are_refused(unfinished, config, digits
         test=digits.test,
         class_names=digits.class_names,
     )
-    monkeypatch.setattr("cnn.experiment.load_dataset", lambda *_: changed)
+    monkeypatch.setattr("cnn.experiment.load_dataset", lambda *_, **__: changed)
     with pytest.raises(UserError, match="other digits images than those found now"):
         train_and_evaluate(config, unfinished)
 
