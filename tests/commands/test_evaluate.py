@@ -14,7 +14,7 @@ FILES = {"evaluation.json", "predictions.csv", "predictions.npz"}
 PICTURES = {"confusion.png", "reliability.png", "mistakes.png"}
 
 
-def test_figures_and_files(command, own_copy):
+def test_figures_and_files(command, own_copy, digits):
     code, out, _ = command("evaluate", own_copy)
     result = json.loads((own_copy / "result.json").read_text())
     folder = own_copy / "evaluation" / "test"
@@ -31,10 +31,11 @@ def test_figures_and_files(command, own_copy):
         with PIL.Image.open(folder / name) as picture:
             assert min(picture.size) > 400
 
+    check_predictions(folder, digits)
 
-def test_predictions_can_be_scored_again(command, own_copy, digits):
-    command("evaluate", own_copy)
-    folder = own_copy / "evaluation" / "test"
+
+def check_predictions(folder, digits):
+    """They can be scored again."""
     with np.load(folder / "predictions.npz") as stored:
         logits, labels = stored["logits"], stored["labels"]
         assert tuple(stored["class_names"]) == digits.class_names
@@ -47,18 +48,13 @@ def test_predictions_can_be_scored_again(command, own_copy, digits):
     assert right / 360 == json.loads((folder / "evaluation.json").read_text())["accuracy"]
 
 
-def test_json_and_options(command, own_copy, tmp_path):
-    options = (
-        "--json",
-        "--split",
-        "train",
-        "--tta",
-        "flip",
-        "--checkpoint",
-        "best",
-        "--top-k",
-        "2",
-    )
+@pytest.fixture
+def without_pictures(monkeypatch):
+    monkeypatch.setattr("cnn.commands.evaluate._draw", lambda *_: None)  # each takes a second
+
+
+def test_json_and_options(command, own_copy, tmp_path, without_pictures):
+    options = ("--json", "--split=train", "--tta=flip", "--checkpoint=best", "--top-k=2")
     code, out, err = command("evaluate", own_copy, *options)
     figures = json.loads(out)
     assert code == 0, err
@@ -106,7 +102,7 @@ def test_mistakes_are_one_line(command, trained_run, flags, message):
     assert "Traceback" not in err
 
 
-def test_other_images_are_a_warning(command, own_copy, monkeypatch, digits):
+def test_other_images_are_a_warning(command, own_copy, monkeypatch, digits, without_pictures):
     other = cnn.Dataset.from_splits(
         "digits",
         train=digits.test,
