@@ -108,8 +108,9 @@ class _Test:
 
 def _chosen(text: str) -> Sequence[str]:
     formats = list(dict.fromkeys(filter(None, (word.strip() for word in text.split(",")))))
-    if unknown := [name for name in formats if name not in _FORMATS] or not formats:
-        what = repr(unknown[0]) if isinstance(unknown, list) else "nothing"
+    unknown = [name for name in formats if name not in _FORMATS]
+    if unknown or not formats:
+        what = repr(unknown[0]) if unknown else "nothing"
         raise UserError(f"--format asks for {what}; known: {', '.join(_FORMATS)}")
     for name in formats:
         for package in _FORMATS[name][1]:
