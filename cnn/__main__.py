@@ -40,4 +40,4 @@ def _usage() -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, interrupted="what was written before is complete")
+    cli.run(main, interrupted="what was written before is complete", prints_result=True)

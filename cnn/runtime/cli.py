@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import shlex
 import signal
@@ -14,7 +15,7 @@ from jax.errors import JaxRuntimeError
 
 from cnn.errors import Interrupted, UserError, one_line
 from cnn.runtime.screen import width
-from cnn.runtime.streams import lenient_streams
+from cnn.runtime.streams import lenient_streams, warn
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -42,6 +43,7 @@ def run(
     main: Callable[[list[str]], int | None],
     *,
     interrupted: str = "the same command resumes the run",
+    prints_result: bool = False,
 ) -> None:
     """Calls `main` with the flags of this process, and exits with a code if it fails.
 
@@ -52,31 +54,41 @@ def run(
     Args:
       main: a program that takes the words after its name, and returns its exit code or None for 0.
       interrupted: what Ctrl-C means for the program's results.
+      prints_result: whether its result is what it prints: exit code 2 then says that this could not
+        be written, unless its reader has gone. Else that is a warning.
     """
     # Orbax and TFDS log through absl what does not concern the user of a program.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = _hide_pending_writes
-    with lenient_streams():
-        try:
-            if code := main(sys.argv[1:]):
-                sys.exit(code)
-        except (UserError, OSError) as error:
-            _exit(2, f"error: {one_line(str(error))}")
-        except JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            reason = one_line(str(error).splitlines()[0])
-            advice = "choose a smaller batch_size, eval_batch_size or model"
-            _exit(2, f"error: not enough memory ({reason}); {advice}")
-        except Interrupted as stop:
-            _exit(128 + stop.signal, str(stop))
-        except KeyboardInterrupt:
-            _exit(128 + signal.SIGINT, f"interrupted; {interrupted}")
+    lost: list[OSError] = []
+    with lenient_streams(lost.append if prints_result else warn):
+        code = _exit_code(main, interrupted)
+    if lost and lost[0].errno != errno.EPIPE:
+        reason = lost[0].strerror or type(lost[0]).__name__
+        print(f"error: standard output could not be written ({reason})", file=sys.stderr)
+        code = 2
+    if code:
+        sys.exit(code)
 
 
-def _exit(code: int, line: str) -> NoReturn:
+def _exit_code(main: Callable[[list[str]], int | None], interrupted: str) -> int:
+    """Calls `main`, and turns what it raises into a line and an exit code."""
+    try:
+        return main(sys.argv[1:]) or 0
+    except (UserError, OSError) as error:
+        code, line = 2, f"error: {one_line(str(error))}"
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = one_line(str(error).splitlines()[0])
+        advice = "choose a smaller batch_size, eval_batch_size or model"
+        code, line = 2, f"error: not enough memory ({reason}); {advice}"
+    except Interrupted as stop:
+        code, line = 128 + stop.signal, str(stop)
+    except KeyboardInterrupt:
+        code, line = 128 + signal.SIGINT, f"interrupted; {interrupted}"
     print(line, file=sys.stderr)
-    sys.exit(code)
+    return code
 
 
 def _hide_pending_writes(unraisable: UnraisableHookArgs) -> None:

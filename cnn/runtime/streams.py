@@ -14,22 +14,26 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
+def warn(error: OSError) -> None:
+    """Says on standard error why standard output cannot be written."""
+    if sys.stderr is not None:
+        reason = error.strerror or type(error).__name__
+        print(f"warning: standard output cannot be written ({reason})", file=sys.stderr)
+
+
 @contextlib.contextmanager
-def lenient_streams() -> Iterator[None]:
+def lenient_streams(report: Callable[[OSError], None] = warn) -> Iterator[None]:
     """Within it, text that cannot be written to standard output and standard error is dropped.
 
-    The first failure of standard output is reported on standard error. A stream that was closed
+    A stream that was closed
     from the start becomes `/dev/null`, and so does its file descriptor: the next file to be opened
     would get it otherwise, and with it the output of libraries. Characters that a stream cannot
     encode are escaped. Streams other than those of the process (a notebook's, a test's) are not
     changed.
+
+    Args:
+      report: is called with the first failure of standard output.
     """
-
-    def report(error: OSError) -> None:
-        if sys.stderr is not None:
-            reason = error.strerror or type(error).__name__
-            print(f"warning: standard output cannot be written ({reason})", file=sys.stderr)
-
     for number in (0, 1, 2):
         try:
             os.fstat(number)

@@ -72,3 +72,15 @@ def test_what_a_run_says_never_fails(monkeypatch, stream):
     monkeypatch.setattr(sys, "stderr", stream)
     log("a line")
     log_warning("a line")
+
+
+def test_a_result_that_cannot_be_written_is_an_error():
+    """What `python -m cnn` prints is its result; a reader that has gone wants no more of it."""
+    program = f"{sys.executable} -m cnn"
+    done = subprocess.run(
+        ["sh", "-c", f"{program} >/dev/full; echo $?; {program} | head -c 1 >/dev/null"],
+        capture_output=True, text=True, timeout=100, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert done.stdout == "2\n"
+    reason = "No space left on device"
+    assert done.stderr == f"error: standard output could not be written ({reason})\n"
