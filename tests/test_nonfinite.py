@@ -11,10 +11,12 @@ import optax
 import pytest
 
 import cnn
-from cnn import UserError, create_train_state, digest, train_and_evaluate, train_step
+from cnn import UserError, create_train_state, digest, train_and_evaluate
 from cnn.metrics import MetricsAccumulator
 
 SHAPE = (16, 16, 3)
+
+train_step = jax.jit(cnn.train_step)
 
 
 class Small(nn.Module):
@@ -46,7 +48,7 @@ def assert_nothing_but_the_step_changed(before, after):
 def test_a_bad_image_changes_nothing(batch, value, jit):
     state = new_state()
     bad = {**batch, "image": batch["image"].at[3, 2, 1, 0].set(value)}
-    after, metrics = jit(train_step)(state, bad)
+    after, metrics = jit(cnn.train_step)(state, bad)
     assert_nothing_but_the_step_changed(state, after)
     assert jax.tree.leaves(jax.device_get(metrics)) == [0, 0, 0]
     _, metrics = train_step(after, batch)
@@ -66,15 +68,15 @@ def test_unless_it_is_told_to_skip_a_step_only_tells(batch):
 def test_skipping_changes_no_other_step(batch, monkeypatch, backend):
     """On a CPU not a bit; elsewhere the update is another program."""
     plain = new_state().replace(skip_nonfinite=False)
-    expected, _ = jax.jit(train_step)(plain, batch)
+    expected, _ = jax.jit(cnn.train_step)(plain, batch)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    skipping, _ = jax.jit(train_step)(new_state(), batch)
+    skipping, _ = jax.jit(cnn.train_step)(new_state(), batch)
     if backend == "cpu":
         assert digest(skipping) == digest(expected)
     assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
     jax.tree.map(assert_close, skipping.params, expected.params)
     bad = {**batch, "image": batch["image"].at[3, 2, 1, 0].set(jnp.nan)}
-    assert_nothing_but_the_step_changed(new_state(), jax.jit(train_step)(new_state(), bad)[0])
+    assert_nothing_but_the_step_changed(new_state(), jax.jit(cnn.train_step)(new_state(), bad)[0])
 
 
 def test_an_infinite_gradient_of_a_finite_loss_changes_nothing(batch):
@@ -94,7 +96,7 @@ def test_each_seed_of_a_vmap_for_itself(batch):
     states = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), new_state())
     images = jnp.stack([batch["image"], batch["image"].at[0].set(jnp.nan)])
     batches = {"image": images, "label": jnp.stack([batch["label"]] * 2)}
-    after, metrics = jax.vmap(train_step)(states, batches)
+    after, metrics = jax.jit(jax.vmap(cnn.train_step))(states, batches)
     assert metrics.count.tolist() == [8, 0]
     kernels = after.params["Dense_1"]["kernel"]
     assert not jnp.array_equal(kernels[0], states.params["Dense_1"]["kernel"][0])

@@ -327,8 +327,9 @@ def test_the_schedule_is_the_one_the_optimizer_follows(config, digits):
         "image": jax.numpy.asarray(digits.train.images[:96] / np.float32(255)),
         "label": digits.train.labels[:96],
     }
-    once, _ = cnn.train_step(start, batch)
-    twice, _ = cnn.train_step(once, batch)
+    train_step = jax.jit(cnn.train_step)
+    once, _ = train_step(start, batch)
+    twice, _ = train_step(once, batch)
     kernels = [np.asarray(s.params["Dense_0"]["kernel"]) for s in (start, once, twice)]
     np.testing.assert_array_equal(kernels[0], kernels[1])
     # Adam moves each weight by about the learning rate, here a quarter of 1e-3.
