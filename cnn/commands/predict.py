@@ -16,6 +16,8 @@ import argparse
 import csv
 import io
 import json
+import os
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +34,7 @@ from cnn.runtime.screen import counted, log_warning, waiting
 from cnn.runtime.table import percent
 
 _STDIN = "-"
+_STDIN_DESCRIPTOR = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,11 +98,24 @@ def _sources(arguments: Sequence[str]) -> Iterator[tuple[str, Path | bytes]]:
                 ) from error
             for line in filter(None, map(str.strip, lines)):
                 yield line, Path(line)
+        elif _is_standard_input(argument):
+            raise UserError(f"{argument} is standard input: give - to have it read")
         elif Path(argument).is_dir():
             for path in picture_files(Path(argument)):
                 yield str(path), path
         else:
             yield argument, Path(argument)
+
+
+def _is_standard_input(path: str) -> bool:
+    """Whether a path, such as /dev/stdin, names the pipe or terminal of standard input."""
+    try:
+        status = os.stat(path)
+        return not stat.S_ISREG(status.st_mode) and os.path.samestat(
+            status, os.fstat(_STDIN_DESCRIPTOR)
+        )
+    except (OSError, ValueError):  # no such file, standard input is closed, or a NUL in the path
+        return False
 
 
 def _classified(

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import io
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
@@ -389,6 +390,8 @@ def _read(
     from PIL import Image
 
     try:
+        if isinstance(source, str | os.PathLike):
+            _check_regular(source)
         stream = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(stream, formats=_formats()) as image:
             return to_array(image, size=size, channels=channels, resize=resize)
@@ -396,6 +399,12 @@ def _read(
         raise
     except Exception as error:  # decoders raise errors of any type for damaged files
         raise UnreadableImageError(_reason(error)) from error
+
+
+def _check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuses what is no regular file: to open a FIFO, say, may wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UnreadableImageError("not a regular file")
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -99,6 +100,23 @@ def test_standard_input(trained_run, photos):
     done = predict(b"\xff\xfe\x00 neither")
     assert done.returncode == 2
     assert b"neither an image nor a list of paths" in done.stderr
+
+
+def test_what_is_no_file_is_reported_and_not_waited_for(command, trained_run, tmp_path):
+    os.mkfifo(tmp_path / "ff.png")
+    code, _, err = command("predict", trained_run, tmp_path / "ff.png")
+    assert code == 1
+    assert f"warning: {tmp_path / 'ff.png'} cannot be read: not a regular file" in err
+
+
+def test_the_path_of_standard_input_is_refused(command, trained_run, monkeypatch):
+    reader, writer = os.pipe()
+    monkeypatch.setattr("cnn.commands.predict._STDIN_DESCRIPTOR", reader)
+    code, out, err = command("predict", trained_run, f"/dev/fd/{reader}")
+    os.close(reader)
+    os.close(writer)
+    assert (code, out) == (2, "")
+    assert err == f"error: /dev/fd/{reader} is standard input: give - to have it read\n"
 
 
 @pytest.mark.parametrize(
