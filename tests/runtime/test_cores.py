@@ -26,7 +26,7 @@ def test_order_and_threads():
         return item
 
     parts = list(cores.map_in_parts(slowest_first, iter(range(100))))
-    assert sum(parts, []) == list(range(100))
+    assert [item for part in parts for item in part] == list(range(100))
     assert [len(part) for part in parts] == [48, 48, 4]
     assert threading.get_ident() not in threads
     assert list(cores.map_in_parts(abs, [])) == []
