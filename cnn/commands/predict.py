@@ -110,7 +110,10 @@ def _listed_paths(content: bytes) -> list[str]:
         paths = list(filter(None, map(str.strip, lines)))
     # Names need not be UTF-8, but what is neither text nor begins with a file is something else.
     if not all(paths) or not (_is_text(content) or os.path.lexists(paths[0])):
-        raise UserError("standard input is neither an image nor a list of paths, one per line")
+        raise UserError(
+            "standard input is neither an image nor a list of paths: write one per line, or "
+            "separate them by NUL characters"
+        )
     return paths
 
 
