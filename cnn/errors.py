@@ -18,6 +18,15 @@ def one_line(text: str, limit: int = 1000) -> str:
     return line if len(line) <= limit else f"{line[:half]} ... {line[-half:]}"
 
 
+def number_of(count: int, noun: str, plural: str = "") -> str:
+    """A number and a noun.
+
+    >>> number_of(1, "file"), number_of(1000, "file"), number_of(2, "class", "classes")
+    ('1 file', '1,000 files', '2 classes')
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def array_type(value: Any) -> str:
     """Dtype and shape of an array of any library; the name of the type of anything else.
 

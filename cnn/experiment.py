@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from cnn.augment import Augment, create_augment
 from cnn.data import Dataset, load_dataset, load_folder
 from cnn.data.pipeline import Pipeline, stream_key
-from cnn.errors import UserError
+from cnn.errors import UserError, number_of
 from cnn.losses import LossFn, create_loss
 from cnn.metrics import MetricFn, find_metrics
 from cnn.models import create_model
@@ -407,10 +407,10 @@ def describe(experiment: Experiment, variables: Any, num_devices: int, *, width:
     left_out = train_count - steps * batch_size
     size = "x".join(map(str, data.image_shape))
     lines = [
-        f"data: {data.name}, {size}, {data.num_classes:,} classes",
+        f"data: {data.name}, {size}, {number_of(data.num_classes, 'class', 'classes')}",
         f"images: {train_count:,} for training, {test_count:,} for testing",
         f"batches: {steps:,} of {batch_size:,} images in each epoch"
-        + (f"; {left_out:,} images left out" if left_out else ""),
+        + (f"; {number_of(left_out, 'image')} left out" if left_out else ""),
         f"devices: {used} x {kind}, {batch_size // used:,} images each per step",
     ]
     lines += [f"{name}: {_origin(origin)}" for name, origin in experiment.given.items() if origin]

@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from cnn.data.dataset import Split
-from cnn.data.images import to_array
+from cnn.data.images import describe_fault, to_array
 from cnn.data.pipeline import DeviceSplit
 from cnn.errors import UserError, array_type
 from cnn.evaluation import predict
@@ -99,11 +99,13 @@ class TrainedModel:
         Args:
           images: uint8[N, H, W, C] of `image_shape`; or a sequence of Pillow images and arrays
             uint8[H, W] or uint8[H, W, C], of any size and colour mode: they are resized as the
-            images of the run were. One such image alone is a batch of one.
+            images of the run were. One such image alone is a batch of one. For a model of another
+            number of channels, arrays of one channel are grey, of two grey and opacity, of three
+            RGB and of four RGB and opacity; what is transparent is shown over white.
           tta: test-time augmentation, a key of `cnn.evaluation.TEST_TIME_VIEWS`.
 
         Raises:
-          UserError: the images are something else.
+          UserError: the images are something else, or one of them cannot be decoded.
         """
         pixels = self._pixels(images)
         if not len(pixels):
@@ -133,31 +135,40 @@ class TrainedModel:
             images = [images]
         if not isinstance(images, Sequence | np.ndarray | jax.Array) or isinstance(images, str):
             raise _wrong(images, self.image_shape)
-        pixels = [self._one(image) for image in images]
+        pixels = [self._one(image, place) for place, image in enumerate(images)]
         return np.stack(pixels) if pixels else np.zeros((0, *self.image_shape), np.uint8)
 
-    def _one(self, image: Any) -> np.ndarray:
+    def _one(self, image: Any, place: int) -> np.ndarray:
+        """The pixels of an image, which has a place in the sequence."""
         import PIL.Image
 
         if not isinstance(image, PIL.Image.Image):
             array = np.asarray(image)
             if array.dtype != np.uint8 or array.ndim not in (2, 3):
-                raise _wrong(image, self.image_shape)
+                raise _wrong(image, self.image_shape, place)
             array = array[..., 0] if array.shape[2:] == (1,) else array
             try:
                 image = PIL.Image.fromarray(array)
             except (TypeError, ValueError) as error:
-                raise _wrong(image, self.image_shape) from error
+                raise _wrong(image, self.image_shape, place) from error
         *size, channels = self.image_shape
         resize = self.dataset["resize"]
-        return to_array(image, size=(size[0], size[1]), channels=channels, resize=resize)
+        try:
+            return to_array(image, size=(size[0], size[1]), channels=channels, resize=resize)
+        except Exception as error:  # Pillow decodes only now, and raises errors of any type
+            file = getattr(image, "filename", None)
+            name = f"images[{place}]" + (f" ({os.fsdecode(file)})" if file else "")
+            raise UserError(
+                f"{name} cannot be read: {describe_fault(error)}; replace it or leave it out"
+            ) from error
 
 
-def _wrong(images: Any, shape: tuple[int, int, int]) -> UserError:
+def _wrong(images: Any, shape: tuple[int, int, int], place: int | None = None) -> UserError:
+    at = "" if place is None else f" (images[{place}])"
     what = type(images).__name__ if isinstance(images, str | os.PathLike) else array_type(images)
     return UserError(
         f"images must be uint8 arrays (N, H, W, C) such as (N, {', '.join(map(str, shape))}), or a "
-        f"list of Pillow images or of uint8 arrays (H, W, C), not {what}"
+        f"list of Pillow images or of uint8 arrays (H, W, C), not {what}{at}"
     )
 
 

@@ -8,6 +8,8 @@ a name for each. A part of each class is set aside for testing.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,14 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 def load_arrays(path: Path, test_fraction: float) -> cnn.Dataset:
     """The dataset in an .npz file."""
     try:
-        with np.load(path) as arrays:  # it refuses pickled objects
+        with zipfile.ZipFile(path), np.load(path) as arrays:  # np.load takes other files too
             images, labels = arrays["images"], arrays["labels"].astype(np.int32)
             names = arrays.get("class_names", np.arange(labels.max() + 1).astype(str))
-    except (ValueError, KeyError) as error:
-        raise cnn.UserError(f"{path} holds no arrays images and labels: {error}") from error
+    except (ValueError, TypeError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise cnn.UserError(
+            f"{path} is not an .npz file with numbers as images and labels: write it with "
+            f"numpy.savez({path.stem!r}, images=..., labels=...)"
+        ) from error
     if images.ndim == 3:  # grey
         images = images[..., None]
     is_test = hold_out(

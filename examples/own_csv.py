@@ -66,10 +66,14 @@ def load_table(arguments: argparse.Namespace) -> cnn.Dataset:
     images = cnn.load_images(
         [table.parent / path for path in paths], image_size=arguments.image_size
     )
+    train, test = (
+        cnn.Split(images[part], labels[part], tuple(np.array(paths)[part].tolist()))
+        for part in (~is_test, is_test)
+    )
     return cnn.Dataset.from_splits(
         table.stem,
-        train=cnn.Split(images[~is_test], labels[~is_test]),
-        test=cnn.Split(images[is_test], labels[is_test]),
+        train=train,
+        test=test,
         class_names=classes.tolist(),
     )
 

@@ -98,6 +98,21 @@ def test_own_arrays(tmp_path):
     assert (tmp_path / "run" / "result.json").is_file()
 
 
+def test_arrays_that_cannot_be_read(run, tmp_path):
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    np.save(tmp_path / "one.npy", images(2))
+    np.savez(tmp_path / "others.npz", x=images(2), y=np.arange(2))
+    np.savez(tmp_path / "objects.npz", images=np.array([{}, None]), labels=np.arange(2))
+    np.savez(tmp_path / "words.npz", images=images(2), labels=np.array(["a", "b"]))
+    for path in sorted(tmp_path.iterdir()):
+        code, _, err = run("own_arrays.py", path, "--workdir", tmp_path / "run")
+        assert code == 2
+        assert err == (
+            f"error: {path} is not an .npz file with numbers as images and labels: write it with "
+            f"numpy.savez('{path.stem}', images=..., labels=...)\n"
+        )
+
+
 @pytest.mark.parametrize(
     ("content", "telling"),
     [

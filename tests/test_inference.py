@@ -80,6 +80,30 @@ def test_other_images_are_refused(trained_run, images):
         cnn.load_run(trained_run).logits(images)
 
 
+def test_a_picture_that_cannot_be_decoded_is_named(trained_run, digits, tmp_path):
+    run = cnn.load_run(trained_run)
+    picture = PIL.Image.fromarray(digits.test.images[0, ..., 0]).resize((64, 64))
+    picture.save(tmp_path / "cut.jpg")
+    content = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    unknown = PIL.Image.fromarray(np.full((8, 8), -7, np.float32))
+    with PIL.Image.open(tmp_path / "cut.jpg") as cut, pytest.raises(cnn.UserError) as error:
+        run.predict([picture, cut])
+    fault = "cannot be read: truncated; replace it or leave it out"
+    assert str(error.value) == f"images[1] ({tmp_path / 'cut.jpg'}) {fault}"
+    with pytest.raises(cnn.UserError, match=r"images\[0\] cannot be read: values from -7 to -7"):
+        run.predict(unknown)
+    with pytest.raises(cnn.UserError, match=r"not float32\[8, 8\] \(images\[1\]\)"):
+        run.predict([picture, np.zeros((8, 8), np.float32)])
+
+
+def test_two_channels_are_grey_and_opacity(trained_run):
+    run = cnn.load_run(trained_run)
+    image = np.zeros((1, 8, 8, 2), np.uint8)
+    white = np.full((1, 8, 8, 1), 255, np.uint8)
+    np.testing.assert_allclose(run.predict(image), run.predict(white), atol=1e-5)
+
+
 def test_neither_dataset_nor_optimizer_is_needed(trained_run, tmp_path):
     moved = shutil.copytree(trained_run, tmp_path / "copied")
     script = (

@@ -23,10 +23,10 @@ import numpy as np
 from cnn.data import Dataset, Split, load_dataset, load_folder
 from cnn.data.folder import ON_UNREADABLE
 from cnn.data.images import RESIZE
-from cnn.data.prepare import PreparedDataset, list_prepared
+from cnn.data.prepare import PreparedDataset, UnknownDatasetError, list_prepared
 from cnn.data.settings import TEST_FRACTION
 from cnn.data.sources import data_directory, prepare_dataset
-from cnn.errors import UserError, one_line
+from cnn.errors import UserError, number_of, one_line
 from cnn.runtime.disk import describe_disk_error, local_path
 from cnn.runtime.plots import SAMPLE_COLUMNS, plot_samples
 
@@ -128,7 +128,8 @@ def _list(data_dir: str | None) -> None:
 
 def _described(dataset: PreparedDataset) -> str:
     counts = ", ".join(f"{number:,} {split}" for split, number in dataset.counts.items())
-    classes = f"{dataset.num_classes:,} classes" if dataset.num_classes else "no classes"
+    number = dataset.num_classes
+    classes = number_of(number, "class", "classes") if number else "no classes"
     return one_line(f"{dataset.name}: {counts}; {classes}; {dataset.num_bytes / 1e6:,.0f} MB")
 
 
@@ -194,7 +195,11 @@ def _load(arguments: argparse.Namespace) -> Dataset:
     given = arguments.name
     if os.path.isdir(os.path.expanduser(given)) or given.startswith((".", "/", "~")):
         return load_folder(given, **how, on_unreadable=arguments.on_unreadable)
-    return load_dataset(given, arguments.data_dir, **how)
+    try:
+        return load_dataset(given, arguments.data_dir, **how)
+    except UnknownDatasetError as error:
+        fault = "is not a folder" if os.path.exists(given) else "is no folder here"
+        raise UserError(f"{given} {fault}, and {error}") from error
 
 
 def _samples(split: Split, num_classes: int) -> np.ndarray:

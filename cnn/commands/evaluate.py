@@ -6,6 +6,8 @@
 It prints accuracy with its 95 % interval, loss, precision, recall and F1 of each class, the
 confusion matrix and the calibration error. It writes to RUN/evaluation/ (or --output):
 evaluation.json, predictions.csv, predictions.npz, confusion.png, reliability.png, mistakes.png.
+For a folder of pictures predictions.csv names the file of each image: grep ',0$' predictions.csv
+lists those that are classified wrongly.
 """
 
 from __future__ import annotations
@@ -171,22 +173,25 @@ def _write(
     names, predictions = model.class_names, logits.argmax(-1)
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(("index", "label", "prediction", "confidence", "correct"))
+    paths = {} if split.paths is None else {"path": split.paths}
+    rows.writerow(("index", *paths, "label", "prediction", "confidence", "correct"))
     for index, (label, prediction, confidence) in enumerate(
         zip(split.labels.tolist(), predictions.tolist(), _confidence(model, logits), strict=True)
     ):
         cells = (names[label], names[prediction], f"{confidence:.6g}", int(label == prediction))
-        rows.writerow((index, *cells))
+        rows.writerow((index, *(values[index] for values in paths.values()), *cells))
     with atomic_write(folder / "predictions.csv") as stream:
-        stream.write(table.getvalue().encode())
+        # A name that is not UTF-8 is escaped, so that the file is.
+        stream.write(table.getvalue().encode(errors="backslashreplace"))
+    arrays: dict[str, Any] = {
+        "logits": logits,
+        "labels": split.labels,
+        "class_names": np.array(names),
+        "fingerprint": np.array(model.dataset["fingerprint"]),
+        **{f"{column}s": np.array(values) for column, values in paths.items()},
+    }
     with atomic_write(folder / "predictions.npz") as stream:
-        np.savez(
-            stream,
-            logits=logits,
-            labels=split.labels,
-            class_names=np.array(names),
-            fingerprint=np.array(model.dataset["fingerprint"]),
-        )
+        np.savez(stream, **arrays)
     with atomic_write(folder / "evaluation.json") as stream:
         stream.write(f"{json.dumps(figures, indent=2)}\n".encode())
 

@@ -2,12 +2,12 @@
 
     python -m cnn predict checkpoints/baseline cat.jpg dog.png
     python -m cnn predict checkpoints/baseline photos/ --csv > predictions.csv
-    find photos -name '*.jpg' | python -m cnn predict checkpoints/baseline -
+    find photos -name '*.jpg' -print0 | python -m cnn predict checkpoints/baseline -
 
 An argument is an image file, a folder (with all image files below it), or - for standard input,
-which is one image or a list of paths, one per line. Images may have any size and colour mode; they
-are resized as those of the run were. A file that cannot be read is reported on standard error, the
-others are classified, and the exit code is 1.
+which is one image or a list of paths, one per line or separated by NUL characters. Images may have
+any size and colour mode; they are resized as those of the run were. A file that cannot be read is
+reported on standard error, the others are classified, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import argparse
 import csv
 import io
 import json
+import os
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,12 +28,13 @@ import numpy as np
 from cnn.commands.common import add_run_arguments, add_tta_argument, opened_run
 from cnn.data.images import UnreadableImageError, is_image, read_images
 from cnn.data.layout import picture_files
-from cnn.errors import UserError, one_line
+from cnn.errors import UserError, number_of, one_line
 from cnn.inference import TrainedModel
 from cnn.runtime.screen import counted, log_warning, waiting
 from cnn.runtime.table import percent
 
 _STDIN = "-"
+_STDIN_DESCRIPTOR = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             writer.row(name, [(model.class_names[i], float(answer[i])) for i in best])
         writer.end()
     if failed:
-        log_warning(f"{failed:,} of {len(sources):,} files could not be read")
+        log_warning(f"{failed:,} of {number_of(len(sources), 'file')} could not be read")
     return 1 if failed else 0
 
 
@@ -87,19 +90,50 @@ def _sources(arguments: Sequence[str]) -> Iterator[tuple[str, Path | bytes]]:
             if is_image(content):
                 yield _STDIN, content
                 continue
-            try:
-                lines = content.decode().splitlines()
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    "standard input is neither an image nor a list of paths, one per line"
-                ) from error
-            for line in filter(None, map(str.strip, lines)):
-                yield line, Path(line)
+            for path in _listed_paths(content):
+                yield path, Path(path)
+        elif _is_standard_input(argument):
+            raise UserError(f"{argument} is standard input: give - to have it read")
         elif Path(argument).is_dir():
             for path in picture_files(Path(argument)):
                 yield str(path), path
         else:
             yield argument, Path(argument)
+
+
+def _listed_paths(content: bytes) -> list[str]:
+    """The paths in a list: separated by NUL characters if it has any, else one per line."""
+    if b"\0" in content:
+        paths = [os.fsdecode(path) for path in content.removesuffix(b"\0").split(b"\0")]
+    else:
+        lines = os.fsdecode(content).splitlines()
+        paths = list(filter(None, map(str.strip, lines)))
+    # Names need not be UTF-8, but what is neither text nor begins with a file is something else.
+    if not all(paths) or not (_is_text(content) or os.path.lexists(paths[0])):
+        raise UserError(
+            "standard input is neither an image nor a list of paths: write one per line, or "
+            "separate them by NUL characters"
+        )
+    return paths
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_standard_input(path: str) -> bool:
+    """Whether a path, such as /dev/stdin, names the pipe or terminal of standard input."""
+    try:
+        status = os.stat(path)
+        return not stat.S_ISREG(status.st_mode) and os.path.samestat(
+            status, os.fstat(_STDIN_DESCRIPTOR)
+        )
+    except (OSError, ValueError):  # no such file, standard input is closed, or a NUL in the path
+        return False
 
 
 def _classified(

@@ -9,23 +9,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cnn.errors import UserError
+from cnn.errors import UserError, array_type, number_of
+
+_NAMES_SHOWN = 5  # of classes
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Split:
     """The images and labels of one split, checked on construction.
 
     Attributes:
       images: uint8[N, H, W, C]; may be a read-only memory map.
       labels: int32[N].
+      paths: of the files that the images were read from, if they come from files; the fingerprint
+        of a dataset does not depend on them.
 
     Raises:
-      UserError: an array has a wrong type, dtype or rank, the lengths differ, or no image is given.
+      UserError: an array has a wrong type, dtype or rank, the lengths differ, the paths are not a
+        tuple of text, or no image is given.
     """
 
     images: np.ndarray
     labels: np.ndarray
+    paths: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_array("images", self.images, np.uint8, "[N, H, W, C]")
@@ -34,14 +40,23 @@ class Split:
             raise UserError(f"images are empty (shape {self.images.shape}): give at least one")
         if len(self.images) != len(self.labels):
             raise UserError(
-                f"{len(self.images)} images but {len(self.labels)} labels: give one label per image"
+                f"{number_of(len(self.images), 'image')} but "
+                f"{number_of(len(self.labels), 'label')}: give one label per image"
             )
+        _check_paths(self.paths, len(self.images))
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        paths = "" if self.paths is None else f", paths {self.paths[0]!r} ..."
+        return (
+            f"Split(images {array_type(self.images)}, labels {self.labels.min()}.."
+            f"{self.labels.max()}{paths})"
+        )
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """A train and a test split with class names, statistics and a fingerprint.
 
@@ -88,6 +103,15 @@ class Dataset:
                     f"{self.name}: {title} must be {self.image_shape[-1]} finite numbers, one per "
                     f"channel, not {values}"
                 )
+
+    def __repr__(self) -> str:
+        more = ", ..." if self.num_classes > _NAMES_SHOWN else ""
+        return (
+            f"Dataset({self.name!r}, {len(self.train):,} train and {len(self.test):,} test images "
+            f"of {'x'.join(map(str, self.image_shape))}, "
+            f"{number_of(self.num_classes, 'class', 'classes')}: "
+            f"{', '.join(map(repr, self.class_names[:_NAMES_SHOWN]))}{more})"
+        )
 
     @property
     def num_classes(self) -> int:
@@ -162,6 +186,19 @@ def _check_parts(name: object, train: object, test: object, class_names: object)
         isinstance(class_name, str) for class_name in class_names
     ):
         raise UserError(f"{name}: class_names must be a tuple of text, not {class_names!r}")
+
+
+def _check_paths(paths: object, number: int) -> None:
+    if paths is None:
+        return
+    if not isinstance(paths, tuple) or not all(isinstance(path, str) for path in paths):
+        kind = type(paths).__name__
+        raise UserError(f"paths must be a tuple of text, not {kind}: convert with tuple(map(str))")
+    if len(paths) != number:
+        raise UserError(
+            f"{number_of(number, 'image')} but {number_of(len(paths), 'path')}: give one path per "
+            f"image, or none"
+        )
 
 
 def _check_array(title: str, value: object, dtype: type[np.generic], shape: str) -> None:

@@ -30,7 +30,7 @@ from cnn.data.images import (
     size_text,
 )
 from cnn.data.layout import Layout, PictureFile, find_pictures
-from cnn.data.settings import TEST_FRACTION, Settings
+from cnn.data.settings import TEST_FRACTION, Settings, option
 from cnn.errors import UserError, one_line
 from cnn.runtime.cores import map_in_parts
 from cnn.runtime.disk import cache_directory, describe_read_error, resolve_path
@@ -72,7 +72,8 @@ def load_folder(
         "stop" raises an error.
 
     Returns:
-      A `Dataset` named after the folder, in the order of the paths, with read-only arrays.
+      A `Dataset` named after the folder, in the order of the paths, with read-only arrays. The
+      `paths` of its splits are relative to the folder.
 
     Raises:
       UserError: the folder has another layout, cannot be read, has a class without pictures, or
@@ -103,19 +104,38 @@ def load_folder(
     if unreadable and on_unreadable == "stop":
         raise UserError(
             f"{name_unreadable(unreadable)} in {root} cannot be read: remove or replace them, or "
-            f"leave them out with on_unreadable=skip"
+            f"leave them out with {option('on_unreadable', 'skip')}"
         )
-    _report(root, layout, found.dataset, unreadable)
-    return found.dataset
+    _report(root, layout, how, found.dataset, unreadable)
+    return _with_paths(found)
+
+
+def _with_paths(found: cache.Cached) -> Dataset:
+    """The dataset, with the path of each image, which the details tell."""
+    dataset, number = found.dataset, len(found.dataset.train)
+    pairs = zip(found.details["rows"], found.details["files"], strict=True)
+    paths = [path for row, (path, *_) in sorted(pairs) if row != _UNREADABLE]
+    return dataclasses.replace(
+        dataset,
+        train=dataclasses.replace(dataset.train, paths=tuple(paths[:number])),
+        test=dataclasses.replace(dataset.test, paths=tuple(paths[number:])),
+    )
 
 
 def _report(
-    root: Path, layout: Layout, dataset: Dataset, unreadable: Sequence[tuple[str, str]]
+    root: Path,
+    layout: Layout,
+    how: Settings,
+    dataset: Dataset,
+    unreadable: Sequence[tuple[str, str]],
 ) -> None:
-    """Says what was left out, and which classes have few images."""
+    """Says what was left out or has no effect, and which classes have few images."""
     lines = list(layout.notes)
+    if layout.files[0].is_test is not None and (unused := how.unused()):
+        lines.append(f"{root} has a test split; ignored: {', '.join(unused)}")
     if unreadable:
-        lines.append(f"{name_unreadable(unreadable)} in {root} cannot be read and are left out")
+        left_out = "is left out" if len(unreadable) == 1 else "are left out"
+        lines.append(f"{name_unreadable(unreadable)} in {root} cannot be read and {left_out}")
     counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()
     few = [
         f"{name} {number}"
@@ -291,7 +311,7 @@ def _images(
                 raise UserError(
                     f"{root} has pictures of several sizes, such as {size_text(images.shape[1:])} "
                     f"({files[first].path}) and {size_text(image.shape)} ({files[index].path}): "
-                    "bring them to one with --config.dataset.image_size=64, say"
+                    f"bring them to one, say with {option('image_size', 64)}"
                 )
             images[rows[index]] = image
     return images, errors
@@ -309,7 +329,7 @@ def _check_memory(root: Path, shape: tuple[int, ...]) -> None:
         raise UserError(
             f"{shape[0]:,} pictures of {size_text(shape[1:])} in {root} take "
             f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free: make them "
-            "smaller with --config.dataset.image_size=64, say"
+            f"smaller, say with {option('image_size', 64)}"
         )
 
 

@@ -13,13 +13,14 @@ import contextlib
 import functools
 import io
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnn.errors import UserError, one_line
+from cnn.errors import UserError, number_of, one_line
 from cnn.runtime.cores import map_in_parts
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def name_unreadable(unreadable: Sequence[tuple[str, str]]) -> str:
     shown = [f"{path}: {reason}" for path, reason in unreadable[:NAMES_SHOWN]]
     more = len(unreadable) - len(shown)
     names = "; ".join(shown) + (f"; and {more:,} more" if more else "")
-    return f"{len(unreadable):,} image{'s' * (len(unreadable) != 1)} ({names})"
+    return f"{number_of(len(unreadable), 'image')} ({names})"
 
 
 @functools.cache
@@ -389,20 +390,29 @@ def _read(
     from PIL import Image
 
     try:
+        if isinstance(source, str | os.PathLike):
+            _check_regular(source)
         stream = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(stream, formats=_formats()) as image:
             return to_array(image, size=size, channels=channels, resize=resize)
-    except UnreadableImageError:
-        raise
     except Exception as error:  # decoders raise errors of any type for damaged files
-        raise UnreadableImageError(_reason(error)) from error
+        raise UnreadableImageError(describe_fault(error)) from error
 
 
-def _reason(error: Exception) -> str:
+def _check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuses what is no regular file: to open a FIFO, say, may wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UnreadableImageError("not a regular file")
+
+
+def describe_fault(error: Exception) -> str:
+    """Why an image cannot be read, in a few words, from whatever error a decoder raised."""
     from PIL import Image, UnidentifiedImageError
 
     text = one_line(str(error) or type(error).__name__, limit=120)
     match error:
+        case UnreadableImageError():
+            return text
         case UnidentifiedImageError():
             return "not an image"
         case Image.DecompressionBombError() | Image.DecompressionBombWarning():

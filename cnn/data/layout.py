@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cnn.data.images import image_extensions
-from cnn.errors import UserError
+from cnn.errors import UserError, number_of
 
 _TRAIN = "train"
 # Folders of pictures for testing; the first that is there is used.
@@ -17,6 +17,7 @@ _TESTED = ("test", "val", "validation", "valid")
 # Written by operating systems and archive programs, beside what begins with a dot.
 _IGNORED = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 _NAMES_SHOWN = 5
+_LEFT_OUT = ("are left out", "is left out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +90,8 @@ def find_pictures(root: Path) -> Layout:
                 files.append(PictureFile(relative, label, is_test, _version(path)))
         if loose := sum(1 for path in _files(root / place, deep=False) if _is_picture(path)):
             notes.append(
-                f"{loose:,} pictures lie directly in {root / place}, in the folder of no class, "
-                "and are left out"
+                f"{number_of(loose, 'picture')} directly in {root / place}, in the folder of no "
+                f"class, {_LEFT_OUT[loose == 1]}"
             )
         if is_test and not any(file.is_test for file in files):
             raise UserError(
@@ -100,8 +101,9 @@ def find_pictures(root: Path) -> Layout:
     if others:
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in others.most_common(_NAMES_SHOWN))
         notes.append(
-            f"{others.total():,} files in {root} do not have the name of a picture that can be "
-            f"read and are left out: {kinds}" + (" ..." if len(others) > _NAMES_SHOWN else "")
+            f"{number_of(others.total(), 'file')} in {root} without the name of a picture "
+            f"{_LEFT_OUT[others.total() == 1]}: {kinds}"
+            + (" ..." if len(others) > _NAMES_SHOWN else "")
         )
     return Layout(class_names, tuple(sorted(files, key=lambda file: file.path)), tuple(notes))
 

@@ -26,6 +26,10 @@ _NAME = re.compile(r"(\w+)(?:/([\w.\-]+))?(?::(\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
+class UnknownDatasetError(UserError):
+    """A text is the name of no dataset."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetSpec:
     """The parts of `name[/config][:version]`."""
@@ -41,10 +45,10 @@ class DatasetSpec:
 
     @classmethod
     def parse(cls, text: str) -> DatasetSpec:
-        """Parses `name[/config][:version]`; raises UserError for another form."""
+        """Parses `name[/config][:version]`; raises UnknownDatasetError for another form."""
         match = _NAME.fullmatch(text) if isinstance(text, str) else None
         if match is None:
-            raise UserError(
+            raise UnknownDatasetError(
                 f"{text!r} is not a dataset name: write name, name/config or name:version, such "
                 "as cifar10 or cifar10:3.0.2"
             )
@@ -221,7 +225,7 @@ def _stock_builder_class(name: str) -> Any:
         known = {*BUILDERS, *tfds.list_builders(with_community_datasets=False)}
         near = difflib.get_close_matches(name.lower(), sorted(known), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see tensorflow.org/datasets"
-        raise UserError(f"there is no dataset {name!r} in TFDS: {hint}") from error
+        raise UnknownDatasetError(f"there is no dataset {name!r} in TFDS: {hint}") from error
 
 
 def _ensure_archives(

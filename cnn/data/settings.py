@@ -12,6 +12,20 @@ from cnn.errors import UserError
 TEST_FRACTION = 0.2
 
 
+def option(name: str, value: object) -> str:
+    """How to set an argument of `load_folder` and `load_dataset`, in Python and by flags.
+
+    >>> option("image_size", 64)  # doctest: +NORMALIZE_WHITESPACE
+    'image_size=64 (--config.dataset.image_size=64 of train.py, --image-size 64 of
+    data show)'
+    """
+    flag = name.replace("_", "-")
+    return (
+        f"{name}={value} (--config.dataset.{name}={value} of train.py, --{flag} {value} of data "
+        f"show)"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What a person may choose; the meaning is that of the arguments of `load_dataset`.
@@ -42,6 +56,14 @@ class Settings:
             raise UserError(f"resize={resize!r} must be one of {', '.join(RESIZE)}")
         check_split(test_fraction, split_seed)
         return cls(size, resize if size else "crop", float(test_fraction), int(split_seed))
+
+    def unused(self) -> list[str]:
+        """The settings that have no effect where there is a test split, but were changed."""
+        usual = Settings()
+        values = {name: getattr(self, name) for name in ("test_fraction", "split_seed")}
+        return [
+            f"{name}={value}" for name, value in values.items() if value != getattr(usual, name)
+        ]
 
     def as_json(self) -> tuple[Any, ...]:
         """A name for them among the arrays of one dataset; () is that of the defaults."""

@@ -21,7 +21,7 @@ from cnn.data.dataset import Dataset, Split
 from cnn.data.holdout import hold_out
 from cnn.data.images import UnreadableImageError, read_images, to_array
 from cnn.data.prepare import DatasetSpec, check_label_names, find, first_line, prepare
-from cnn.data.settings import TEST_FRACTION, Settings
+from cnn.data.settings import TEST_FRACTION, Settings, option
 from cnn.errors import UserError
 from cnn.runtime.checksums import CHECKSUMS, read_through, verify_checksums
 from cnn.runtime.disk import (
@@ -94,6 +94,8 @@ def load_dataset(
         raise UserError(f"{name}: {error}") from error
     if found.details is not None:
         log_warning(found.details)
+    elif unused := how.unused():
+        log_warning(f"{name} has a test split; ignored: {', '.join(unused)}")
     return found.dataset
 
 
@@ -331,7 +333,7 @@ def _decode_split(
                 raise UserError(
                     f"{builder.name} has images of several sizes (such as {images.shape[1:]} and "
                     f"{image.shape} in {split}): resize them, for example with "
-                    f"--config.dataset.image_size={_suggested_side(images.shape)}"
+                    f"{option('image_size', _suggested_side(images.shape))}"
                 )
             images[index], labels[index] = image, label
     if index + 1 != number:
@@ -390,7 +392,7 @@ def _examples(
                 if image.mode.startswith(("I", "F")):
                     raise UserError(
                         f"{builder.name} has images of more than 8 bits a channel in {split}: set "
-                        f"--config.dataset.image_size, which converts them, or choose another "
+                        f"{option('image_size', 64)}, which converts them, or choose another "
                         f"dataset"
                     )
                 pixels = np.asarray(image.convert(mode))

@@ -81,7 +81,10 @@ def test_prepare_list_and_show_by_name(here, capsys):
         (["prepare", "a b"], "'a b' is not a dataset name"),
         (["show"], "required: NAME|FOLDER"),
         (["show", "./none"], "none does not exist"),
-        (["show", "photos"], "several sizes"),
+        (["show", "photos"], "--image-size 64 of data show"),
+        (["show", "photso"], "photso is no folder here, and there is no dataset 'photso' in TFDS"),
+        (["show", "my-photos"], "my-photos is no folder here, and 'my-photos' is not a dataset"),
+        (["show", "photos.zip"], "photos.zip is not a folder, and 'photos.zip' is not a dataset"),
         (["show", "photos", "--image-size=x"], "image_size='x' must be a number of pixels"),
         (["show", "photos", "--image-size=-1"], "image_size=-1 must"),
         (["show", "photos", "--resize=fit"], "invalid choice: 'fit'"),
@@ -94,6 +97,7 @@ def test_prepare_list_and_show_by_name(here, capsys):
 )
 def test_what_is_refused(flags, telling, here, capsys):
     (here / "d.png").mkdir()
+    (here / "photos.zip").touch()
     before = sorted(here.rglob("*"))
     with pytest.raises(UserError) as error:
         main(["data", *flags])

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import os
 
@@ -73,6 +74,24 @@ def test_a_dataset_that_a_script_passed(command, tmp_path, digits):
     code, _, err = command("evaluate", tmp_path / "run")
     assert code == 2
     assert "a dataset that a script passed: score it there" in err
+
+
+def test_the_paths_of_the_pictures(command, own_copy, digits, monkeypatch, without_pictures):
+    """A name that is not UTF-8, or has a line break, does not break the table."""
+    test = digits.test
+    names = (os.fsdecode(b"1/\xff.png"), 'a\n"b",c.png', *map(str, range(2, len(test))))
+    named = dataclasses.replace(digits, test=cnn.Split(test.images, test.labels, names))
+    monkeypatch.setattr("cnn.commands.common.load_config_dataset", lambda _: named)
+    code, _, err = command("evaluate", own_copy)
+    assert (code, err) == (0, "")
+    folder = own_copy / "evaluation" / "test"
+    check_predictions(folder, digits)
+    with open(folder / "predictions.csv", newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0])[:3] == ["index", "path", "label"]
+    assert [row["path"] for row in rows] == [r"1/\udcff.png", *names[1:]]
+    with np.load(folder / "predictions.npz") as stored:
+        assert tuple(stored["paths"].tolist()) == names
 
 
 def test_many_classes_are_shown_as_pairs():

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import PIL.Image
 import pytest
 
 import cnn
+from cnn.commands.predict import _listed_paths
 from tests.helpers import REPOSITORY
 
 
@@ -99,6 +101,40 @@ def test_standard_input(trained_run, photos):
     done = predict(b"\xff\xfe\x00 neither")
     assert done.returncode == 2
     assert b"neither an image nor a list of paths" in done.stderr
+
+
+def test_lists_of_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / os.fsdecode(b"\xff.png")).touch()
+    for content, paths in (
+        (b"a.png\0 b\nc.png\0", ["a.png", " b\nc.png"]),
+        (b"a.png\0b.png", ["a.png", "b.png"]),
+        (b"a.png\r\n\n b.png \n", ["a.png", "b.png"]),
+        (b"\xff.png\0a.png\0", ["\udcff.png", "a.png"]),
+        (b"\xff.png\n", ["\udcff.png"]),
+        (b"", []),
+    ):
+        assert _listed_paths(content) == paths
+    for content in (b"PK\3\4\0\0\0\xff", b"\0", b"\xfe\n", b"a\0\0b"):
+        with pytest.raises(cnn.UserError, match="neither an image nor a list of paths"):
+            _listed_paths(content)
+
+
+def test_what_is_no_file_is_reported_and_not_waited_for(command, trained_run, tmp_path):
+    os.mkfifo(tmp_path / "ff.png")
+    code, _, err = command("predict", trained_run, tmp_path / "ff.png")
+    assert code == 1
+    assert f"warning: {tmp_path / 'ff.png'} cannot be read: not a regular file" in err
+
+
+def test_the_path_of_standard_input_is_refused(command, trained_run, monkeypatch):
+    reader, writer = os.pipe()
+    monkeypatch.setattr("cnn.commands.predict._STDIN_DESCRIPTOR", reader)
+    code, out, err = command("predict", trained_run, f"/dev/fd/{reader}")
+    os.close(reader)
+    os.close(writer)
+    assert (code, out) == (2, "")
+    assert err == f"error: /dev/fd/{reader} is standard input: give - to have it read\n"
 
 
 @pytest.mark.parametrize(

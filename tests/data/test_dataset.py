@@ -69,6 +69,38 @@ def test_bad_split(images, labels, message):
         Split(images, labels)
 
 
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (("a",), "2 images but 1 path: give one path per image"),
+        (["a", "b"], "paths must be a tuple of text, not list"),
+        ((b"a", b"b"), "paths must be a tuple of text"),
+        ("ab", "paths must be a tuple of text, not str"),
+    ],
+)
+def test_bad_paths(paths, message):
+    with pytest.raises(UserError, match=message):
+        Split(np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, np.int32), paths)
+
+
+def test_paths_are_not_part_of_the_fingerprint():
+    plain, named = split(2), Split(split(2).images, split(2).labels, ("a", "b"))
+    data = [Dataset.from_splits("x", train=s, test=s, class_names=NAMES) for s in (plain, named)]
+    assert data[0].fingerprint == data[1].fingerprint
+
+
+def test_repr_is_short():
+    many = tuple(f"class {i}" for i in range(1000))
+    data = Dataset.from_splits("mine", train=split(600), test=split(), class_names=many)
+    assert repr(data) == (
+        "Dataset('mine', 600 train and 6 test images of 4x5x3, 1,000 classes: 'class 0', "
+        "'class 1', 'class 2', 'class 3', 'class 4', ...)"
+    )
+    assert repr(split()) == "Split(images uint8[6, 4, 5, 3], labels 0..2)"
+    named = Split(split(2).images, split(2).labels, ("a/1.png", "b"))
+    assert repr(named) == "Split(images uint8[2, 4, 5, 3], labels 0..1, paths 'a/1.png' ...)"
+
+
 @pytest.mark.parametrize("label", [-1, 3])
 @pytest.mark.parametrize("which", ["train", "test"])
 def test_labels_out_of_range(which, label):

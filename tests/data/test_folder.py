@@ -126,7 +126,8 @@ def test_what_is_beside_them_is_noted(tmp_path, capsys):
     assert len(lines) == 3
     assert lines[0].endswith("photos/test is the test split; val is not used")
     assert "has unlabelled beside train, which is not used" in lines[1]
-    assert "1 pictures lie directly in" in lines[2]
+    assert "1 picture directly in" in lines[2]
+    assert lines[2].endswith("photos/train, in the folder of no class, is left out")
 
 
 def test_train_alone_is_divided(tmp_path):
@@ -157,7 +158,50 @@ def test_pictures_in_deeper_folders_and_links(photos, tmp_path, capsys):
     assert counts == [14, 13, 13]
     (line,) = warnings_of(capsys)
     assert "4 files in" in line
-    assert line.endswith("left out: 2 .txt, 1 .heic, 1 no extension")
+    assert line.endswith("are left out: 2 .txt, 1 .heic, 1 no extension")
+
+
+def test_one_file_is_one(photos, capsys):
+    (photos / "cat" / "a.txt").touch()
+    (photos / "cat" / "bad.png").touch()
+    load_folder(photos)
+    first, second = warnings_of(capsys)
+    assert first == (
+        f"warning: 1 file in {photos} without the name of a picture is left out: 1 .txt"
+    )
+    assert second == (
+        f"warning: 1 image (cat/bad.png: not an image) in {photos} cannot be read and is left out"
+    )
+
+
+def test_the_paths_of_the_images(photos, decoded):
+    (photos / "ant" / "00a.png").write_bytes(b"no image")
+    (photos / "bee" / "same.png").write_bytes((photos / "bee" / "03.png").read_bytes())
+    made, mapped = load_folder(photos), load_folder(photos)
+    assert len(decoded) == 38
+    for data in (made, mapped):
+        for split in (data.train, data.test):
+            for path, image, label in zip(split.paths, split.images, split.labels, strict=True):
+                with PIL.Image.open(photos / path) as picture:
+                    np.testing.assert_array_equal(image, picture)
+                assert path.startswith(data.class_names[label])
+    draw(photos / "cat" / "00a.png", (1, 1, 1))
+    assert "cat/00a.png" in (lambda d: d.train.paths + d.test.paths)(load_folder(photos))
+
+
+def test_settings_without_effect_are_named(photos, tmp_path, capsys):
+    make(tmp_path / "divided" / "train", 10)
+    make(tmp_path / "divided" / "test", 2)
+    load_folder(tmp_path / "divided")
+    load_folder(photos, test_fraction=0.1, split_seed=1)
+    assert not warnings_of(capsys)
+    load_folder(tmp_path / "divided", test_fraction=0.5)
+    load_folder(tmp_path / "divided", test_fraction=0.5, split_seed=1)
+    assert warnings_of(capsys) == [
+        f"warning: {tmp_path / 'divided'} has a test split; ignored: test_fraction=0.5",
+        f"warning: {tmp_path / 'divided'} has a test split; ignored: test_fraction=0.5, "
+        "split_seed=1",
+    ]
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.5])
@@ -176,7 +220,8 @@ def test_unreadable_files_are_left_out_and_named(fraction, photos, capsys):
         assert "; and 3 more) in " in line
     message = refusal(photos, test_fraction=fraction, on_unreadable="stop")
     assert "ant/bad1.png: not an image" in message
-    assert "on_unreadable=skip" in message
+    for way in (" on_unreadable=skip (", "--config.dataset.on_unreadable=skip", "--on-unreadable"):
+        assert way in message
 
 
 def test_sizes(photos, capsys):
@@ -184,7 +229,8 @@ def test_sizes(photos, capsys):
     message = refusal(photos)
     assert "several sizes, such as 8x8 (ant/" in message
     assert "20x10 (bee/large.png)" in message
-    assert "--config.dataset.image_size=64" in message
+    for way in ("image_size=64 (", "--config.dataset.image_size=64 of train.py", "--image-size 64"):
+        assert way in message
     assert load_folder(photos, image_size=(4, 6)).image_shape == (4, 6, 3)
     crop = load_folder(photos, image_size=4)
     assert crop.image_shape == (4, 4, 3)

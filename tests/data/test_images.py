@@ -1,6 +1,7 @@
 """Pictures of every mode as arrays; what cannot be read has a short reason."""
 
 import io
+import os
 import struct
 import threading
 import warnings
@@ -283,13 +284,24 @@ def test_what_cannot_be_read(content, reason, tmp_path):
 
 
 def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "fifo.png")
     for path, reason in (
         (tmp_path / "none.png", "no such file"),
-        (str(tmp_path), "is a directory"),
+        (str(tmp_path), "not a regular file"),
+        (tmp_path / "fifo.png", "not a regular file"),
+        (tmp_path / "link.png", "not a regular file"),
+        ("/dev/zero", "not a regular file"),
         ("a\0b", "damaged"),
     ):
         with pytest.raises(UnreadableImageError, match=reason):
             read(path)
+
+
+def test_a_link_to_a_file_is_read(tmp_path):
+    (tmp_path / "file.png").write_bytes(PNG)
+    (tmp_path / "link.png").symlink_to("file.png")
+    assert read(tmp_path / "link.png").shape == (6, 8, 3)
 
 
 def test_warnings_of_the_caller_are_as_they_were():

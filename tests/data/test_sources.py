@@ -147,7 +147,9 @@ def test_single_images_cannot_be_divided(data_dir, monkeypatch):
 def test_images_of_several_sizes_are_resized(mode, data_dir, monkeypatch):
     monkeypatch.setattr(OwnImages, "sizes", ((4, 6), (5, 6)))
     monkeypatch.setattr(OwnImages, "mode", mode)
-    assert "--config.dataset.image_size=4" in message_of("own_images")
+    message = message_of("own_images")
+    for way in (" image_size=4 (", "--config.dataset.image_size=4 of", "--image-size 4 of"):
+        assert way in message
     data = load_dataset("own_images", image_size=(3, 5), resize="stretch")
     channels = len(PIL.Image.new(mode, (1, 1)).getbands())
     assert data.train.images.shape == (12, 3, 5, channels)
@@ -159,6 +161,15 @@ def test_settings_without_effect_share_the_arrays(digits_dir, monkeypatch):
     monkeypatch.setattr("cnn.data.sources._decode", None)
     assert load_dataset("digits", image_size=0, resize="stretch").fingerprint == (
         expected.fingerprint
+    )
+
+
+def test_a_fraction_without_effect_is_named(digits_dir, capsys):
+    load_dataset("digits")
+    assert "warning" not in capsys.readouterr().err
+    load_dataset("digits", test_fraction=0.5)
+    assert "warning: digits has a test split; ignored: test_fraction=0.5\n" in (
+        capsys.readouterr().err
     )
 
 
