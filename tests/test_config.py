@@ -191,6 +191,18 @@ def test_differences_name_what_changes_the_result_only():
     assert config_diff(before, before) == []
 
 
+def test_a_dataset_name_beside_a_folder_is_no_difference():
+    named = {"dataset": {"name": "cifar10", "folder": ""}}
+    folder = {"dataset": {"name": "cifar10", "folder": "/photos"}}
+    same_folder = {"dataset": {"name": "mnist", "folder": "/photos"}}
+    assert config_diff(named, {"dataset": {"name": "mnist", "folder": ""}}) == [
+        "dataset.name: cifar10 -> mnist"
+    ]
+    assert config_diff(folder, same_folder) == []
+    assert config_diff(named, same_folder) == ["dataset.folder:  -> /photos"]
+    assert config_diff(same_folder, named) == ["dataset.folder: /photos -> "]
+
+
 def test_a_config_may_import_its_neighbours_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [p for p in sys.path if p not in ("", str(REPOSITORY))])

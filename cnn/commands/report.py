@@ -87,9 +87,15 @@ def _comparison_text(runs: list[Run]) -> list[str]:
         lines.append(f"{group.letter}: test accuracy {accuracy}; {settings}")
     for group in others:
         found = compare(first, group)
+        name = f"{group.letter} - {first.letter}"
+        if found.difference is None:
+            lines.append(
+                f"{name}: not compared, as {group.letter} and {first.letter} were tested on "
+                f"different images"
+            )
+            continue
         seeds = f"{interval_text(found.interval)} over seeds" if found.interval else ""
         images = f"{interval_text(found.images.interval)} over images" if found.images else ""
         known = "; ".join(filter(None, (seeds, images))) or "no interval: one run in a group"
-        name = f"{group.letter} - {first.letter}"
         lines.append(f"{name}: {points(found.difference)} percentage points; 95 %: {known}")
     return lines
