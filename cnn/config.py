@@ -325,6 +325,8 @@ def _parse(name: str, text: str, field: Field) -> Any:
             return (text,)
         if field.type is not tuple:
             return value
+        if isinstance(value, str) and field.entry_type is str:
+            return (value,)
         if not isinstance(value, tuple | list):
             raise ValueError(text)
         return tuple(value)

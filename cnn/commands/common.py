@@ -57,7 +57,7 @@ def add_tta_argument(parser: argparse.ArgumentParser) -> None:
 def opened_run(arguments: argparse.Namespace) -> Iterator[TrainedModel]:
     """The run of `add_run_arguments`; compiled programs are cached within."""
     with compilation_cache(True):
-        with waiting("loading the run", sys.stderr):
+        with waiting("loading the run"):
             run = load_run(arguments.run, arguments.checkpoint, platform=arguments.platform)
         yield run
 
@@ -73,7 +73,7 @@ def run_dataset(run: TrainedModel) -> Dataset:
             f"{run.path} was trained on {run.dataset['name']}, a dataset that a script passed: "
             f"score it there, with cnn.load_run and cnn.evaluate"
         )
-    with waiting("loading the data", sys.stderr):  # the outermost task's stream is used within
+    with waiting("loading the data"):
         dataset = load_config_dataset(run.config)
     if dataset.class_names != run.class_names or dataset.image_shape != run.image_shape:
         raise UserError(

@@ -14,7 +14,6 @@ import argparse
 import csv
 import io
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,13 +87,13 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"--top-k={arguments.top_k} must be 1 or more")
         folder = output_folder(arguments.output or _default_output(model, arguments))
         split: Split = getattr(run_dataset(model), arguments.split)
-        with waiting(f"classifying {len(split):,} images", sys.stderr):
+        with waiting(f"classifying {len(split):,} images"):
             logits = model.logits(split.images, tta=arguments.tta)
         about = {"split": arguments.split, "tta": arguments.tta}
         figures, confusion, reliability = evaluation(model, split, logits, arguments.top_k)
         figures = {**about, **figures}
         _write(folder, model, figures, split, logits)
-        with waiting("drawing the pictures", sys.stderr):
+        with waiting("drawing the pictures"):
             _draw(folder, model, figures, split, logits, confusion, reliability)
     if arguments.json:
         print_json(figures)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         output_folder(folder)
         made: dict[str, bytes] = {}
         for name in formats:
-            with waiting(f"making model.{name}", sys.stderr):
+            with waiting(f"making model.{name}"):
                 made[f"model.{name}"] = _FORMATS[name][0](model)
         # No card of an earlier export may describe these files while they are checked.
         (folder / "README.md").unlink(missing_ok=True)
@@ -136,7 +135,7 @@ def _test_images(model: TrainedModel) -> _Test:
         shape = (_NUM_RANDOM, *model.image_shape)
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         test = _Test(images, None, "random images")
-    with waiting("computing the logits of the run", sys.stderr):
+    with waiting("computing the logits of the run"):
         test.logits = model.logits(test.images)
     return test
 
@@ -146,7 +145,7 @@ def _checks(
 ) -> dict[str, Check]:
     checks = {}
     for name in made:
-        with waiting(f"checking {name}", sys.stderr):
+        with waiting(f"checking {name}"):
             checks[name] = check_file(folder / name, model, test.images, test.logits)
     return checks
 

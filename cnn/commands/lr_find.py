@@ -66,22 +66,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Makes the test and prints the suggestion; returns 1 if there is none."""
     output = _checked(arguments)
     num_updates = _num_updates(arguments)
-    # What takes long is reported beside the JSON, not in it.
-    quiet = (
-        waiting("learning-rate test", sys.stderr) if arguments.json else contextlib.nullcontext()
-    )
-    with quiet, contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+    with contextlib.redirect_stdout(sys.stderr):  # what is said of weights that are transferred
         rates, losses = range_test(arguments)
-        smoothed = smooth(losses, num_updates)
-        suggestion = suggest_learning_rate(rates, losses, num_updates=num_updates)
-        command = None
-        if suggestion is not None:
-            suggestion = float(f"{suggestion:.1e}")  # more digits would promise too much
-            rate = f"--config.optimizer.learning_rate={suggestion:g}"
-            command = arguments.chosen.train_command(rate)
-        with warning_on_failure(f"{shown(output)} is not drawn"):
-            title = f"learning-rate range test of {arguments.chosen.name}"
-            plot_learning_rates(rates, losses, smoothed, output, title=title, suggestion=suggestion)
+    smoothed = smooth(losses, num_updates)
+    suggestion = suggest_learning_rate(rates, losses, num_updates=num_updates)
+    command = None
+    if suggestion is not None:
+        suggestion = float(f"{suggestion:.1e}")  # more digits would promise too much
+        rate = f"--config.optimizer.learning_rate={suggestion:g}"
+        command = arguments.chosen.train_command(rate)
+    with warning_on_failure(f"{shown(output)} is not drawn"):
+        title = f"learning-rate range test of {arguments.chosen.name}"
+        plot_learning_rates(rates, losses, smoothed, output, title=title, suggestion=suggestion)
     stopped = len(rates) < num_updates
     if arguments.json:
         figures = {

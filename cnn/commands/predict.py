@@ -114,7 +114,7 @@ def _classified(
         resize=model.dataset["resize"],
     )
     batch: list[tuple[str, np.ndarray | UnreadableImageError]] = []
-    with waiting("classifying", sys.stderr) as task:
+    with waiting("classifying") as task:
         for (name, _), image in counted(
             zip(sources, images, strict=True), task, len(sources), "images"
         ):

@@ -11,7 +11,6 @@ mistakes, and comparisons image by image need `python -m cnn evaluate RUN` first
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from cnn.commands.common import output_folder, print_json
@@ -43,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     runs = read_runs(arguments.runs)
     page = _output(arguments.output, runs)
     output_folder(page.parent)
-    with waiting("drawing the report", sys.stderr):
+    with waiting("drawing the report"):
         html = report_page(runs)
     with atomic_write(page) as stream:
         stream.write(html.encode())

@@ -10,11 +10,9 @@ one that warms up. Nothing is written but the decoded dataset and compiled progr
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -45,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the summary."""
-    # What takes long is reported beside the JSON, not in it.
-    quiet = waiting("summarizing", sys.stderr) if arguments.json else contextlib.nullcontext()
-    with quiet, prepared(arguments.chosen.config) as (experiment, num_devices):
+    with prepared(arguments.chosen.config) as (experiment, num_devices):
         state = experiment.initial_shapes()
         figures = _figures(experiment, state)
         if not arguments.json:

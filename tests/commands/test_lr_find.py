@@ -69,11 +69,13 @@ def test_the_test_ends_where_the_loss_diverges():
     assert num_before_divergence([*flat, float("inf")], 100) == 30
 
 
-def test_the_digits(command, small):
+def test_the_digits(command, small, monkeypatch):
     """The config's rate, 2e-3 with a falling schedule, lies within a factor of 10."""
+    monkeypatch.setattr("cnn.runtime.screen._PATIENCE", 1e-3)
     code, out, err = command("lr-find", *small, "--config.seed", "1")
     assert (code, err) == (0, "")
     lines = out.splitlines()
+    assert lines[0].split() == ["step", "rate", "loss", "smoothed"]  # no progress comes before it
     (suggested,) = [line for line in lines if line.startswith("suggestion: ")]
     rate = float(suggested.partition("=")[2].partition(";")[0])
     assert 5e-4 < rate < 0.1
