@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 
 import jax
 
+from cnn.commands.common import print_json
 from cnn.commands.prepare import prepared
 from cnn.execution import compile_train_steps
 from cnn.experiment import Experiment, describe, num_frozen
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         if not arguments.no_measure:
             figures |= _measure(experiment)
     if arguments.json:
-        print(json.dumps({"config": arguments.chosen.name, **figures}, indent=2))
+        print_json({"config": arguments.chosen.name, **figures})
     else:
         log(_text(figures))
 
