@@ -44,9 +44,9 @@ class ActionParser(Parser):
     It refuses what it does not know itself, so that the message names it and not the command.
     """
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
         """Reads the flags; nothing is left over."""
-        found, rest = super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(*args, **options)
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         return found, rest
