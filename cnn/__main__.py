@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 from cnn.command_line import add_config_argument, parse_with_config
 from cnn.commands import COMMANDS
 from cnn.registry import select
 from cnn.runtime import cli
+from cnn.runtime.screen import tasks_reported_on
 from cnn.runtime.signals import raise_on_signals
 
 _PROGRAM = "python -m cnn"
@@ -26,8 +28,11 @@ def main(argv: list[str]) -> int | None:
     command.add_arguments(parser)
     if getattr(command, "TAKES_CONFIG", False):
         add_config_argument(parser)
-        return command.run(parse_with_config(parser, rest))
-    return command.run(parser.parse_args(rest))
+        arguments = parse_with_config(parser, rest)
+    else:
+        arguments = parser.parse_args(rest)
+    with tasks_reported_on(sys.stderr):  # what a command prints is its result
+        return command.run(arguments)
 
 
 def _usage() -> str:

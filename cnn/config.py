@@ -222,8 +222,8 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
 
     Args:
       config: left as it is.
-      flags: `--config.field=value` or `--config.field value`; tuples as `"(16, 32)"`; a boolean
-        alone means true.
+      flags: `--config.field=value` or `--config.field value`; tuples as `"(16, 32)"`, or a bare
+        word for a tuple of one string; a boolean alone means true.
 
     Raises:
       UserError: any other flag, an unknown field, or a value of another type than the field's.
@@ -292,6 +292,9 @@ def _settings(flags: Sequence[str]) -> list[tuple[str, str | None]]:
     return given
 
 
+_WORD = re.compile(r"[^\s\[(,'\"][^\s(),'\"]*")  # what is not meant as a tuple of Python
+
+
 def _unflatten(flat: dict[str, Any]) -> ConfigDict:
     """The inverse of `flatten`."""
     nested: dict[str, Any] = {}
@@ -315,11 +318,15 @@ def _parse(name: str, text: str, field: Field) -> Any:
             with warnings.catch_warnings(action="ignore"):  # of Python, about the text
                 value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            if field.type is tuple:
+            if field.type is not tuple:
+                return text
+            if field.entry_type is not str or not _WORD.fullmatch(text):
                 raise
-            return text
+            return (text,)
         if field.type is not tuple:
             return value
+        if isinstance(value, str) and field.entry_type is str:
+            return (value,)
         if not isinstance(value, tuple | list):
             raise ValueError(text)
         return tuple(value)
@@ -462,6 +469,15 @@ def to_json_dict(config: ConfigDict) -> dict[str, Any]:
     return to_json_value(config.to_dict())
 
 
+def used(flat: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a flat config that have an effect: a folder takes the place of a dataset name.
+
+    >>> used({"dataset.name": "cifar10", "dataset.folder": "/photos"})
+    {'dataset.folder': '/photos'}
+    """
+    return {k: v for k, v in flat.items() if k != "dataset.name" or not flat.get("dataset.folder")}
+
+
 def config_diff(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Fields in which two resolved configs would give different results: all but `runtime`.
 
@@ -474,8 +490,10 @@ def config_diff(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     for name, field in fields(ConfigDict(after)).items():
         if name in new and field.default is not REQUIRED:
             old.setdefault(name, to_json_value(field.default))
+    # Where one of the two has a folder, the difference between their folders says it all.
+    folder = old.get("dataset.folder") or new.get("dataset.folder")
     return [
         f"{name}: {old.get(name, 'unset')} -> {new.get(name, 'unset')}"
-        for name in {**old, **new}
+        for name in used({**old, **new, "dataset.folder": folder})
         if not name.startswith("runtime.") and old.get(name) != new.get(name)
     ]

@@ -205,7 +205,7 @@ def load_run(
     """
     run = RunDirectory(path)
     step = find_checkpoint(run, checkpoint)
-    arrays, record = CheckpointManager(run.checkpoints).read(step)
+    arrays, record = _read(CheckpointManager(run.checkpoints), step)
     config, dataset = record.get("config"), record.get("dataset")
     if not isinstance(config, dict) or not isinstance(dataset, dict):
         raise UserError(f"{run.path} is not a run of train_and_evaluate of this version of cnn")
@@ -246,6 +246,20 @@ def load_run(
         state=jax.device_put(state, replicated_sharding(mesh)),
         mesh=mesh,
     )
+
+
+def _read(checkpoints: CheckpointManager, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays and record of a checkpoint; if it cannot be read, the error names the others."""
+    try:
+        return checkpoints.read(step)
+    except UserError as error:
+        others = [other for other in checkpoints.all_steps() if other != step]
+        if not others:
+            raise
+        raise UserError(
+            f"{error}; choose another of the run: --checkpoint {others[-1]}, or in Python "
+            f"load_run(path, {others[-1]}); there are {', '.join(map(str, others))}"
+        ) from error
 
 
 def find_checkpoint(run: RunDirectory, checkpoint: str | int) -> int:

@@ -290,7 +290,7 @@ def _check_fields(fields: dict[str, Any]) -> None:
     _check_range("optimizer.grad_clip_norm", fields["grad_clip_norm"], 0, _MOST)
     _check_range("optimizer.grad_accumulation_steps", fields["grad_accumulation_steps"], 1, 2**31)
     for pattern in fields["freeze"]:
-        if not isinstance(pattern, str) or not pattern:
+        if not pattern:
             raise UserError(
                 f"config field optimizer.freeze={fields['freeze']!r} must hold paths of "
                 f'parameters, such as "Conv_0"'

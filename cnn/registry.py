@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,14 +19,16 @@ from cnn.errors import UserError
 
 REQUIRED = inspect.Parameter.empty
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str}
+_ENTRIES = re.compile(r"\[(bool|int|float|str)(, \.\.\.)?\]$")  # of an annotation, Sequence[str]
 _DESCRIPTIONS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
     str: "a string",
-    tuple: 'a tuple such as "(16, 32)"',
+    tuple: "a tuple",
 }
-
+# By the type of the entries of a tuple; of strings a config holds the names of parameters mostly.
+_TUPLES = {int: (16, 32), float: (0.5, 1.0), str: ("Conv_*",), bool: (True, False)}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "strings", bool: "booleans"}
 
 
@@ -37,17 +40,27 @@ class Field:
       type: bool, int, float, str or tuple; `object` takes any of them, and None.
       default: its value where a config does not set it; `REQUIRED` if there is none.
       doc: what it means, for `--help`.
+      entries: the type of the entries of a tuple whose default is empty; None if it is not known.
     """
 
     type: type
     default: Any = REQUIRED
     doc: str = ""
+    entries: type | None = None
+
+    @property
+    def entry_type(self) -> type | None:
+        """Of a tuple: that of the default's first entry, if it has any; None if it is not known."""
+        if self.type is tuple and self.default not in (REQUIRED, ()):
+            return type(self.default[0])
+        return self.entries
 
     @property
     def description(self) -> str:
         """What a value must be, for a message."""
-        if self.type is tuple and self.default not in (REQUIRED, ()):
-            return f'a tuple such as "{self.default}"'
+        known = self.default if self.type is tuple and self.default is not REQUIRED else ()
+        if example := known or _TUPLES.get(self.entries):
+            return f'a tuple such as "{example}"'
         return _DESCRIPTIONS.get(self.type, "a number, a string, a boolean or a tuple")
 
 
@@ -91,7 +104,8 @@ def _field(parameter: inspect.Parameter) -> Field | None:
     if isinstance(default, bool | int | float | str):
         return Field(type(default), default)
     if isinstance(default, tuple | list):
-        return Field(tuple, tuple(default))
+        entries = _ENTRIES.search(str(annotation))
+        return Field(tuple, tuple(default), entries=_TYPES[entries[1]] if entries else None)
     try:  # jnp.float32, for example
         dtype = np.dtype(default)
     except (TypeError, ValueError):
@@ -170,15 +184,14 @@ def check_type(name: str, field: Field, value: Any) -> Any:
 
 
 def _check_entries(name: str, field: Field, values: Sequence[Any]) -> None:
-    """Raises UserError unless all are of the type of the default's first entry, if it has any."""
-    if field.default in (REQUIRED, ()):
+    """Raises UserError unless all are of the type that the field's entries have, if it is known."""
+    if (kind := field.entry_type) is None:
         return
-    kind = type(field.default[0])
     kinds = (int, float) if kind is float else (kind,)
     if not all(type(value) in kinds for value in values):
         raise UserError(
             f"config field {name}={shown(values)} must hold {_PLURALS.get(kind, 'other values')}, "
-            f"as {field.default} does"
+            f"as {field.default or _TUPLES[kind]} does"
         )
 
 

@@ -48,7 +48,7 @@ def test_every_field_of_the_baseline_has_a_comment():
         ("optimizer.b1=1", "optimizer.b1=1.0 must be at least 0 and below 1"),
         ("optimizer.grad_accumulation_steps=0", "=0 must lie between 1 and"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1.0 must lie between 0 and"),
-        ("optimizer.freeze=(1,)", "optimizer.freeze=(1,) must hold paths of parameters"),
+        ("optimizer.freeze=(1,)", "optimizer.freeze=(1,) must hold strings"),
         ("optimizer.freeze=('',)", "optimizer.freeze=('',) must hold paths of parameters"),
         ("augment.translate=-1", "augment.translate=-1 must be 0 or more"),
         ("metrics=()", 'metrics=() must hold "accuracy"'),
@@ -183,12 +183,31 @@ def test_whole_numbers_are_fine_where_a_number_is_asked_for():
     check_config(config)
 
 
+@pytest.mark.parametrize("text", ["Conv_*", "'Conv_*'", "('Conv_*',)", "['Conv_*']"])
+def test_a_single_word_is_a_tuple_of_one_string(text):
+    config = override(load_config(BASELINE), [f"--config.optimizer.freeze={text}"])
+    assert config.optimizer.freeze == ("Conv_*",)
+    assert override(config, ["--config.metrics", "accuracy"]).metrics == ("accuracy",)
+
+
 def test_differences_name_what_changes_the_result_only():
     before = to_json_dict(load_config(BASELINE))
     flags = ["--config.seed=1", "--config.runtime.tensorboard", "--config.runtime.data_dir=/data"]
     after = to_json_dict(override(load_config(BASELINE), flags))
     assert config_diff(before, after) == ["seed: 0 -> 1"]
     assert config_diff(before, before) == []
+
+
+def test_a_dataset_name_beside_a_folder_is_no_difference():
+    named = {"dataset": {"name": "cifar10", "folder": ""}}
+    folder = {"dataset": {"name": "cifar10", "folder": "/photos"}}
+    same_folder = {"dataset": {"name": "mnist", "folder": "/photos"}}
+    assert config_diff(named, {"dataset": {"name": "mnist", "folder": ""}}) == [
+        "dataset.name: cifar10 -> mnist"
+    ]
+    assert config_diff(folder, same_folder) == []
+    assert config_diff(named, same_folder) == ["dataset.folder:  -> /photos"]
+    assert config_diff(same_folder, named) == ["dataset.folder: /photos -> "]
 
 
 def test_a_config_may_import_its_neighbours_from_anywhere(tmp_path, monkeypatch):
@@ -274,7 +293,10 @@ def test_fields_that_take_anything():
     [
         (["optimizer.name=rmsprop", "optimizer.momentum=abc"], "momentum='abc' must be at least 0"),
         (["optimizer.eps=nan"], "optimizer.eps=nan must be finite"),
-        (["metrics=accuracy"], "is not a tuple such as \"('accuracy',)\""),
+        (["metrics=accuracy,top5"], "is not a tuple such as \"('accuracy',)\""),
+        (["optimizer.freeze=(Conv_0"], "is not a tuple such as \"('Conv_*',)\""),
+        (["optimizer.freeze=3"], "is not a tuple such as \"('Conv_*',)\""),
+        (["model.features=8"], 'is not a tuple such as "(32, 64)"'),
     ],
 )
 def test_values_of_such_fields(flags, complaint):

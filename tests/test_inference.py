@@ -147,7 +147,13 @@ def test_a_damaged_checkpoint_is_refused(trained_run, tmp_path):
     step = cnn.load_run(copied).step
     record = copied / "checkpoints" / str(step) / "record.json"
     record.write_text(record.read_text().replace('"batch_size"', '"batch_sise"'))
-    with pytest.raises(cnn.UserError, match="is damaged"):
+    other = cnn.CheckpointManager(copied / "checkpoints").all_steps()[0]
+    advice = f"is damaged.*--checkpoint {other}, or in Python load_run\\(path, {other}\\)"
+    with pytest.raises(cnn.UserError, match=advice):
+        cnn.load_run(copied)
+    assert cnn.load_run(copied, other).step == other
+    shutil.rmtree(copied / "checkpoints" / str(other))
+    with pytest.raises(cnn.UserError, match=r"is damaged(?!.*--checkpoint)"):
         cnn.load_run(copied)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from cnn.experiment import load_config_dataset
 from cnn.inference import TrainedModel, load_run
 from cnn.runtime.compile_cache import compilation_cache
 from cnn.runtime.devices import PLATFORMS
-from cnn.runtime.disk import write_error
+from cnn.runtime.disk import resolve_path, write_error
 from cnn.runtime.screen import log_warning, waiting
 
 
@@ -57,7 +58,7 @@ def add_tta_argument(parser: argparse.ArgumentParser) -> None:
 def opened_run(arguments: argparse.Namespace) -> Iterator[TrainedModel]:
     """The run of `add_run_arguments`; compiled programs are cached within."""
     with compilation_cache(True):
-        with waiting("loading the run", sys.stderr):
+        with waiting("loading the run"):
             run = load_run(arguments.run, arguments.checkpoint, platform=arguments.platform)
         yield run
 
@@ -73,7 +74,7 @@ def run_dataset(run: TrainedModel) -> Dataset:
             f"{run.path} was trained on {run.dataset['name']}, a dataset that a script passed: "
             f"score it there, with cnn.load_run and cnn.evaluate"
         )
-    with waiting("loading the data", sys.stderr):  # the outermost task's stream is used within
+    with waiting("loading the data"):
         dataset = load_config_dataset(run.config)
     if dataset.class_names != run.class_names or dataset.image_shape != run.image_shape:
         raise UserError(
@@ -85,12 +86,44 @@ def run_dataset(run: TrainedModel) -> Dataset:
     return dataset
 
 
-def output_folder(path: Path) -> Path:
-    """Creates a folder for results; raises UserError if that is not possible."""
-    if (error := write_error(path)) is not None:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def output_folder(given: str | Path) -> Path:
+    """The folder for results that `--output` or a default names, if files can be written there.
+
+    It is not created yet: `make_folder` does that once there is something to write.
+
+    Raises:
+      UserError: nothing can be written there.
+    """
+    folder = resolve_path(given)
+    if (error := write_error(folder)) is not None:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output")
+    return folder
+
+
+def output_file(given: str | Path, *endings: str) -> Path:
+    """The file that `--output` or a default names, if it can be written; as `output_folder`.
+
+    Args:
+      given: the name.
+      *endings: of which the name must have one, such as ".png", in any case.
+
+    Raises:
+      UserError: it has another ending, is a folder, or cannot be written.
+    """
+    file = resolve_path(given)
+    if file.suffix.lower() not in endings:
+        raise UserError(
+            f"--output {given} must be the name of a file that ends in {' or '.join(endings)}"
+        )
+    if os.path.isdir(file):  # Path's own raises where a name is too long
+        raise UserError(f"--output {given} is a folder; give the name of a file in it")
+    output_folder(file.parent)
+    return file
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a folder for results and its parents, where they are missing."""
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def print_json(value: Any) -> None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
+import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cnn.commands.common import make_folder, output_file, print_json
 from cnn.data import Dataset, Split, load_dataset, load_folder
 from cnn.data.folder import ON_UNREADABLE
 from cnn.data.images import RESIZE
@@ -27,8 +27,10 @@ from cnn.data.prepare import PreparedDataset, UnknownDatasetError, list_prepared
 from cnn.data.settings import TEST_FRACTION
 from cnn.data.sources import data_directory, prepare_dataset
 from cnn.errors import UserError, number_of, one_line
-from cnn.runtime.disk import describe_disk_error, local_path
+from cnn.runtime.cli import ActionParser
+from cnn.runtime.disk import describe_disk_error
 from cnn.runtime.plots import SAMPLE_COLUMNS, plot_samples
+from cnn.runtime.screen import shown
 
 _ACTIONS = {
     "list": "what can be trained on by its name, and what is prepared",
@@ -40,7 +42,9 @@ _MOST_SAMPLES = 72  # pictures on a sheet
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
-    commands = parser.add_subparsers(dest="action", required=True, metavar="list|prepare|show")
+    commands = parser.add_subparsers(
+        dest="action", required=True, metavar="list|prepare|show", parser_class=ActionParser
+    )
     listing, prepare, show = (
         commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         for name, what in _ACTIONS.items()
@@ -48,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("name", metavar="NAME", help="such as cifar10 or cifar10:3.0.2")
     show.add_argument("name", metavar="NAME|FOLDER", help="a dataset, or a folder of pictures")
     for command in (listing, prepare, show):
+        command.add_argument("--json", action="store_true", help="print one JSON object")
         command.add_argument(
             "--data-dir",
             metavar="DIR",
@@ -90,7 +95,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the picture, a PNG file (default: %(default)s)",
     )
-    show.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _image_size(text: str) -> Any:
@@ -104,18 +108,22 @@ def _image_size(text: str) -> Any:
 def run(arguments: argparse.Namespace) -> None:
     """Does what the first word says."""
     if arguments.action == "list":
-        _list(arguments.data_dir)
+        _list(arguments)
     elif arguments.action == "prepare":
-        _prepare(arguments.name, arguments.data_dir)
+        _prepare(arguments)
     else:
         _show(arguments)
 
 
-def _list(data_dir: str | None) -> None:
+def _list(arguments: argparse.Namespace) -> None:
     from cnn.data.builders import BUILDERS
 
-    root = data_directory(data_dir)
+    root = data_directory(arguments.data_dir)
     prepared = list_prepared(root)
+    if arguments.json:
+        facts = [dataclasses.asdict(dataset) for dataset in prepared]
+        print_json({"names": sorted(BUILDERS), "directory": str(root), "prepared": facts})
+        return
     print("Without TensorFlow, prepared when they are first used:")
     for name in sorted(BUILDERS):
         print(f"  {name}")
@@ -133,17 +141,21 @@ def _described(dataset: PreparedDataset) -> str:
     return one_line(f"{dataset.name}: {counts}; {classes}; {dataset.num_bytes / 1e6:,.0f} MB")
 
 
-def _prepare(name: str, data_dir: str | None) -> None:
-    prepared = prepare_dataset(name, data_dir)
-    print(f"{name} is prepared in {prepared}")
+def _prepare(arguments: argparse.Namespace) -> None:
+    prepared = prepare_dataset(arguments.name, arguments.data_dir)
+    if arguments.json:
+        print_json({"name": arguments.name, "directory": str(prepared)})
+    else:
+        print(f"{arguments.name} is prepared in {prepared}")
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    target = _png(arguments.output)
+    target = output_file(arguments.output, ".png")
     dataset = _load(arguments)
     split = dataset.train if arguments.split == "train" else dataset.test
     chosen = _samples(split, dataset.num_classes)
     try:
+        make_folder(target.parent)
         plot_samples(
             split.images[chosen],
             split.labels[chosen],
@@ -158,7 +170,7 @@ def _show(arguments: argparse.Namespace) -> None:
         ) from error
     facts = _facts(dataset)
     if arguments.json:
-        print(json.dumps({**facts, "samples": str(target)}))
+        print_json({**facts, "samples": str(target)})
         return
     classes = zip(dataset.class_names, facts["train_counts"], facts["test_counts"], strict=True)
     print(f"name         {one_line(dataset.name)}")
@@ -166,23 +178,11 @@ def _show(arguments: argparse.Namespace) -> None:
     print(f"mean         {' '.join(f'{value:.4f}' for value in facts['mean'])}")
     print(f"std          {' '.join(f'{value:.4f}' for value in facts['std'])}")
     print(f"fingerprint  {dataset.fingerprint}")
-    print(f"samples      {target}")
+    print(f"samples      {shown(target)}")
     print("   train     test  class")
     for name, train, test in classes:
         print(f"{train:8,} {test:8,}  {one_line(name)}")
     print(f"{len(dataset.train):8,} {len(dataset.test):8,}  all {dataset.num_classes:,} classes")
-
-
-def _png(output: str) -> Path:
-    """The file to write, if it is one that can be written."""
-    target = local_path(output)
-    if target.suffix.lower() != ".png":
-        raise UserError(f"--output {output} is not the name of a PNG file: let it end with .png")
-    if not os.path.isdir(target.parent):
-        raise UserError(f"--output {output}: there is no folder {target.parent}; make it first")
-    if os.path.isdir(target):
-        raise UserError(f"--output {output} is a folder: give the name of a file")
-    return target
 
 
 def _load(arguments: argparse.Namespace) -> Dataset:

@@ -4,8 +4,8 @@
     python -m cnn evaluate checkpoints/baseline --tta flip --checkpoint best --json
 
 It prints accuracy with its 95 % interval, loss, precision, recall and F1 of each class, the
-confusion matrix and the calibration error. It writes to RUN/evaluation/ (or --output):
-evaluation.json, predictions.csv, predictions.npz, confusion.png, reliability.png, mistakes.png.
+confusion matrix and the calibration error. It writes evaluation.json, predictions.csv,
+predictions.npz, confusion.png, reliability.png and mistakes.png to a folder: see --output.
 For a folder of pictures predictions.csv names the file of each image: grep ',0$' predictions.csv
 lists those that are classified wrongly.
 """
@@ -16,7 +16,6 @@ import argparse
 import csv
 import io
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import numpy as np
 from cnn.commands.common import (
     add_run_arguments,
     add_tta_argument,
+    make_folder,
     opened_run,
     output_folder,
     print_json,
@@ -40,8 +40,8 @@ from cnn.losses import probabilities
 from cnn.metrics import wilson_interval
 from cnn.runtime.disk import atomic_write
 from cnn.runtime.plots import plot_confusion, plot_reliability, plot_samples
-from cnn.runtime.screen import shown, waiting, warning_on_failure, width
-from cnn.runtime.table import loss, percent
+from cnn.runtime.screen import log, shown, waiting, warning_on_failure, width
+from cnn.runtime.table import loss, percent, shortened
 from cnn.scores import (
     Calibration,
     calibration,
@@ -60,6 +60,7 @@ _FILES = (
     "mistakes.png",
 )
 _NUM_MISTAKES = 24
+_LEAST_NAME = 12  # characters of the names in a table that are kept on a narrow screen
 _MOST_CONFUSED = 10  # pairs of classes, where the matrix does not fit the screen
 
 
@@ -78,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also count the label among the K likeliest classes (default: 5)",
     )
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, help="for the files (default: RUN/evaluation/SPLIT)"
+        "--output",
+        metavar="DIR",
+        help="for the files (default: RUN/evaluation/SPLIT, with -CHECKPOINT and -TTA if given)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
@@ -88,20 +91,21 @@ def run(arguments: argparse.Namespace) -> None:
     with opened_run(arguments) as model:
         if arguments.top_k < 1:
             raise UserError(f"--top-k={arguments.top_k} must be 1 or more")
-        folder = output_folder(arguments.output or _default_output(model, arguments))
+        default = _default_output(model, arguments)
+        folder = output_folder(default if arguments.output is None else arguments.output)
         split: Split = getattr(run_dataset(model), arguments.split)
-        with waiting(f"classifying {len(split):,} images", sys.stderr):
+        with waiting(f"classifying {len(split):,} images"):
             logits = model.logits(split.images, tta=arguments.tta)
         about = {"split": arguments.split, "tta": arguments.tta}
         figures, confusion, reliability = evaluation(model, split, logits, arguments.top_k)
         figures = {**about, **figures}
         _write(folder, model, figures, split, logits)
-        with waiting("drawing the pictures", sys.stderr):
+        with waiting("drawing the pictures"):
             _draw(folder, model, figures, split, logits, confusion, reliability)
     if arguments.json:
         print_json(figures)
     else:
-        print(_text(figures, confusion, folder))
+        log(_text(figures, confusion, folder))
 
 
 def _default_output(model: TrainedModel, arguments: argparse.Namespace) -> Path:
@@ -169,7 +173,11 @@ def _write(
     split: Split,
     logits: np.ndarray,
 ) -> None:
-    """Writes the figures and the predictions, each file by one rename."""
+    """Writes the figures and the predictions, each file by one rename.
+
+    The files of an older evaluation are removed before, `evaluation.json` first, and the new
+    `evaluation.json` is the last: where it is, all others beside it belong to it.
+    """
     names, predictions = model.class_names, logits.argmax(-1)
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
@@ -180,6 +188,9 @@ def _write(
     ):
         cells = (names[label], names[prediction], f"{confidence:.6g}", int(label == prediction))
         rows.writerow((index, *(values[index] for values in paths.values()), *cells))
+    make_folder(folder)
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
     with atomic_write(folder / "predictions.csv") as stream:
         # A name that is not UTF-8 is escaped, so that the file is.
         stream.write(table.getvalue().encode(errors="backslashreplace"))
@@ -216,7 +227,6 @@ def _draw(
     confidence = _confidence(model, logits)
     worst = most_confident_mistakes(confidence, predictions == split.labels, _NUM_MISTAKES)
     if not len(worst):
-        (folder / "mistakes.png").unlink(missing_ok=True)
         return
     with warning_on_failure("mistakes.png is not drawn"):
         plot_samples(
@@ -255,30 +265,58 @@ def _text(figures: Mapping[str, Any], confusion: np.ndarray, folder: Path) -> st
 
 
 def _class_table(classes: list[dict[str, Any]]) -> list[str]:
+    """A row for each class; a narrow screen gets shorter names and fewer columns."""
+    columns = {"images": 9, "precision": 11, "recall": 11, "F1": 11}  # with the gap before each
     size = min(max(len("class"), *(len(row["name"]) for row in classes)), 30)
-    lines = [f"  {'class':<{size}}  {'images':>7}  {'precision':>9}  {'recall':>9}  {'F1':>9}"]
+    while 2 + min(size, _LEAST_NAME) + sum(columns.values()) > width() and len(columns) > 1:
+        del columns[next(iter(columns))]
+    size = max(min(size, width() - 2 - sum(columns.values())), len("class"))
+    header = "".join(f"{name:>{columns[name]}}" for name in columns)
+    lines = [f"  {'class':<{size}}{header}"]
     for row in classes:
-        scores = "  ".join(f"{percent(row[s]):>9}" for s in ("precision", "recall", "f1"))
-        lines.append(f"  {row['name'][:size]:<{size}}  {row['count']:>7,}  {scores}")
+        cells = {"images": f"{row['count']:,}"}
+        cells |= {name: percent(row[name.lower()]) for name in columns if name != "images"}
+        texts = "".join(f"{cells[name]:>{columns[name]}}" for name in columns)
+        lines.append(f"  {shortened(row['name'], size):<{size}}{texts}")
     return lines
 
 
 def _confusion_text(names: list[str], confusion: np.ndarray) -> list[str]:
-    """The matrix if it fits the screen, else the pairs that are confused most often."""
-    cell = max(len(f"{confusion.max():,}"), 3) + 1
-    size = min(max(map(len, names)), 20)
-    if size + 4 + cell * len(names) <= width():
-        header = "".join(f"{name[: cell - 1]:>{cell}}" for name in names)
-        rows = [
-            f"  {name[:size]:<{size}}  " + "".join(f"{count:>{cell},}" for count in row)
-            for name, row in zip(names, confusion, strict=True)
-        ]
-        return ["confusion (rows: true class, columns: predicted class)",
-                f"  {'':<{size}}  {header}", *rows]  # fmt: skip
+    """The matrix, with numbers for long names; if it does not fit, the pairs confused most often.
+
+    Args:
+      names: of the classes.
+      confusion: from `confusion_matrix`.
+    """
+    matrix = _matrix(names, names, confusion)
+    if matrix is None and max(map(len, names)) > len(f"{len(names)}"):
+        digits = len(f"{len(names)}")
+        numbers = [f"{number}" for number in range(1, len(names) + 1)]
+        rows = [f"{n:>{digits}} {name}" for n, name in zip(numbers, names, strict=True)]
+        matrix = _matrix(rows, numbers, confusion)
+    if matrix is not None:
+        return ["confusion (rows: true class, columns: predicted class)", *matrix]
     wrong = np.where(np.eye(len(names), dtype=bool), 0, confusion)
     order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_CONFUSED]
     pairs = [np.unravel_index(index, wrong.shape) for index in order if wrong.flat[index]]
     return ["most confused (true class, predicted class, images)"] + [
         f"  {names[true]}, {names[predicted]}, {wrong[true, predicted]:,}"
         for true, predicted in pairs
+    ]
+
+
+def _matrix(rows: list[str], columns: list[str], confusion: np.ndarray) -> list[str] | None:
+    """The lines of a confusion matrix with these names; None if they do not fit the screen."""
+    cell = max(len(f"{confusion.max():,}"), 3, *(len(name) + 1 for name in columns)) + 1
+    longest = min(max(map(len, rows)), 24)
+    size = min(longest, width() - 4 - cell * len(columns))
+    if size < min(longest, _LEAST_NAME):
+        return None
+    header = "".join(f"{name:>{cell}}" for name in columns)
+    return [
+        f"  {'':<{size}}  {header}",
+        *(
+            f"  {shortened(name, size):<{size}}  " + "".join(f"{n:>{cell},}" for n in counts)
+            for name, counts in zip(rows, confusion, strict=True)
+        ),
     ]

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import numpy as np
 
 from cnn.commands.common import (
     add_run_arguments,
+    make_folder,
     opened_run,
     output_folder,
     print_json,
@@ -38,7 +38,7 @@ from cnn.export.check import Check, check_file
 from cnn.export.onnx_graph import onnx
 from cnn.export.program import stablehlo
 from cnn.inference import TrainedModel
-from cnn.runtime.disk import atomic_write, resolve_path
+from cnn.runtime.disk import atomic_write
 from cnn.runtime.screen import log, log_warning, shown, waiting
 
 # By format: what makes the file `model.FORMAT`, and the packages that it needs beyond our own.
@@ -71,12 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Makes all files, then writes and checks them; 1 if a check fails."""
     formats = _chosen(arguments.format)
     with opened_run(arguments) as model:
-        folder = resolve_path(arguments.output or model.path / "export")
-        output_folder(folder)
+        default = model.path / "export"
+        folder = output_folder(default if arguments.output is None else arguments.output)
         made: dict[str, bytes] = {}
         for name in formats:
-            with waiting(f"making model.{name}", sys.stderr):
+            with waiting(f"making model.{name}"):
                 made[f"model.{name}"] = _FORMATS[name][0](model)
+        make_folder(folder)
         # No card of an earlier export may describe these files while they are checked.
         (folder / "README.md").unlink(missing_ok=True)
         for name, data in made.items():
@@ -136,7 +137,7 @@ def _test_images(model: TrainedModel) -> _Test:
         shape = (_NUM_RANDOM, *model.image_shape)
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         test = _Test(images, None, "random images")
-    with waiting("computing the logits of the run", sys.stderr):
+    with waiting("computing the logits of the run"):
         test.logits = model.logits(test.images)
     return test
 
@@ -146,7 +147,7 @@ def _checks(
 ) -> dict[str, Check]:
     checks = {}
     for name in made:
-        with waiting(f"checking {name}", sys.stderr):
+        with waiting(f"checking {name}"):
             checks[name] = check_file(folder / name, model, test.images, test.logits)
     return checks
 

@@ -19,24 +19,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 
+from cnn.commands.common import make_folder, output_file, print_json
 from cnn.commands.prepare import prepared
 from cnn.config import to_json_dict
 from cnn.errors import UserError
 from cnn.execution import compile_train_steps
 from cnn.experiment import Experiment
 from cnn.optimizers import create_optimizer
-from cnn.runtime.disk import resolve_path, write_error
 from cnn.runtime.plots import plot_learning_rates
 from cnn.runtime.screen import log, shown, waiting, warning_on_failure
 from cnn.steps import TrainState
@@ -64,24 +61,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Makes the test and prints the suggestion; returns 1 if there is none."""
-    output = _checked(arguments)
+    _check(arguments)
+    output = output_file(arguments.output, ".png")
     num_updates = _num_updates(arguments)
-    # What takes long is reported beside the JSON, not in it.
-    quiet = (
-        waiting("learning-rate test", sys.stderr) if arguments.json else contextlib.nullcontext()
-    )
-    with quiet, contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+    with contextlib.redirect_stdout(sys.stderr):  # what is said of weights that are transferred
         rates, losses = range_test(arguments)
-        smoothed = smooth(losses, num_updates)
-        suggestion = suggest_learning_rate(rates, losses, num_updates=num_updates)
-        command = None
-        if suggestion is not None:
-            suggestion = float(f"{suggestion:.1e}")  # more digits would promise too much
-            rate = f"--config.optimizer.learning_rate={suggestion:g}"
-            command = arguments.chosen.train_command(rate)
-        with warning_on_failure(f"{shown(output)} is not drawn"):
-            title = f"learning-rate range test of {arguments.chosen.name}"
-            plot_learning_rates(rates, losses, smoothed, output, title=title, suggestion=suggestion)
+    smoothed = smooth(losses, num_updates)
+    suggestion = suggest_learning_rate(rates, losses, num_updates=num_updates)
+    command = None
+    if suggestion is not None:
+        suggestion = float(f"{suggestion:.1e}")  # more digits would promise too much
+        rate = f"--config.optimizer.learning_rate={suggestion:g}"
+        command = arguments.chosen.train_command(rate)
+    with warning_on_failure(f"{shown(output)} is not drawn"):
+        make_folder(output.parent)
+        title = f"learning-rate range test of {arguments.chosen.name}"
+        plot_learning_rates(rates, losses, smoothed, output, title=title, suggestion=suggestion)
     stopped = len(rates) < num_updates
     if arguments.json:
         figures = {
@@ -94,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
             "smoothed_losses": smoothed,
             "picture": str(output),
         }
-        print(json.dumps(figures, indent=2))
+        print_json(figures)
     else:
         log(_table(rates, losses, smoothed))
         log(f"curve: {shown(output)}")
@@ -102,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if suggestion is None else 0
 
 
-def _checked(arguments: argparse.Namespace) -> Path:
-    """The picture's path; raises UserError for flags that cannot give a test."""
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises UserError for flags that cannot give a test."""
     if not _FEWEST_STEPS <= arguments.steps < 2**31:
         raise UserError(
             f"--steps={arguments.steps} must be {_FEWEST_STEPS} or more, and below 2**31"
@@ -118,17 +113,6 @@ def _checked(arguments: argparse.Namespace) -> Path:
             f"--steps={arguments.steps} make {_num_updates(arguments)} updates with the config's "
             f"optimizer.grad_accumulation_steps; {_FEWEST_STEPS} or more are needed"
         )
-    output = resolve_path(arguments.output)
-    if output.suffix.lower() != ".png":
-        raise UserError(f"--output={arguments.output} must be a file that ends in .png")
-    if os.path.isdir(output) or not os.path.isdir(output.parent):
-        raise UserError(f"--output={arguments.output} must be a file in a folder that exists")
-    if (error := write_error(output.parent)) is not None:
-        raise UserError(
-            f"--output={arguments.output} cannot be written ({error.strerror}); choose another "
-            f"folder"
-        )
-    return output
 
 
 def _num_updates(arguments: argparse.Namespace) -> int:

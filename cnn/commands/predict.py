@@ -30,11 +30,12 @@ from cnn.data.images import UnreadableImageError, is_image, read_images
 from cnn.data.layout import picture_files
 from cnn.errors import UserError, number_of, one_line
 from cnn.inference import TrainedModel
-from cnn.runtime.screen import counted, log_warning, waiting
-from cnn.runtime.table import percent
+from cnn.runtime.screen import counted, is_live, log, log_warning, waiting, width
+from cnn.runtime.table import percent, shortened
 
 _STDIN = "-"
 _STDIN_DESCRIPTOR = 0
+_FOR_CLASSES = 44  # columns of a terminal beside the paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +149,7 @@ def _classified(
         resize=model.dataset["resize"],
     )
     batch: list[tuple[str, np.ndarray | UnreadableImageError]] = []
-    with waiting("classifying", sys.stderr) as task:
+    with waiting("classifying") as task:
         for (name, _), image in counted(
             zip(sources, images, strict=True), task, len(sources), "images"
         ):
@@ -179,16 +180,29 @@ class _Writer(Protocol):
 
 
 class _Table:
-    """Columns for people: file, and class and probability of each."""
+    """Columns for people: file, and class and probability of each.
+
+    A terminal gets as many classes as fit beside the end of the path, and one at least.
+    """
 
     def __init__(self, top_k: int, names: Sequence[str]) -> None:
         del top_k
-        self._width = min(max(map(len, names)), 40)
+        self._columns = width() if is_live() else None
+        most = 40 if self._columns is None else min(max(self._columns - _FOR_CLASSES, 12), 40)
+        self._width = min(max(map(len, names)), most)
 
     def row(self, name: str, best: Best) -> None:
-        cells = "  ".join(f"{title} {percent(chance)}" for title, chance in best)
         short = name if len(name) <= self._width else f"...{name[3 - self._width :]}"
-        print(one_line(f"{short:<{self._width}}  {cells}"))
+        line = one_line(f"{short:<{self._width}}")
+        for place, (title, chance) in enumerate(best):
+            title, chance = one_line(title), percent(chance)
+            if self._columns is not None:
+                left = self._columns - len(line) - len(f"   {chance}")
+                if place and left < len(title):
+                    break
+                title = shortened(title, max(left, 1))
+            line += f"  {title} {chance}"
+        log(line)
 
     def failure(self, name: str, reason: str) -> None:
         """The warning on standard error says it."""

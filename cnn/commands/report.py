@@ -11,16 +11,13 @@ mistakes, and comparisons image by image need `python -m cnn evaluate RUN` first
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
-from cnn.commands.common import output_folder, print_json
-from cnn.errors import UserError
+from cnn.commands.common import make_folder, output_file, print_json
 from cnn.report.comparison import compare, group_runs
 from cnn.report.page import report_figures, report_page
 from cnn.report.runs import Run, read_runs
 from cnn.report.texts import interval_text, points, setting_texts, spread_text
-from cnn.runtime.disk import atomic_write, resolve_path
+from cnn.runtime.disk import atomic_write
 from cnn.runtime.screen import shown, waiting
 from cnn.runtime.table import epoch_number, percent
 
@@ -41,10 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Reads the runs, writes the page and prints the figures."""
     runs = read_runs(arguments.runs)
-    page = _output(arguments.output, runs)
-    output_folder(page.parent)
-    with waiting("drawing the report", sys.stderr):
+    default = runs[0].path / "report.html" if len(runs) == 1 else "report.html"
+    page = output_file(default if arguments.output is None else arguments.output, ".html", ".htm")
+    with waiting("drawing the report"):
         html = report_page(runs)
+    make_folder(page.parent)
     with atomic_write(page) as stream:
         stream.write(html.encode())
     if arguments.json:
@@ -52,18 +50,6 @@ def run(arguments: argparse.Namespace) -> None:
         return
     print("\n".join(_run_text(runs[0]) if len(runs) == 1 else _comparison_text(runs)))
     print(f"see {shown(page)}: open {page.as_uri()} in a browser")
-
-
-def _output(given: str | None, runs: list[Run]) -> Path:
-    """Where the page goes; a name that cannot be that of a page may be that of a run's file."""
-    if given is None:
-        return runs[0].path / "report.html" if len(runs) == 1 else resolve_path("report.html")
-    page = resolve_path(given)
-    if page.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--output {given} must be the name of a file that ends in .html")
-    if page.is_dir():
-        raise UserError(f"--output {given} is a directory; give the name of a file in it")
-    return page
 
 
 def _run_text(run: Run) -> list[str]:
@@ -87,9 +73,15 @@ def _comparison_text(runs: list[Run]) -> list[str]:
         lines.append(f"{group.letter}: test accuracy {accuracy}; {settings}")
     for group in others:
         found = compare(first, group)
+        name = f"{group.letter} - {first.letter}"
+        if found.difference is None:
+            lines.append(
+                f"{name}: not compared, as {group.letter} and {first.letter} were tested on "
+                f"different images"
+            )
+            continue
         seeds = f"{interval_text(found.interval)} over seeds" if found.interval else ""
         images = f"{interval_text(found.images.interval)} over images" if found.images else ""
         known = "; ".join(filter(None, (seeds, images))) or "no interval: one run in a group"
-        name = f"{group.letter} - {first.letter}"
         lines.append(f"{name}: {points(found.difference)} percentage points; 95 %: {known}")
     return lines

@@ -10,17 +10,15 @@ one that warms up. Nothing is written but the decoded dataset and compiled progr
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from cnn.commands.common import print_json
 from cnn.commands.prepare import prepared
 from cnn.execution import compile_train_steps
 from cnn.experiment import Experiment, describe, num_frozen
@@ -45,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the summary."""
-    # What takes long is reported beside the JSON, not in it.
-    quiet = waiting("summarizing", sys.stderr) if arguments.json else contextlib.nullcontext()
-    with quiet, prepared(arguments.chosen.config) as (experiment, num_devices):
+    with prepared(arguments.chosen.config) as (experiment, num_devices):
         state = experiment.initial_shapes()
         figures = _figures(experiment, state)
         if not arguments.json:
@@ -55,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         if not arguments.no_measure:
             figures |= _measure(experiment)
     if arguments.json:
-        print(json.dumps({"config": arguments.chosen.name, **figures}, indent=2))
+        print_json({"config": arguments.chosen.name, **figures})
     else:
         log(_text(figures))
 

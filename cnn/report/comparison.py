@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from cnn.config import fields, flatten, to_json_value
+from cnn.config import fields, flatten, to_json_value, used
 from cnn.errors import UserError
 from cnn.registry import REQUIRED
 from cnn.report.runs import Run
@@ -47,6 +47,12 @@ class Group:
         """The final test accuracy over the seeds."""
         return spread([run.accuracy for run in self.runs])
 
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the dataset of all its runs; None if that was not recorded."""
+        dataset = self.runs[0].dataset
+        return None if dataset is None else dataset["fingerprint"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
@@ -72,7 +78,9 @@ class Comparison:
     Attributes:
       first: the first group.
       second: the other one.
-      difference: of the mean test accuracies.
+      same_data: whether both were tested on the same images, by the fingerprints of their datasets;
+        None if one of them was not recorded. If it is False there are no differences at all.
+      difference: of the mean test accuracies; None if the images are not the same.
       interval: its 95 % interval over seeds; None if a group has one run only.
       images: the difference on the same images, averaged over the runs with predictions; None if
         the groups have no predictions for the same images.
@@ -81,7 +89,8 @@ class Comparison:
 
     first: Group
     second: Group
-    difference: float
+    same_data: bool | None
+    difference: float | None
     interval: tuple[float, float] | None
     images: PairedDifference | None
     pairs: list[Pair]
@@ -98,8 +107,8 @@ def letter(index: int) -> str:
 
 
 def values_of(run: Run) -> dict[str, Any]:
-    """All config fields of a run and the fingerprint of its data, by dotted name."""
-    values = flatten(run.config)
+    """The config fields that a run uses and the fingerprint of its data, by dotted name."""
+    values = used(flatten(run.config))
     # A field that was added since then had no other value than its default.
     with contextlib.suppress(UserError):  # what it names is not known to this version
         for name, field in fields(ConfigDict(run.config)).items():
@@ -143,7 +152,17 @@ def _is_setting(name: str) -> bool:
 
 
 def compare(first: Group, second: Group) -> Comparison:
-    """Compares the test accuracies of two groups, over seeds and over images."""
+    """Compares the test accuracies of two groups, over seeds and over images.
+
+    Groups that were tested on different images are not compared: a difference of their accuracies
+    would be one of the images as well.
+    """
+    fingerprints = {first.fingerprint, second.fingerprint}
+    same_data = None if None in fingerprints else len(fingerprints) == 1
+    if same_data is False:
+        return Comparison(
+            first, second, same_data, difference=None, interval=None, images=None, pairs=[]
+        )
     samples = [[run.accuracy for run in group.runs] for group in (first, second)]
     known = [_with_predictions(group) for group in (first, second)]
     known[1] = [run for run in known[1] if known[0] and _same_images(known[0][0], run)]
@@ -152,6 +171,7 @@ def compare(first: Group, second: Group) -> Comparison:
     return Comparison(
         first=first,
         second=second,
+        same_data=same_data,
         difference=second.accuracy.mean - first.accuracy.mean,
         interval=welch_interval(*samples),
         images=paired_difference(means[0], means[1]) if len(means) == 2 else None,

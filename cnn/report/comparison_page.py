@@ -110,10 +110,7 @@ def _differences(comparisons: Sequence[Comparison], names: dict[Run, str]) -> li
     rows = [
         (
             f"{c.second.letter} {MINUS} {c.first.letter}",
-            points(c.difference),
-            interval_text(c.interval) if c.interval else "none: n = 1",
-            points(c.images.difference) if c.images else "",
-            interval_text(c.images.interval) if c.images else "no predictions",
+            *_difference_cells(c),
         )
         for c in comparisons
     ]
@@ -127,17 +124,29 @@ def _differences(comparisons: Sequence[Comparison], names: dict[Run, str]) -> li
     return [
         summary,
         *_drawing(comparisons),
-        element("p", *_explained(comparisons)),
+        *_explained([c for c in comparisons if c.difference is not None]),
+        *_different_images(comparisons),
         *_pair_table(comparisons, names),
         *_missing(comparisons, names),
     ]
+
+
+def _difference_cells(found: Comparison) -> tuple[str, str, str, str]:
+    if found.difference is None:
+        return "none: different images", "", "", ""
+    return (
+        points(found.difference),
+        interval_text(found.interval) if found.interval else "none: n = 1",
+        points(found.images.difference) if found.images else "",
+        interval_text(found.images.interval) if found.images else "no predictions",
+    )
 
 
 def _drawing(comparisons: Sequence[Comparison]) -> list[Element]:
     rows: list[tuple[str, float, tuple[float, float] | None]] = []
     for c in comparisons:
         name = f"{c.second.letter} {MINUS} {c.first.letter}"
-        if c.interval is not None:
+        if c.difference is not None and c.interval is not None:
             rows.append((f"{name}, seeds", c.difference, c.interval))
         if c.images is not None:
             rows.append((f"{name}, images", c.images.difference, c.images.interval))
@@ -151,7 +160,21 @@ def _drawing(comparisons: Sequence[Comparison]) -> list[Element]:
     return [figure(caption, element("div", panel, class_="single"))]
 
 
-def _explained(comparisons: Sequence[Comparison]) -> list[Child]:
+def _different_images(comparisons: Sequence[Comparison]) -> list[Element]:
+    others = [c.second.letter for c in comparisons if c.difference is None]
+    if not others:
+        return []
+    text = (
+        f"Tested on different images than group {comparisons[0].first.letter}: "
+        f"{', '.join(others)}. Accuracies on different images are no measure of which config is "
+        f"better, so no difference is given."
+    )
+    return [element("p", text, class_="notice")]
+
+
+def _explained(comparisons: Sequence[Comparison]) -> list[Element]:
+    if not comparisons:
+        return []
     text = (
         "The interval over seeds says how the difference of the means would vary with other random "
         "seeds, on the same test images (Welch's t interval, unequal variances). "
@@ -165,7 +188,7 @@ def _explained(comparisons: Sequence[Comparison]) -> list[Child]:
             "the runs of a group (adjusted normal interval, Agresti & Min 2005), and says nothing "
             "of other seeds."
         )
-    return [text]
+    return [element("p", text)]
 
 
 def _pair_table(comparisons: Sequence[Comparison], names: dict[Run, str]) -> list[Element]:
@@ -198,6 +221,7 @@ def _pair_table(comparisons: Sequence[Comparison], names: dict[Run, str]) -> lis
 
 
 def _missing(comparisons: Sequence[Comparison], names: dict[Run, str]) -> list[Element]:
+    comparisons = [c for c in comparisons if c.difference is not None]
     runs = {run: None for c in comparisons for group in (c.first, c.second) for run in group.runs}
     without = [names[run] for run in runs if run.current_evaluation is None]
     found = []
@@ -344,6 +368,7 @@ def _comparison_figures(found: Comparison) -> dict[str, Any]:
     return {
         "first": found.first.letter,
         "second": found.second.letter,
+        "tested_on_same_images": found.same_data,
         "difference": found.difference,
         "interval_over_seeds": found.interval and list(found.interval),
         "same_images": found.images and _image_figures(found.images),

@@ -141,6 +141,7 @@ def reliability_panel(calibration: Calibration, alt: str) -> Element:
             marker="s",
             markersize=4,
             linestyle="none",
+            clip_on=False,  # whole also at 0 and at 100 %
             label="at the mean confidence",
         )
         upper.set_ylabel("accuracy (%)")

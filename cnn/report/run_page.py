@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from cnn.config import flatten
+from cnn.config import flatten, used
 from cnn.report.elements import Child, element, figure, png, section, table
 from cnn.report.figures import Curve, curve_panel, is_fraction, reliability_panel
 from cnn.report.runs import Evaluation, Run
@@ -258,7 +258,7 @@ def _samples(run: Run) -> list[Element]:
 
 def _config(run: Run) -> list[Element]:
     sections: dict[str, list[tuple[Child, Child]]] = {}
-    for name, value in flatten(run.config).items():
+    for name, value in used(flatten(run.config)).items():
         part, _, leaf = name.rpartition(".")
         sections.setdefault(part or "run", []).append((leaf, element("code", value_text(value))))
     tables = [table((), sections.pop(part), caption=part) for part in _SECTIONS if part in sections]

@@ -39,6 +39,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
+class ActionParser(Parser):
+    """The parser of an action of a command, such as that of `data show`.
+
+    It refuses what it does not know itself, so that the message names it and not the command.
+    """
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        """Reads the flags; nothing is left over."""
+        found, rest = super().parse_known_args(*args, **options)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
+
+
 def run(
     main: Callable[[list[str]], int | None],
     *,

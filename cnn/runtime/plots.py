@@ -225,10 +225,21 @@ def plot_reliability(calibration: Calibration, path: str | os.PathLike[str], *, 
         known = calibration.counts > 0
         marks = {"color": _TEST["color"], "marker": "s", "linestyle": "none", "markersize": 4}
         confidence = 100 * calibration.confidence[known]
-        upper.plot(confidence, accuracy[known], label="at the mean confidence", **marks)
+        # Whole also at 0 and at 100 %.
+        upper.plot(
+            confidence, accuracy[known], label="at the mean confidence", clip_on=False, **marks
+        )
         upper.set_ylabel("accuracy (%)")
         upper.set_ylim(0, 100)
-        upper.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
+        upper.legend(
+            frameon=False,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=3,
+            fontsize=7.5,
+            handlelength=1.4,
+            columnspacing=1.2,
+        )
         lower.bar(edges, calibration.counts, color="0.6", **bar)
         lower.set_ylabel("images")
         lower.set_xlabel("confidence (%)")

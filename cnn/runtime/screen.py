@@ -167,6 +167,18 @@ class Task:
 
 
 _tasks: list[Task] = []  # the innermost last
+_reports: TextIO | None = None  # where all tasks are reported, if not where `waiting` says
+
+
+@contextlib.contextmanager
+def tasks_reported_on(stream: TextIO) -> Iterator[None]:
+    """Reports all tasks within on a stream, for a program whose standard output is its result."""
+    global _reports
+    before, _reports = _reports, stream
+    try:
+        yield
+    finally:
+        _reports = before
 
 
 @contextlib.contextmanager
@@ -179,10 +191,11 @@ def waiting(what: str, stream: TextIO | None = None) -> Iterator[Task]:
 
     Args:
       what: describes the task, such as "compiling the training step".
-      stream: where it is reported, if this is the outermost task; by default standard output.
+      stream: where it is reported, if this is the outermost task and not within
+        `tasks_reported_on`; by default standard output.
     """
     # Read the stream now: a library may be silenced within by redirecting standard output.
-    task = Task(what, _tasks[-1].stream if _tasks else stream or sys.stdout)
+    task = Task(what, _tasks[-1].stream if _tasks else _reports or stream or sys.stdout)
     over = threading.Event()
     thread = threading.Thread(target=_watch, args=(task, over), daemon=True)
     _tasks.append(task)

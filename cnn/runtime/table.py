@@ -35,6 +35,18 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
 
 
+def shortened(text: str, size: int) -> str:
+    """A text in at most so many characters, without its middle if it is longer.
+
+    >>> shortened("daisy_white", 8), shortened("rose", 8)
+    ('dai..ite', 'rose')
+    """
+    if len(text) <= size:
+        return text
+    kept = max(size - 2, 0)
+    return f"{text[: kept - kept // 2]}..{text[len(text) - kept // 2 :]}"[:size]
+
+
 def loss(value: float) -> str:
     """A loss in at most nine characters.
 

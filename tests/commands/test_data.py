@@ -43,7 +43,8 @@ def test_show_a_folder(here, capsys):
 
 def test_json_is_all_that_is_printed(here, capsys, monkeypatch):
     monkeypatch.setattr("cnn.runtime.screen._PATIENCE", 0.001)
-    main(["data", "show", "photos", "--image-size=8", "--split=test", "--json", "--output=a.png"])
+    words = ["--image-size=8", "--split=test", "--json", "--output=new/folder/a.png"]
+    main(["data", "show", "photos", *words])
     facts = json.loads(capsys.readouterr().out)
     data = cnn.load_folder("photos", image_size=8)
     assert facts["fingerprint"] == data.fingerprint
@@ -66,6 +67,16 @@ def test_prepare_list_and_show_by_name(here, capsys):
     main(["data", "list"])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "  digits:1.0.0: 1,437 train, 360 test; 10 classes; 1 MB"
+    main(["data", "list", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["names"][0] == "cifar10"
+    assert facts["directory"] == str(here / "tfds")
+    (prepared,) = facts["prepared"]
+    assert prepared.pop("num_bytes") > 1e5
+    counts = {"train": 1437, "test": 360}
+    assert prepared == {"name": "digits:1.0.0", "counts": counts, "num_classes": 10}
+    main(["data", "prepare", "digits", "--json"])
+    assert json.loads(capsys.readouterr().out) == {"name": "digits", "directory": str(place)}
     main(["data", "show", "digits", "--output", "d.png"])
     out = capsys.readouterr().out
     assert load_dataset("digits").fingerprint in out
@@ -89,10 +100,11 @@ def test_prepare_list_and_show_by_name(here, capsys):
         (["show", "photos", "--image-size=-1"], "image_size=-1 must"),
         (["show", "photos", "--resize=fit"], "invalid choice: 'fit'"),
         (["show", "photos", "--test-fraction=2"], "test_fraction=2.0 must"),
-        (["show", "photos", "--image-size=8", "--output=a.jpg"], "is not the name of a PNG file"),
-        (["show", "photos", "--image-size=8", "--output=no/a.png"], "there is no folder no"),
-        (["show", "photos", "--image-size=8", "--output=d.png"], "d.png is a folder"),
-        (["show", "photos", "--outp=a.png"], "unrecognized arguments: --outp"),
+        (["show", "photos", "--image-size=8", "--output=a.jpg"], "a file that ends in .png"),
+        (["show", "photos", "--image-size=8", "--output=d.png"], "is a folder; give the name of a"),
+        (["show", "photos", "--outp=a.png"], "python -m cnn data show --help"),
+        (["list", "--jsn"], "unrecognized arguments: --jsn; python -m cnn data list --help"),
+        (["--jsn", "list"], "unrecognized arguments: --jsn; python -m cnn data --help"),
     ],
 )
 def test_what_is_refused(flags, telling, here, capsys):

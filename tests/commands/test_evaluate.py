@@ -1,3 +1,4 @@
+import argparse
 import csv
 import dataclasses
 import json
@@ -8,7 +9,9 @@ import PIL.Image
 import pytest
 
 import cnn
-from cnn.commands.evaluate import _confusion_text
+from cnn.commands import evaluate
+from cnn.commands.evaluate import _class_table, _confusion_text
+from cnn.runtime.disk import atomic_write
 from tests.helpers import short_config
 
 FILES = {"evaluation.json", "predictions.csv", "predictions.npz"}
@@ -102,6 +105,59 @@ def test_many_classes_are_shown_as_pairs():
         "  c20, c2, 6",
         "  c3, c7, 5",
     ]
+
+
+COLUMNS = [39, 50, 79]
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_tables_fit_the_screen(columns, monkeypatch):
+    monkeypatch.setattr("cnn.commands.evaluate.width", lambda: columns)
+    scores = {"count": 1234, "precision": 1.0, "recall": 0.5, "f1": 2 / 3}
+    rows = [{"name": name, **scores} for name in ("daisy_white", "daisy_yellow", "x" * 70)]
+    lines = _class_table(rows)
+    assert max(map(len, lines)) <= columns
+    assert lines[0].split() == {
+        39: ["class", "recall", "F1"], 50: ["class", "precision", "recall", "F1"],
+        79: ["class", "images", "precision", "recall", "F1"],
+    }[columns]  # fmt: skip
+    assert all(line.endswith("66.67 %") for line in lines[1:])
+    monkeypatch.setattr("cnn.commands.evaluate.width", lambda: 30)
+    assert _class_table(rows)[0].split() == ["class", "F1"]
+
+
+def test_columns_of_the_matrix_have_whole_names_or_numbers(monkeypatch):
+    names, confusion = ["daisy_white", "daisy_yellow", "rose"], 10 * np.eye(3, dtype=int)
+    _, header, *_ = _confusion_text(names, confusion)
+    assert header.split() == names
+    monkeypatch.setattr("cnn.commands.evaluate.width", lambda: 39)
+    lines = _confusion_text(names, confusion)[1:]
+    assert lines[0].split() == ["1", "2", "3"]
+    assert [line.split()[:2] for line in lines[1:]] == [["1", names[0]], ["2", names[1]],
+                                                        ["3", names[2]]]  # fmt: skip
+    assert max(map(len, lines)) <= 39
+
+
+def test_an_interrupted_evaluation_leaves_no_older_picture(own_copy, monkeypatch, without_pictures):
+    """Nor old figures beside new predictions."""
+    folder = own_copy / "evaluation" / "test"
+    folder.mkdir(parents=True)
+    for name in FILES | PICTURES:
+        (folder / name).write_text("old")
+    seen = []
+
+    def interrupted(target):
+        seen.append(sorted(path.name for path in folder.iterdir()))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return atomic_write(target)
+
+    monkeypatch.setattr(evaluate, "atomic_write", interrupted)
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(parser.parse_args([str(own_copy)]))
+    assert seen == [[], ["predictions.csv"], ["predictions.csv", "predictions.npz"]]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 import cnn
-from cnn.commands.predict import _listed_paths
+from cnn.commands.predict import _listed_paths, _Table
 from tests.helpers import REPOSITORY
 
 
@@ -79,6 +79,20 @@ def test_files_in_their_order_and_batches(command, trained_run, photos):
     lines = out.splitlines()
     assert [line.split()[0][-8:] for line in lines] == [str(name)[-8:] for name in names]
     assert all(line.count(" %") == 3 for line in lines)
+
+
+def test_the_table_fits_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("cnn.commands.predict.is_live", lambda: True)
+    path = "photos/of/flowers/daisy-1234.jpg"
+    for columns, classes in ((39, 1), (60, 2), (79, 2)):
+        monkeypatch.setattr("cnn.commands.predict.width", lambda columns=columns: columns)
+        table = _Table(3, [path])
+        table.row(path, [("daisy_white", 0.9), ("daisy_yellow", 0.09), ("rose" * 30, 0.01)])
+        table.row(path, [("rose" * 30, 1.0)])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= columns
+        assert [line.count(" %") for line in lines] == [classes, 1]
+        assert all(line.split()[0].endswith("-1234.jpg"[-9:]) for line in lines)
 
 
 def test_standard_input(trained_run, photos):

@@ -224,13 +224,48 @@ def test_runs_that_differ_in_runtime_only_are_one_group(runs, report):
     assert "runtime.eval_batch_size" in check((runs / "p.html").read_text()).text
 
 
-def test_runs_on_other_images_are_not_paired(runs):
-    edit(runs / "b-0" / "dataset.json", fingerprint="other")
+def test_predictions_of_other_images_are_not_paired(runs):
     edit_arrays(runs / "b-0", fingerprint=np.array("other"))
-    first, second = group_runs(read_runs([str(runs / "a-0"), str(runs / "b-0")]))
-    found = compare(first, second)
+    found = compare(*group_runs(read_runs([str(runs / "a-0"), str(runs / "b-0")])))
+    assert found.difference is not None
     assert (found.images, found.pairs) == (None, [])
-    assert set(first.settings) == {"optimizer.learning_rate", "dataset (fingerprint)"}
+
+
+def test_groups_on_different_images_are_not_compared(runs, report):
+    """Neither on the screen, nor in the JSON, nor on the page; other groups are as usual."""
+    for name, seed in (("c-0", 0), ("c-1", 1)):
+        run = shutil.copytree(runs / "a-0", runs / name)
+        dataset = {**read(run / "config.json")["dataset"], "folder": "/photos"}
+        edit(run / "config.json", dataset=dataset, seed=seed)
+        edit(run / "dataset.json", fingerprint="other", name="photos")
+        edit_arrays(run, fingerprint=np.array("other"))
+    names = [runs / name for name in ("a-0", "a-1", "b-0", "c-0", "c-1")]
+    code, out, _ = report(*names, "--output", runs / "p.html")
+    lines = out.splitlines()
+    assert code == 0
+    assert "B - A: +" in out
+    assert "C - A: not compared, as C and A were tested on different images" in lines
+    assert "dataset.folder = /photos" in lines[2]
+    assert "dataset.name" not in lines[2]
+    text = check((runs / "p.html").read_text()).text
+    assert "none: different images" in text
+    assert "Tested on different images than group A: C." in text
+    assert "Predictions of other images" not in text
+    _, out, _ = report(*names, "--output", runs / "p.html", "--json")
+    same, different = json.loads(out)["comparisons"]
+    assert same["tested_on_same_images"] is True
+    assert different == {
+        "first": "A", "second": "C", "tested_on_same_images": False, "difference": None,
+        "interval_over_seeds": None, "same_images": None, "pairs": [],
+    }  # fmt: skip
+
+
+def test_a_page_of_groups_that_cannot_be_compared(runs, report):
+    edit(runs / "b-0" / "dataset.json", fingerprint="other")
+    code, out, _ = report(runs / "a-0", runs / "b-0", "--output", runs / "p.html")
+    assert code == 0
+    assert "points" not in out
+    assert "Welch" not in check((runs / "p.html").read_text()).text
 
 
 def test_names_are_texts_and_never_markup(runs, report):
@@ -337,8 +372,8 @@ def test_damage_is_one_line_and_writes_nothing(runs, report, damage, message):
         (["a-0", "a-0/../a-0"], "is given twice"),
         (["a-0/checkpoints"], "did you mean"),
         (["s3://a/b"], "is an address"),
-        (["a-0", "--output", "a-0/config.json"], "must be the name of a file that ends in .html"),
-        (["a-0", "--output", "folder.html"], "is a directory"),
+        (["a-0", "--output", "a-0/config.json"], "a file that ends in .html or .htm"),
+        (["a-0", "--output", "folder.html"], "is a folder; give"),
         (["a-0", "--output", "a-0/config.json/x.html"], "cannot be written"),
         ([], "required: RUN"),
     ],

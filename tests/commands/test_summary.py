@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cnn.commands import summary
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, without_waits
 
 
 def test_the_figures_of_a_small_network(command, small, tmp_path):
@@ -44,9 +44,11 @@ def test_the_figures_of_a_small_network(command, small, tmp_path):
 def test_nothing_is_compiled_unless_it_is_measured(command, small, monkeypatch):
     monkeypatch.setattr(summary, "compile_train_steps", None)
     monkeypatch.setattr("cnn.experiment._jit_once", None)
+    monkeypatch.setattr("cnn.runtime.screen._PATIENCE", 1e-9)
     freeze = "--config.optimizer.freeze=('Conv_0',)"
     code, out, err = command("summary", *small, freeze, "--no-measure")
     assert (code, err) == (0, "")
+    assert without_waits(out) == out
     assert "frozen: 40 of 1,034 parameters" in out
     assert "run: 14 steps in each epoch, 280 in 20 epochs, 26,880 images" in out
     assert "optimizer state" in out

@@ -79,6 +79,17 @@ def test_what_takes_a_while_says_so_in_a_file(capsys, monkeypatch):
     ]
 
 
+def test_a_program_reports_all_tasks_on_one_stream(capsys, monkeypatch):
+    monkeypatch.setattr(screen, "_PATIENCE", 0.0)
+    with screen.tasks_reported_on(sys.stderr), screen.waiting("loading", sys.stdout):
+        time.sleep(0.02)
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()[0]) == ("", "loading ...")
+    with screen.waiting("loading"):
+        time.sleep(0.02)
+    assert capsys.readouterr().out
+
+
 def test_what_takes_a_while_is_counted_on_a_terminal(terminal, monkeypatch):
     monkeypatch.setattr(screen, "_PATIENCE", 0.02)
     with screen.waiting("compiling"):
