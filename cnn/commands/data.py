@@ -30,7 +30,7 @@ from cnn.errors import UserError, number_of, one_line
 from cnn.runtime.cli import ActionParser
 from cnn.runtime.disk import describe_disk_error
 from cnn.runtime.plots import SAMPLE_COLUMNS, plot_samples
-from cnn.runtime.screen import shown
+from cnn.runtime.screen import log, shown
 
 _ACTIONS = {
     "list": "what can be trained on by its name, and what is prepared",
@@ -124,14 +124,14 @@ def _list(arguments: argparse.Namespace) -> None:
         facts = [dataclasses.asdict(dataset) for dataset in prepared]
         print_json({"names": sorted(BUILDERS), "directory": str(root), "prepared": facts})
         return
-    print("Without TensorFlow, prepared when they are first used:")
+    log("Without TensorFlow, prepared when they are first used:")
     for name in sorted(BUILDERS):
-        print(f"  {name}")
-    print(f"Prepared in {root}:")
+        log(f"  {name}")
+    log(f"Prepared in {root}:")
     for dataset in prepared:
-        print(f"  {_described(dataset)}")
+        log(f"  {_described(dataset)}")
     if not prepared:
-        print("  none")
+        log("  none")
 
 
 def _described(dataset: PreparedDataset) -> str:
@@ -146,7 +146,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({"name": arguments.name, "directory": str(prepared)})
     else:
-        print(f"{arguments.name} is prepared in {prepared}")
+        log(f"{arguments.name} is prepared in {prepared}")
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -173,16 +173,16 @@ def _show(arguments: argparse.Namespace) -> None:
         print_json({**facts, "samples": str(target)})
         return
     classes = zip(dataset.class_names, facts["train_counts"], facts["test_counts"], strict=True)
-    print(f"name         {one_line(dataset.name)}")
-    print(f"images       {'x'.join(map(str, dataset.image_shape))}")
-    print(f"mean         {' '.join(f'{value:.4f}' for value in facts['mean'])}")
-    print(f"std          {' '.join(f'{value:.4f}' for value in facts['std'])}")
-    print(f"fingerprint  {dataset.fingerprint}")
-    print(f"samples      {shown(target)}")
-    print("   train     test  class")
+    log(f"name         {one_line(dataset.name)}")
+    log(f"images       {'x'.join(map(str, dataset.image_shape))}")
+    log(f"mean         {' '.join(f'{value:.4f}' for value in facts['mean'])}")
+    log(f"std          {' '.join(f'{value:.4f}' for value in facts['std'])}")
+    log(f"fingerprint  {dataset.fingerprint}")
+    log(f"samples      {shown(target)}")
+    log("   train     test  class")
     for name, train, test in classes:
-        print(f"{train:8,} {test:8,}  {one_line(name)}")
-    print(f"{len(dataset.train):8,} {len(dataset.test):8,}  all {dataset.num_classes:,} classes")
+        log(f"{train:8,} {test:8,}  {one_line(name)}")
+    log(f"{len(dataset.train):8,} {len(dataset.test):8,}  all {dataset.num_classes:,} classes")
 
 
 def _load(arguments: argparse.Namespace) -> Dataset:

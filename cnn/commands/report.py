@@ -18,7 +18,7 @@ from cnn.report.page import report_figures, report_page
 from cnn.report.runs import Run, read_runs
 from cnn.report.texts import interval_text, points, setting_texts, spread_text
 from cnn.runtime.disk import atomic_write
-from cnn.runtime.screen import shown, waiting
+from cnn.runtime.screen import log, shown, waiting
 from cnn.runtime.table import epoch_number, percent
 
 
@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({**report_figures(runs), "page": str(page)})
         return
-    print("\n".join(_run_text(runs[0]) if len(runs) == 1 else _comparison_text(runs)))
-    print(f"see {shown(page)}: open {page.as_uri()} in a browser")
+    log("\n".join(_run_text(runs[0]) if len(runs) == 1 else _comparison_text(runs)))
+    log(f"see {shown(page)}: open {page.as_uri()} in a browser")
 
 
 def _run_text(run: Run) -> list[str]:
