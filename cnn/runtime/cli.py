@@ -71,8 +71,10 @@ def run(
       prints_result: whether its result is what it prints: exit code 2 then says that this could not
         be written, unless its reader has gone. Else that is a warning.
     """
-    # Orbax and TFDS log through absl what does not concern the user of a program.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax and TFDS log through absl what does not concern the user of a program, and asyncio logs
+    # the second of two writes that fail at once: the first is the error that is reported.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _hide_pending_writes
     lost: list[OSError] = []
     with lenient_streams(lost.append if prints_result else warn):

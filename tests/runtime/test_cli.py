@@ -1,5 +1,7 @@
 """How a command line ends: exit codes, one line on standard error, a parser without guesses."""
 
+import asyncio
+import gc
 import sys
 
 import pytest
@@ -74,3 +76,29 @@ def test_a_parser_raises_and_takes_no_abbreviation():
     parser.add_argument("--rounds", type=int)
     with pytest.raises(UserError, match=r"--round=3; python train\.py --help lists the flags"):
         parser.parse_args(["--round=3"])
+
+
+def test_writes_that_fail_together_are_one_error(monkeypatch, capsys, caplog):
+    """Orbax awaits the first; asyncio would log the other when it is collected."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # is restored
+    monkeypatch.setattr(sys, "argv", ["program"])
+
+    async def fail():
+        raise OSError("No space left on device")
+
+    async def write():
+        tasks = [asyncio.ensure_future(fail()) for _ in range(2)]
+        await asyncio.sleep(0)
+        await tasks[0]
+
+    def main(argv):
+        try:
+            asyncio.run(write())
+        finally:
+            gc.collect()
+
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    gc.collect()
+    assert capsys.readouterr().err == "error: No space left on device\n"
+    assert caplog.records == []
