@@ -5,6 +5,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +22,17 @@ from tests.helpers import (
     wait_for,
     without_waits,
 )
+
+GIVEN_DATA_DIR = os.environ.get("TFDS_DATA_DIR")  # before any fixture replaces it
+
+
+@pytest.fixture
+def real_cifar10():
+    """The TFDS data directory that holds the real CIFAR-10, if this machine has one."""
+    root = Path(GIVEN_DATA_DIR or Path(__file__).parents[2] / "shared" / "tfds")
+    if not (root / "cifar10").is_dir():
+        pytest.skip("no prepared CIFAR-10 here")
+    return root
 
 
 @pytest.fixture(scope="session")

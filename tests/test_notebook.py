@@ -36,7 +36,7 @@ def test_the_notebook_runs(tmp_path):
     assert any("test images" in text for text in texts)
     assert any("confusion (rows" in text for text in texts)
     cifar10 = next(text for text in texts if "10,000 test images" in text or "left out: " in text)
-    assert "%" in cifar10 or "network" in cifar10
+    assert "%" in cifar10 or "cannot reach" in cifar10
     assert "epoch 5: loss" in texts[-1]
     pictures = [o for cell in code for o in cell.outputs if "image/png" in o.get("data", {})]
     assert len(pictures) >= 3  # curves, confusion matrix, the classified picture

@@ -259,9 +259,9 @@ def test_ties_within_rounding_are_counted():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["baseline", "fast_cpu"])
-@pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="needs CIFAR-10: TFDS_DATA_DIR")
-def test_all_of_cifar10(tmp_path, config):
+def test_all_of_cifar10(tmp_path, config, real_cifar10):
     flags = [f"--config={config}", "--config.num_epochs=0.1", f"--workdir={tmp_path / 'run'}"]
+    flags += [f"--config.runtime.data_dir={real_cifar10}"]
     subprocess.run([sys.executable, "train.py", *flags], cwd=REPOSITORY, check=True)
     done = export(tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -269,13 +269,14 @@ def test_all_of_cifar10(tmp_path, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("cnn", "bfloat16"), ("resnet18", "float32"), ("resnet18", "bfloat16")]
+)
 def test_every_model_and_dtype(tmp_path, own_home, name, dtype):
     config = short_config()
     if name == "resnet18":
         config.model = cnn.load_config(REPOSITORY / "configs" / "resnet18.py").model
-        config.model.features = 4
+        config.model.features, config.model.stage_sizes = 4, (1, 1)
     config.model.dtype = dtype
     cnn.train_and_evaluate(config, tmp_path / "run")
     done = export(tmp_path / "run")

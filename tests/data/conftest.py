@@ -5,17 +5,13 @@ import gzip
 import hashlib
 import http.server
 import io
-import os
 import shutil
 import socket
 import tarfile
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-GIVEN_DATA_DIR = os.environ.get("TFDS_DATA_DIR")  # before any fixture replaces it
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +42,6 @@ def digits_dir(prepared_digits, data_dir):
     """As `data_dir`, with the digits prepared; nothing is decoded yet."""
     shutil.copytree(prepared_digits / "digits", data_dir / "digits")
     return data_dir / "digits" / "1.0.0"
-
-
-@pytest.fixture
-def real_cifar10():
-    """The TFDS data directory that holds the real CIFAR-10, if this machine has one."""
-    root = Path(GIVEN_DATA_DIR or Path(__file__).parents[3] / "shared" / "tfds")
-    if not (root / "cifar10").is_dir():
-        pytest.skip("no prepared CIFAR-10 here")
-    return root
 
 
 def cifar_records(seed, number, num_labels):
