@@ -152,29 +152,24 @@ def fresh_leaves(
     Raises:
       UserError: a leaf is missing, is additional, or has another shape or dtype.
     """
-    differing = [
-        path
-        for path in sorted({*mine, *theirs}, key=lambda path: (path[:6] != "params", path))
-        if leaves.leaf_type(mine.get(path)) != leaves.leaf_type(theirs.get(path))
-    ]
+    differing = leaves.differences(theirs, mine)
     if differing and source_classes is None:
         raise UserError(
             f"{source} was saved by a version that did not record its classes, so it is not known "
-            f"which layers are the head, and {_described(differing, theirs, mine)}; train it again"
+            f"which layers are the head, and {leaves.first_of(differing.values())}; train it again"
         )
     counts = (len(source_classes or ()), len(classes))
-    wrong = [p for p in differing if not _is_of_head(mine.get(p), theirs.get(p), counts)]
+    wrong = [
+        line
+        for path, line in differing.items()
+        if not _is_of_head(mine.get(path), theirs.get(path), counts)
+    ]
     if wrong:
         raise UserError(
             f"init_from: {source} has another network than this config: "
-            f"{_described(wrong, theirs, mine)}; choose the same model and image size"
+            f"{leaves.first_of(wrong)}; choose the same model and image size"
         )
-    return differing
-
-
-def _described(paths: Sequence[str], theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
-    types = ((path, *(leaves.leaf_type(one.get(path)) for one in (theirs, mine))) for path in paths)
-    return leaves.first_of([f"{path}: {old} -> {new}" for path, old, new in types])
+    return list(differing)
 
 
 def _is_of_head(mine: Any, theirs: Any, counts: tuple[int, int]) -> bool:

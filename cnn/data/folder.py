@@ -163,7 +163,6 @@ def _decode(
     The details are path and version of each file, the SHA-256 of its content and the row of its
     image (the test images follow the train images); and of unreadable files path and reason.
     """
-    known = _Known.of(previous)
     files = layout.files
     _check_classes(root, layout, [None] * len(files))
     known = _Known.of(previous)

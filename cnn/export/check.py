@@ -14,6 +14,7 @@ import numpy as np
 from cnn.errors import one_line
 from cnn.export import weights
 from cnn.inference import TrainedModel
+from cnn.runtime.checkpoints import digest
 
 # Logits may differ by this many roundings of the largest one. Two correct programs add the same
 # numbers in another order: at most 27 were seen between float32 programs of the three models.
@@ -91,7 +92,7 @@ def is_short(run: TrainedModel) -> bool:
 
 def compare_arrays(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> Check:
     """Whether all bits are equal."""
-    equal = weights.digest(found) == weights.digest(wanted)
+    equal = digest(found) == digest(wanted)
     text = "are equal to the bit" if equal else "differ from the checkpoint"
     return Check(equal, f"{len(wanted)} arrays {text}", {"arrays": len(wanted)})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import jax
@@ -25,15 +24,6 @@ def safetensors(run: TrainedModel) -> bytes:
     from safetensors.numpy import save  # an extra
 
     return save(named_arrays(run), metadata={"format": "flax", "step": str(run.step)})
-
-
-def digest(arrays: dict[str, np.ndarray]) -> str:
-    """Of names, dtypes, shapes and bits."""
-    whole = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
-        whole.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-    return whole.hexdigest()
 
 
 def config(run: TrainedModel) -> dict[str, Any]:

@@ -406,7 +406,7 @@ class CheckpointManager:
         if wrong := leaves.differences(arrays, state.arrays):
             raise UserError(
                 f"checkpoint {self._folder(step)} is of another model or optimizer "
-                f"({leaves.first_of(wrong)})"
+                f"({leaves.first_of(wrong.values())})"
             )
         mine, theirs = leaves.by_path(state.arrays), leaves.by_path(arrays)
         structure = jax.tree.structure(state.arrays)

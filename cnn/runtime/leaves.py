@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -113,26 +114,27 @@ def leaf_type(leaf: Any) -> str:
     return array_type(leaf if hasattr(leaf, "dtype") else np.asarray(leaf))
 
 
-def differences(theirs: Any, mine: Any) -> list[str]:
+def differences(theirs: Any, mine: Any) -> dict[str, str]:
     """The leaves of two trees that differ in dtype or shape, or that only one of them has.
 
     Returns:
-      A line for each, "path: type in theirs -> type in mine", parameters first.
+      By path a line, "path: type in theirs -> type in mine", parameters first.
     """
     old, new = by_path(theirs), by_path(mine)
-    return [
-        f"{path}: {old_type} -> {new_type}"
+    return {
+        path: f"{path}: {old_type} -> {new_type}"
         for path in sorted({*old, *new}, key=lambda path: (path[:6] != "params", path))
         if (old_type := leaf_type(old.get(path))) != (new_type := leaf_type(new.get(path)))
-    ]
+    }
 
 
-def first_of(lines: list[str]) -> str:
+def first_of(lines: Iterable[str]) -> str:
     """At most four lines in one, for a message.
 
     >>> first_of(list("abcdef"))
     'a; b; c; d and 2 more'
     """
+    lines = list(lines)
     more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
     return f"{'; '.join(lines[:4])}{more}"
 
