@@ -228,7 +228,8 @@ def load_run(
     wanted = {"params": fresh.params, "model_state": fresh.model_state}
     if wrong := leaves.differences({name: arrays[name] for name in wanted}, wanted):
         raise UserError(
-            f"checkpoint {step} of {run.path} is of another model ({leaves.first_of(wrong.values())})"
+            f"checkpoint {step} of {run.path} is of another model "
+            f"({leaves.first_of(wrong.values())})"
         )
     stored = leaves.by_path(arrays)
     values = [jnp.asarray(stored[path]) for path in leaves.by_path(wanted)]
