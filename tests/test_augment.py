@@ -5,9 +5,11 @@ import pytest
 from cnn import UserError, batch_sharding, data_mesh, replicated_sharding
 from cnn.augment import (
     AUGMENTATIONS,
+    alternating_flip,
     apply_augment,
     create_augment,
     cutout,
+    inner_cutout,
     random_crop,
     random_flip,
     random_translate,
@@ -161,6 +163,39 @@ def test_cutout_blackens_one_square_of_each_image():
     assert set(rows) == set(columns) == {2, 3, 4}, "it may extend beyond the image"
 
 
+def test_inner_cutout_fills_a_whole_square_anywhere():
+    images = np.full((500, 6, 5, 2), 7, np.uint8)
+    fill = np.array([100, 200], np.uint8)
+    cut = np.asarray(jax.jit(inner_cutout, static_argnums=2)(KEY, images, 3, fill=fill))
+    changed = cut[..., 0] == 100
+    np.testing.assert_array_equal(cut, np.where(changed[..., None], fill, images))
+    corners = {tuple(np.argwhere(one)[0]) for one in changed}
+    assert corners == {(row, column) for row in range(4) for column in range(3)}
+    for one, (row, column) in ((one, np.argwhere(one)[0]) for one in changed):
+        assert one.sum() == one[row : row + 3, column : column + 3].sum() == 9
+    with pytest.raises(UserError, match=r"^augment.inner_cutout=6 does not fit .* 0 to 5$"):
+        inner_cutout(KEY, images, 6)
+
+
+def test_alternating_flip_depends_on_seed_epoch_and_example_alone():
+    images, index = some_images(400, 4, 4, 1), np.arange(400)
+    flip = jax.jit(alternating_flip)
+
+    def mirrored(epoch, order, key=KEY, run_key=KEY):
+        given = {"epoch": np.int32(epoch), "index": order, "run_key": run_key}
+        result = np.asarray(flip(key, images[order], **given))
+        is_mirrored = (result == images[order][:, :, ::-1]).all((1, 2, 3))
+        np.testing.assert_array_equal(result[~is_mirrored], images[order][~is_mirrored])
+        return is_mirrored[np.argsort(order)]
+
+    other, order = jax.random.key(8), np.random.default_rng(0).permutation(index)
+    first = mirrored(0, index)
+    assert abs(first.sum() - 200) < 40
+    np.testing.assert_array_equal(mirrored(2, order, key=other), first)
+    np.testing.assert_array_equal(mirrored(3, order), ~first)
+    assert 100 < (mirrored(0, index, run_key=other) != first).sum() < 300
+
+
 def test_an_augmentation_keeps_its_random_numbers_when_others_are_added(monkeypatch):
     images = some_images(16, 8, 8, 3)
     before = create_augment(translate=2)(KEY, images)
@@ -187,6 +222,7 @@ def test_an_augmentation_may_ask_for_the_epoch_and_the_images():
         ({"flip": 1}, "augment.flip=1 must be true or false"),
         ({"cutout": 1.5}, "augment.cutout=1.5 must be a whole number"),
         ({"crop": -1}, "augment.crop=-1 must be 0 or more"),
+        ({"flip": True, "alternating_flip": True}, "exclude each other; switch one of them off"),
     ],
 )
 def test_an_augmentation_that_cannot_be_built(settings, message):

@@ -32,6 +32,8 @@ NORMALIZATIONS = ("scale", "standardize")
 _MAX_STEPS_PER_EXECUTION, _VALUES_PER_EXECUTION = 50, 4096 * 32 * 32 * 3
 # Streams of random keys, folded into the run's seed.
 _SHUFFLE, _AUGMENT = 1, 2
+# Folded into the key of the augmentation as each step is; no step has this number.
+_WHOLE_RUN = 2**32 - 1
 
 
 class DeviceSplit(struct.PyTreeNode):
@@ -205,14 +207,11 @@ class Pipeline:
         images = jax.ShapeDtypeStruct((self.batch_size, *self.dataset.image_shape), jnp.uint8)
         index = jax.ShapeDtypeStruct((self.batch_size,), jnp.int32)
         epoch = jax.ShapeDtypeStruct((), jnp.int32)
+        fill = jax.ShapeDtypeStruct((self.dataset.image_shape[-1],), jnp.uint8)
         apply = functools.partial(apply_augment, augment)
         key = stream_key(self.seed, _AUGMENT)
-        result = jax.eval_shape(
-            lambda images, epoch, index: apply(key, images, epoch=epoch, index=index),
-            images,
-            epoch,
-            index,
-        )
+        given = {"epoch": epoch, "index": index, "run_key": key, "fill": fill}
+        result = jax.eval_shape(apply, key, images, **given)
         if (getattr(result, "shape", None), getattr(result, "dtype", None)) != (
             images.shape,
             images.dtype,
@@ -331,7 +330,13 @@ def _make_batches(
 
     def transform(images: AnyArray) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, step + i))(jnp.arange(num_steps))
-        apply = functools.partial(apply_augment, augment, epoch=step // steps_per_epoch)
+        apply = functools.partial(
+            apply_augment,
+            augment,
+            epoch=step // steps_per_epoch,
+            run_key=jax.random.fold_in(key, jnp.uint32(_WHOLE_RUN)),
+            fill=jnp.round(train.mean * 255).astype(jnp.uint8),
+        )
         return jax.vmap(lambda key, images, index: apply(key, images, index=index))(
             keys, images, index
         )

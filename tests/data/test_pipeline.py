@@ -73,6 +73,38 @@ def test_an_augmentation_knows_epoch_and_images(numbered):
         assert np.unique(np.round(np.asarray(batches["image"][..., 1]) * 255)) == epoch
 
 
+@pytest.mark.parametrize(("normalization", "fill"), [("scale", [0, 0]), ("standardize", [51, 25])])
+def test_an_augmentation_knows_the_colour_that_becomes_zero(numbered, normalization, fill):
+    augment = cnn.create_augment(inner_cutout=1)  # the whole image
+    pipeline = cnn.Pipeline(numbered, 10, normalization=normalization, augment=augment)
+    ((batches, _),) = pipeline.epoch(0)
+    expected = (np.array(fill) / 255 - np.asarray(pipeline.train.mean)) / pipeline.train.std
+    np.testing.assert_allclose(batches["image"][0, 3, 0, 0], expected, atol=1e-6)
+    assert (abs(expected) < 0.5 / 255 / pipeline.train.std).all()
+
+
+def test_each_image_is_flipped_in_every_other_epoch():
+    images = np.zeros((40, 1, 2, 2), np.uint8)
+    images[:, 0, 0] = [[place, 1] for place in range(40)]
+    images[:, 0, 1] = [[place, 0] for place in range(40)]
+    split = cnn.Split(images, np.zeros(40, np.int32))
+    data = cnn.Dataset.from_splits("pairs", train=split, test=split, class_names=("a",))
+    augment = cnn.create_augment(alternating_flip=True)
+
+    def is_plain(batch_size, epoch):
+        pipeline = cnn.Pipeline(data, batch_size, seed=3, augment=augment, steps_per_execution=3)
+        found = {}
+        for batches, num_steps in pipeline.epoch(epoch):
+            values = np.round(np.asarray(batches["image"])[:num_steps] * 255).astype(int)
+            found |= {int(one[0, 0, 0]): int(one[0, 0, 1]) for one in values.reshape(-1, 1, 2, 2)}
+        return np.array([found[place] for place in range(40)])
+
+    first = is_plain(8, 0)
+    assert 8 < first.sum() < 32
+    np.testing.assert_array_equal(is_plain(20, 1), 1 - first)
+    np.testing.assert_array_equal(is_plain(20, 2), first)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
