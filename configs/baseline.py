@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
     # Linear rise from 0; fractions of an epoch are fine.
     config.schedule.warmup_epochs = 0.0
 
-    # Of the training images, by the names of cnn/augment.py; False and 0 switch one off.
+    # Of the training images, by the names of cnn/augment/; False and 0 switch one off.
     config.augment = ConfigDict()
     # Mirror each training image with probability 1/2, anew in each epoch.
     config.augment.flip = False

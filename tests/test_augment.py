@@ -11,6 +11,7 @@ from cnn.augment import (
     cutout,
     inner_cutout,
     random_crop,
+    random_erasing,
     random_flip,
     random_translate,
 )
@@ -177,6 +178,31 @@ def test_inner_cutout_fills_a_whole_square_anywhere():
         inner_cutout(KEY, images, 6)
 
 
+def test_random_erasing_draws_the_boxes_of_the_paper():
+    size = 64
+    images = np.full((2000, size, size, 1), 7, np.uint8)
+    fill = np.array([100], np.uint8)
+    erase = jax.jit(random_erasing, static_argnums=2)
+    erased = np.asarray(erase(KEY, images, 1.0, fill=fill))[..., 0] == 100
+    rows, columns = erased.any(2).sum(1), erased.any(1).sum(1)
+    np.testing.assert_array_equal(erased.sum((1, 2)), rows * columns)  # one box each
+    assert rows.min() > 0
+
+    random = np.random.default_rng(0)  # algorithm 1, literally: draws again until it fits
+    area, aspect = random.uniform(0.02, 0.4, 40_000), random.uniform(0.3, 1 / 0.3, 40_000)
+    height, width = np.sqrt(area * aspect), np.sqrt(area / aspect)
+    top, left = random.uniform(size=(2, 40_000))
+    fits = (top + height <= 1) & (left + width <= 1)
+    expected = np.stack([height, width, top + height / 2, left + width / 2])[:, fits]
+    middle = [(erased.any(axis) * np.arange(0.5, size)).sum(1) for axis in (2, 1)]
+    found = np.stack([rows, columns, middle[0] / rows, middle[1] / columns]) / size
+    error = np.sqrt(expected.var(axis=1) * (1 / 2000 + 1 / fits.sum()))
+    assert (abs(found.mean(axis=1) - expected.mean(axis=1)) < 4 * error).all()
+    np.testing.assert_allclose(found.std(axis=1), expected.std(axis=1), rtol=0.1)
+    some = np.asarray(erase(KEY, images, 0.25, fill=fill))[..., 0] == 100
+    assert abs(some.any((1, 2)).sum() - 500) < 4 * np.sqrt(375)
+
+
 def test_alternating_flip_depends_on_seed_epoch_and_example_alone():
     images, index = some_images(400, 4, 4, 1), np.arange(400)
     flip = jax.jit(alternating_flip)
@@ -222,6 +248,7 @@ def test_an_augmentation_may_ask_for_the_epoch_and_the_images():
         ({"flip": 1}, "augment.flip=1 must be true or false"),
         ({"cutout": 1.5}, "augment.cutout=1.5 must be a whole number"),
         ({"crop": -1}, "augment.crop=-1 must be 0 or more"),
+        ({"random_erasing": True}, "augment.random_erasing=True must be a number"),
         ({"flip": True, "alternating_flip": True}, "exclude each other; switch one of them off"),
     ],
 )

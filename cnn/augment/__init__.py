@@ -25,11 +25,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Integer, Num, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Integer, Num, PRNGKeyArray
 
 from cnn.arrays import AnyArray
+from cnn.augment.erasing import cutout, inner_cutout, random_erasing
 from cnn.errors import UserError
 from cnn.registry import Field, Schema, complete, schema
+
+__all__ = [
+    "AUGMENTATIONS",
+    "Augment",
+    "alternating_flip",
+    "apply_augment",
+    "augment_schema",
+    "create_augment",
+    "cutout",
+    "inner_cutout",
+    "random_crop",
+    "random_erasing",
+    "random_flip",
+    "random_translate",
+]
 
 Augment = Callable[..., jax.Array]
 _GIVEN = ("key", "images", "epoch", "index", "run_key", "fill")
@@ -127,105 +143,11 @@ def random_crop(
     return jnp.where(inside[..., None], images, 0).astype(images.dtype)
 
 
-def cutout(
-    key: PRNGKeyArray,
-    images: Num[AnyArray, "B H W C"],
-    size: int,
-    *,
-    fill: UInt8[AnyArray, " C"] | None = None,
-) -> Num[Array, "B H W C"]:
-    """Fills a square of `size` x `size` pixels of each image, whose centre is any pixel.
-
-    Each centre has equal probability, and the square may extend beyond the image (DeVries & Taylor
-    2017, "Improved Regularization of Convolutional Neural Networks with Cutout", section 3.2).
-
-    Args:
-      key: of the batch.
-      images: to be cut.
-      size: of the square.
-      fill: the colour of the square; black without one. The paper sets normalized images to 0.
-
-    Raises:
-      UserError: if `size` is negative.
-
-    >>> images = jnp.ones((50, 8, 8, 1), jnp.uint8)
-    >>> int(cutout(jax.random.key(0), images, 4).sum((1, 2, 3)).min())
-    48
-    """
-    if size < 0:
-        raise UserError(f"augment.cutout={size} must be 0 or more")
-    batch, height, width, _ = images.shape
-    limits = jnp.array([[height], [width]], jnp.int32)
-    corner = jax.random.randint(key, (2, batch), 0, limits, jnp.int32) - size // 2
-    return _fill_boxes(images, corner, size, fill)
-
-
-def inner_cutout(
-    key: PRNGKeyArray,
-    images: Num[AnyArray, "B H W C"],
-    size: int,
-    *,
-    fill: UInt8[AnyArray, " C"] | None = None,
-) -> Num[Array, "B H W C"]:
-    """Fills a square of `size` x `size` pixels of each image, which lies within the image.
-
-    Each such place has equal probability. It is the Cutout of airbench96
-    (github.com/KellerJordan/cifar10-airbench).
-
-    Args:
-      key: of the batch.
-      images: to be cut.
-      size: of the square.
-      fill: the colour of the square; black without one.
-
-    Raises:
-      UserError: if `size` is negative, or larger than the image.
-
-    >>> images = jnp.ones((50, 8, 8, 1), jnp.uint8)
-    >>> jnp.unique(inner_cutout(jax.random.key(0), images, 4).sum((1, 2, 3))).tolist()
-    [48]
-    """
-    batch, height, width, _ = images.shape
-    if not 0 <= size <= min(height, width):
-        raise UserError(
-            f"augment.inner_cutout={size} does not fit images of {height}x{width} pixels; "
-            f"choose 0 to {min(height, width)}"
-        )
-    limits = jnp.array([[height - size + 1], [width - size + 1]], jnp.int32)
-    corner = jax.random.randint(key, (2, batch), 0, limits, jnp.int32)
-    return _fill_boxes(images, corner, size, fill)
-
-
 def _mirror(images: AnyArray, mirrored: Bool[AnyArray, " B"]) -> jax.Array:
     """Some of the images, mirrored left-right; the others as they are."""
     width = images.shape[2]
     column = jnp.arange(width, dtype=jnp.int32)[None]
     return _gather(images, jnp.where(mirrored[:, None], width - 1 - column, column), axis=2)
-
-
-def _fill_boxes(
-    images: AnyArray,
-    corner: Integer[AnyArray, "2 B"],
-    size: Integer[AnyArray, "2 B"] | int,
-    fill: AnyArray | None,
-) -> jax.Array:
-    """Fills a box of each image.
-
-    Args:
-      images: `[B, H, W, C]`.
-      corner: the first row and the first column; may be negative.
-      size: the numbers of rows and columns, or one for both.
-      fill: the colour, `[C]`; None is black.
-    """
-    sizes = jnp.broadcast_to(jnp.asarray(size, jnp.int32), corner.shape)
-
-    def is_inside(axis: int) -> jax.Array:
-        place = jnp.arange(images.shape[axis + 1])[None] - corner[axis][:, None]
-        return (place >= 0) & (place < sizes[axis][:, None])
-
-    box = is_inside(0)[:, :, None, None] & is_inside(1)[:, None, :, None]
-    colour = 0 if fill is None else jnp.asarray(fill)[None, None, None]
-    return jnp.where(box, colour, images).astype(images.dtype)
 
 
 def _reflect(index: AnyArray, size: int) -> jax.Array:
@@ -249,6 +171,7 @@ AUGMENTATIONS: dict[str, Augment] = {
     "cutout": cutout,
     "alternating_flip": alternating_flip,
     "inner_cutout": inner_cutout,
+    "random_erasing": random_erasing,
 }
 
 
