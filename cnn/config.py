@@ -23,6 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cnn.augment import augment_schema, create_augment
+from cnn.averaging import AVERAGINGS, averaging_schema, create_averaging
 from cnn.data.folder import ON_UNREADABLE
 from cnn.data.images import IMAGE_SIZE_MUST, RESIZE, is_image_size
 from cnn.data.pipeline import NORMALIZATIONS
@@ -36,6 +37,7 @@ from cnn.optimizers import (
     SCHEDULES,
     create_optimizer,
     create_schedule,
+    group_schema,
     optimizer_schema,
     schedule_schema,
 )
@@ -98,6 +100,9 @@ _RUN_FIELDS: dict[str, _RunField] = {
     "schedule.warmup_epochs": _RunField(
         float, 0.0, valid=lambda value: 0 <= value < 2**31, must="be 0 or more, and below 2**31"
     ),
+    "schedule.warmup_from": _RunField(
+        float, 0.0, valid=lambda value: 0 <= value <= 1, must="lie between 0 and 1"
+    ),
     "optimizer.learning_rate": _RunField(float),
     # They change the result by rounding at most (but for "skip", once a step is not finite), so a
     # run may be resumed with other values.
@@ -118,7 +123,18 @@ _BUILT: dict[str, tuple[Iterable[str], Any, Callable[[str], Schema]]] = {
     "loss": (LOSSES, "cross_entropy", loss_schema),
     "optimizer": (OPTIMIZERS, REQUIRED, optimizer_schema),
     "schedule": (SCHEDULES, "constant", schedule_schema),
+    "averaging": (AVERAGINGS, "none", averaging_schema),
 }
+_EPOCHS = _RUN_FIELDS["schedule.warmup_epochs"]
+# Of each group of parameters, beside its name and the fields of its optimizer.
+_GROUP_FIELDS = {
+    "learning_rate": _RunField(float),
+    # The epochs after which its parameters are frozen, and over which its schedule runs; 0: of the
+    # whole run.
+    "freeze_after_epochs": _EPOCHS,
+    "schedule_epochs": _EPOCHS,
+}
+_GROUPS = "optimizer.groups"
 
 
 def fields(config: ConfigDict) -> Schema:
@@ -137,11 +153,24 @@ def fields(config: ConfigDict) -> Schema:
         name = flat.get(f"{section}.name", default)
         if isinstance(name, str):  # else it is missing, or the check of types refuses it
             known.update({f"{section}.{key}": field for key, field in schema(name).items()})
+    for group in dict.fromkeys(name.split(".")[2] for name in flat if _is_of_group(name)):
+        title = f"{_GROUPS}.{group}"
+        known[f"{title}.name"] = Field(str, "sgd", f"One of {', '.join(OPTIMIZERS)}.")
+        name = flat.get(f"{title}.name", "sgd")
+        own = group_schema(name) if isinstance(name, str) else {}
+        known.update({f"{title}.{key}": field for key, field in {**own, **_GROUP_FIELDS}.items()})
     known.update({f"augment.{key}": field for key, field in augment_schema().items()})
-    order = ("seed", "dataset", "batch_size", "num_epochs", "metrics", "init_from",
-             "model", "loss", "optimizer", "schedule", "augment", "runtime")  # fmt: skip
+    order = (
+        *("seed", "dataset", "batch_size", "num_epochs", "metrics", "init_from", "model", "loss"),
+        *("optimizer", "schedule", "averaging", "augment", "runtime"),
+    )
     everything = {**_RUN_FIELDS, **known}
     return dict(sorted(everything.items(), key=lambda item: order.index(item[0].partition(".")[0])))
+
+
+def _is_of_group(name: str) -> bool:
+    """Whether a field belongs to a group of parameters: `optimizer.groups.GROUP.FIELD`."""
+    return name.startswith(f"{_GROUPS}.") and name.count(".") == 3
 
 
 def find_config(name: str, folder: Path) -> Path:
@@ -232,7 +261,11 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
     7
     """
     flat, given = flatten(config), _settings(flags)
-    for section in _BUILT:
+    groups = dict.fromkeys(name.rpartition(".")[0] for name, _ in given if _is_of_group(name))
+    for group in groups:  # one that the config lacks begins here
+        if not any(name.startswith(f"{group}.") for name in flat):
+            flat[f"{group}.name"] = "sgd"
+    for section in (*_BUILT, *groups):
         name = f"{section}.name"
         if (text := dict(given).get(name)) is not None:
             before = fields(_unflatten(flat))
@@ -433,7 +466,11 @@ def _check_built(config: Any) -> None:
     create_loss(**config.loss.to_dict())
     create_augment(**config.augment.to_dict())
     find_metrics(config.metrics)
-    create_optimizer(**config.optimizer.to_dict())
+    optimizer = config.optimizer.to_dict()
+    for group in optimizer.get("groups", {}).values():
+        del group["freeze_after_epochs"], group["schedule_epochs"]
+    create_optimizer(**optimizer)
+    create_averaging(num_steps=1, **config.averaging.to_dict())
     schedule = {**config.schedule.to_dict()}
     warmup_epochs = schedule.pop("warmup_epochs")
     create_schedule(learning_rate=config.optimizer.learning_rate, num_updates=1, **schedule)

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from cnn.augment import Augment, create_augment
+from cnn.averaging import Averaging, create_averaging
 from cnn.data import Dataset, load_dataset, load_folder
 from cnn.data.pipeline import Pipeline, stream_key
 from cnn.errors import UserError, number_of
@@ -26,7 +27,14 @@ from cnn.optimizers import create_optimizer, create_schedule, frozen
 from cnn.runtime.devices import data_mesh, replicated_sharding
 from cnn.runtime.provenance import describe_object
 from cnn.runtime.screen import waiting
-from cnn.steps import TrainState, initialize, predict_step, static_arguments, train_step
+from cnn.steps import (
+    TrainState,
+    begin_averaging,
+    initialize,
+    predict_step,
+    static_arguments,
+    train_step,
+)
 
 # What a script may pass -> the config section that it replaces.
 SECTIONS = {
@@ -55,6 +63,7 @@ class Experiment:
       loss_fn: the training objective.
       metric_fns: what is reported beside the loss.
       schedule: learning rate by number of updates; None if the optimizer came from a script.
+      averaging: of the weights, if any.
       num_steps: of the whole run.
       warmup_updates: during which the learning rate rises.
       given: by config section, a description of what a script passed in its place.
@@ -68,6 +77,7 @@ class Experiment:
     loss_fn: LossFn
     metric_fns: tuple[MetricFn, ...]
     schedule: optax.Schedule | None
+    averaging: Averaging | None
     num_steps: int
     warmup_updates: int
     given: dict[str, Any]
@@ -137,6 +147,9 @@ class Experiment:
         """
         static = self._static_arguments()
         state = self.jit_once(initialize, tuple(static))(self._initial_key, **static)
+        if (init := getattr(self.model, "init_from_images", None)) is not None:
+            params = self.jit_once(init)(state.params, self._init_images())
+            state = begin_averaging(state.replace(params=params))
         self._check_batch_size(state)
         self._check_step(state)
         state = state.replace(skip_nonfinite=self.config.runtime.on_nonfinite == "skip")
@@ -158,9 +171,20 @@ class Experiment:
     def _initial_key(self) -> jax.Array:
         return stream_key(self.config.seed, _INIT)
 
+    def _init_images(self) -> jax.Array:
+        """The training images that the model's `init_from_images` wants, normalized."""
+        split = self.pipeline.train
+        count = min(self.model.num_init_images, split.labels.shape[0])  # type: ignore[attr-defined]
+        return split.get_batch(np.arange(count, dtype=np.int32))["image"]
+
     def _static_arguments(self) -> dict[str, Any]:
         return static_arguments(
-            self.model, self.tx, self.dataset.image_shape, self.loss_fn, self.metric_fns
+            self.model,
+            self.tx,
+            self.dataset.image_shape,
+            self.loss_fn,
+            self.metric_fns,
+            self.averaging,
         )
 
     def _check_batch_size(self, state: TrainState) -> None:
@@ -278,7 +302,7 @@ def create_experiment(
     schedule, warmup_updates = None, 0
     if tx is None:
         schedule, warmup_updates = _create_schedule(config, num_steps, pipeline.steps_per_epoch)
-        tx = create_optimizer(**{**config.optimizer.to_dict(), "learning_rate": schedule})
+        tx = _create_optimizer(config, schedule, num_steps, pipeline.steps_per_epoch)
     return Experiment(
         config=config,
         dataset=dataset,
@@ -290,6 +314,7 @@ def create_experiment(
         loss_fn=create_loss(**config.loss.to_dict()) if loss_fn is None else loss_fn,
         metric_fns=find_metrics(config.metrics),
         schedule=schedule,
+        averaging=create_averaging(num_steps=num_steps, **config.averaging.to_dict()),
         num_steps=num_steps,
         warmup_updates=warmup_updates,
         given=given,
@@ -333,9 +358,9 @@ def _check_passed(*, model: Any, tx: Any, loss_fn: Any, augment: Any, dataset: A
 
 
 def _create_schedule(
-    config: Any, num_steps: int, steps_per_epoch: int
+    config: Any, num_steps: int, steps_per_epoch: int, group: Mapping[str, Any] | None = None
 ) -> tuple[optax.Schedule, int]:
-    """The schedule, and how many of its updates are warm-up.
+    """The schedule of the run or of a group of parameters, and how many updates are its warm-up.
 
     It counts updates, not steps: an optimizer that accumulates gradients advances its schedule once
     per update.
@@ -347,14 +372,29 @@ def _create_schedule(
             f"steps of the run: nothing would be trained"
         )
     fields = config.schedule.to_dict()
-    warmup_updates = round(steps_per_epoch * fields.pop("warmup_epochs") / accumulation)
+    updates_per_epoch = steps_per_epoch / accumulation
+    warmup_updates = round(updates_per_epoch * fields.pop("warmup_epochs"))
+    rate, num_updates = config.optimizer.learning_rate, num_steps // accumulation
+    if group is not None:
+        rate = group["learning_rate"]
+        num_updates = round(updates_per_epoch * group["schedule_epochs"]) or num_updates
     schedule = create_schedule(
-        learning_rate=config.optimizer.learning_rate,
-        num_updates=num_steps // accumulation,
-        warmup_updates=warmup_updates,
-        **fields,
+        learning_rate=rate, num_updates=num_updates, warmup_updates=warmup_updates, **fields
     )
     return schedule, warmup_updates
+
+
+def _create_optimizer(
+    config: Any, schedule: optax.Schedule, num_steps: int, steps_per_epoch: int
+) -> optax.GradientTransformation:
+    """The optimizer, with those of its groups of parameters."""
+    fields = config.optimizer.to_dict()
+    for group in fields.get("groups", {}).values():
+        group["learning_rate"], _ = _create_schedule(config, num_steps, steps_per_epoch, group)
+        del group["schedule_epochs"]
+        updates = group.pop("freeze_after_epochs") * steps_per_epoch
+        group["num_updates"] = round(updates / config.optimizer.grad_accumulation_steps)
+    return create_optimizer(**{**fields, "learning_rate": schedule})
 
 
 def notes(experiment: Experiment) -> list[str]:

@@ -22,10 +22,29 @@ from cnn.errors import UserError
 from cnn.registry import Schema, complete, schema, select
 
 LossFn = Callable[[Any, Any], jax.Array]
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Loss:
+    """What all losses here have in common.
+
+    Attributes:
+      reduction: how `train_step` makes one number of the losses of a batch: "mean" or "sum". With
+        "sum" the gradients grow with the batch. Metrics report the mean in either case.
+    """
+
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.reduction not in REDUCTIONS:
+            raise UserError(
+                f"loss.reduction={self.reduction!r} must be one of {', '.join(REDUCTIONS)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(_Loss):
     """Softmax cross-entropy with integer labels, in nats.
 
     With smoothing s over K classes the target is (1 - s) * onehot + s / K (Szegedy et al. 2016,
@@ -42,6 +61,7 @@ class CrossEntropy:
     per_example: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.label_smoothing < 1:
             raise UserError(
                 f"loss.label_smoothing={self.label_smoothing} must be at least 0 and below 1"
@@ -65,7 +85,7 @@ class CrossEntropy:
 
 
 @dataclasses.dataclass(frozen=True)
-class SigmoidCrossEntropy:
+class SigmoidCrossEntropy(_Loss):
     """Binary cross-entropy of each class against all others, summed over the classes, in nats.
 
     The targets are one-hot; each logit is a sigmoid's (Wightman et al. 2021, "ResNet strikes back",
@@ -92,7 +112,7 @@ class SigmoidCrossEntropy:
 
 
 @dataclasses.dataclass(frozen=True)
-class FocalLoss:
+class FocalLoss(_Loss):
     """-(1 - p)**gamma * log(p) for the probability p of the label's class, in nats.
 
     Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 4, with a softmax. It gives less
@@ -109,6 +129,7 @@ class FocalLoss:
     per_example: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.gamma < math.inf:
             raise UserError(f"loss.gamma={self.gamma} must be 0 or more, and finite")
 
@@ -150,10 +171,24 @@ def create_loss(name: str, **fields: Any) -> LossFn:
       UserError: an unknown name or field, or a value that the loss refuses.
 
     >>> create_loss("cross_entropy", label_smoothing=0.1)
-    CrossEntropy(label_smoothing=0.1)
+    CrossEntropy(reduction='mean', label_smoothing=0.1)
     """
     fields = complete("loss", loss_schema(name), fields)
     return LOSSES[name](**fields)
+
+
+def reduction_of(loss_fn: LossFn) -> str:
+    """How the losses of a batch become one number: "mean" unless a loss declares "sum".
+
+    Raises:
+      UserError: it declares something else.
+    """
+    reduction = getattr(loss_fn, "reduction", "mean")
+    if reduction not in REDUCTIONS:
+        raise UserError(
+            f"the reduction of a loss must be one of {', '.join(REDUCTIONS)}, not {reduction!r}"
+        )
+    return reduction
 
 
 def evaluation_loss(loss_fn: LossFn) -> LossFn:

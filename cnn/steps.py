@@ -22,8 +22,9 @@ from jax.sharding import AbstractMesh
 from jaxtyping import Array, Float
 
 from cnn.arrays import AnyArray
+from cnn.averaging import Averaging
 from cnn.errors import UserError, array_type
-from cnn.losses import CrossEntropy, LossFn
+from cnn.losses import CrossEntropy, LossFn, reduction_of
 from cnn.metrics import (
     MetricFn,
     Metrics,
@@ -67,6 +68,8 @@ class TrainState(struct.PyTreeNode):
       loss_fn: (logits `float32[B, K]`, labels `int[B]`) -> losses `float[B]`.
       metric_fns: (logits `float32[B, K]`, labels `int[B]`) -> values `[B]`, each.
       skip_nonfinite: whether a step changes nothing if its loss or gradients are not finite.
+      averaging: keeps a running average of the weights; see `cnn.averaging`.
+      averaged: that average, {"params": ..., "model_state": ...}; empty without `averaging`.
     """
 
     step: AnyArray
@@ -79,11 +82,19 @@ class TrainState(struct.PyTreeNode):
     loss_fn: LossFn = struct.field(pytree_node=False)
     metric_fns: tuple[MetricFn, ...] = struct.field(pytree_node=False, default=(accuracy,))
     skip_nonfinite: bool = struct.field(pytree_node=False, default=False)
+    averaging: Averaging | None = struct.field(pytree_node=False, default=None)
+    averaged: Any = struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The first argument of `apply_fn`: the parameters and the other collections."""
-        return {"params": self.params, **self.model_state}
+        """The first argument of `apply_fn` outside training: parameters and other collections.
+
+        They are the averaged ones where the averaging is to be evaluated.
+        """
+        network = {"params": self.params, "model_state": self.model_state}
+        if self.averaging is not None and self.averaging.is_evaluated:
+            network = self.averaged
+        return {"params": network["params"], **network["model_state"]}
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -93,6 +104,7 @@ class TrainState(struct.PyTreeNode):
             "params": self.params,
             "model_state": self.model_state,
             "opt_state": self.opt_state,
+            **({"averaged": self.averaged} if self.averaging is not None else {}),
         }
 
 
@@ -104,6 +116,7 @@ def create_train_state(
     *,
     loss_fn: LossFn = CrossEntropy(),
     metric_fns: tuple[MetricFn, ...] = (accuracy,),
+    averaging: Averaging | None = None,
 ) -> TrainState:
     """Initializes a model and its optimizer. Pure: `vmap` it over `key` for many random seeds.
 
@@ -119,9 +132,10 @@ def create_train_state(
       key: from `jax.random.key(seed)`.
       image_shape: (H, W, C) of one image.
       loss_fn: (logits `float32[B, K]`, labels `int[B]`) -> losses `float[B]`, one for each image.
-        It declares `per_example` like the model.
+        It declares `per_example` like the model, and may declare `reduction = "sum"`.
       metric_fns: (logits `float32[B, K]`, labels `int[B]`) -> values `[B]`, each; see
         `cnn.metrics`.
+      averaging: of the weights, such as `ExponentialMovingAverage(0.999)`; see `cnn.averaging`.
 
     Raises:
       UserError: if `train_step` cannot call the model or the optimizer, or the model does not
@@ -132,7 +146,7 @@ def create_train_state(
     >>> sum(leaf.size for leaf in jax.tree.leaves(state.params))
     167562
     """
-    static = static_arguments(model, tx, image_shape, loss_fn, metric_fns)
+    static = static_arguments(model, tx, image_shape, loss_fn, metric_fns, averaging)
     return _jit_initialize(key, **static)
 
 
@@ -142,6 +156,7 @@ def static_arguments(
     image_shape: tuple[int, ...],
     loss_fn: LossFn,
     metric_fns: tuple[MetricFn, ...],
+    averaging: Averaging | None = None,
 ) -> dict[str, Any]:
     """The arguments of `initialize` but for the key, in a form that `jit` can hash."""
     return {
@@ -150,6 +165,7 @@ def static_arguments(
         "image_shape": tuple(image_shape),
         "loss_fn": hashable(loss_fn),
         "metric_fns": tuple(metric_fns),
+        "averaging": averaging,
     }
 
 
@@ -161,6 +177,7 @@ def initialize(
     image_shape: tuple[int, ...],
     loss_fn: LossFn,
     metric_fns: tuple[MetricFn, ...],
+    averaging: Averaging | None,
 ) -> TrainState:
     """`create_train_state` for callers that jit it; `static_arguments` gives all but the key."""
     init_key, run_key = jax.random.split(key)
@@ -181,13 +198,24 @@ def initialize(
         tx=tx,
         loss_fn=loss_fn,
         metric_fns=metric_fns,
+        averaging=averaging,
     )
-    return as_before(state, state)  # strong types, as after a step
+    return begin_averaging(as_before(state, state))  # strong types, as after a step
+
+
+def begin_averaging(state: TrainState) -> TrainState:
+    """The state with an average that begins with its present weights, where it averages at all."""
+    if state.averaging is None:
+        return state
+    # Copies: a buffer that a state held twice could not be donated.
+    copies = jax.tree.map(jnp.copy, {"params": state.params, "model_state": state.model_state})
+    return state.replace(averaged=copies)
 
 
 # Compiled whole: operator by operator takes longer, and draws the same numbers.
 _jit_initialize = jax.jit(
-    initialize, static_argnames=("apply_fn", "tx", "image_shape", "loss_fn", "metric_fns")
+    initialize,
+    static_argnames=("apply_fn", "tx", "image_shape", "loss_fn", "metric_fns", "averaging"),
 )
 
 
@@ -198,7 +226,7 @@ def _like_state(mesh: AbstractMesh, state: TrainState, _: Batch) -> Any:
 
 @explicit_mesh.automatic_axes(_like_state)
 def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """One gradient step on the mean loss of a batch.
+    """One gradient step on the mean loss of a batch, or the sum if the loss declares that.
 
     A CPU computes the gradients in microbatches where model and loss declare `per_example`, as
     `CNN` and `CrossEntropy` do: the same result up to rounding, see `cnn.ops.microbatch`.
@@ -228,14 +256,16 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     check_batch(batch)
     batch_size = batch["label"].shape[0]
 
-    def mean_loss(params: Any, batch: Batch) -> tuple[jax.Array, tuple[Metrics, Any]]:
+    divisor = _divisor(state, batch)
+
+    def objective(params: Any, batch: Batch) -> tuple[jax.Array, tuple[Metrics, Any]]:
         logits, model_state = _forward(state, params, batch)
         losses = state.loss_fn(logits, batch["label"])
         metrics = Metrics.from_logits(losses, logits, batch["label"], metric_fns=state.metric_fns)
-        return losses.astype(jnp.float32).sum() / batch_size, (metrics, model_state)
+        return losses.astype(jnp.float32).sum() / divisor, (metrics, model_state)
 
     def gradients(batch: Batch) -> tuple[Any, Metrics, Any]:
-        grads, (metrics, model_state) = jax.grad(mean_loss, has_aux=True)(state.params, batch)
+        grads, (metrics, model_state) = jax.grad(objective, has_aux=True)(state.params, batch)
         return grads, metrics, model_state
 
     # The whole batch at once, unless this is a CPU and model and loss declare `per_example`.
@@ -244,8 +274,13 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     parts = {"image": batch["image"], "label": batch["label"], "index": index}
     grads, metrics, model_state = accumulate_microbatches(gradients, parts, plan)
     finite = _is_finite(metrics.sums["loss"], grads, in_one_piece=plan != WHOLE)
-    state = _apply_gradients(mean_loss, state, batch, grads, metrics, model_state, where=finite)
+    state = _apply_gradients(objective, state, batch, grads, metrics, model_state, where=finite)
     return state, jax.tree.map(lambda one: jnp.where(finite, one, 0), metrics)
+
+
+def _divisor(state: TrainState, batch: Batch) -> int:
+    """By which the sum of a batch's losses is divided to give the objective."""
+    return batch["label"].shape[0] if reduction_of(state.loss_fn) == "mean" else 1
 
 
 def _forward(state: TrainState, params: Any, batch: Batch) -> tuple[jax.Array, Any]:
@@ -291,7 +326,7 @@ def _is_finite(loss: AnyArray, grads: Any, *, in_one_piece: bool) -> jax.Array:
 
 
 def _apply_gradients(
-    mean_loss: Callable[..., Any],
+    objective: Callable[..., Any],
     state: TrainState,
     batch: Batch,
     grads: Any,
@@ -308,20 +343,20 @@ def _apply_gradients(
             grads,
             state.opt_state,
             state.params,
-            metrics.sums["loss"] / batch["label"].shape[0],
-            lambda params: mean_loss(params, batch)[0],
+            metrics.sums["loss"] / _divisor(state, batch),
+            lambda params: objective(params, batch)[0],
         )
-        params = optax.apply_updates(state.params, updates)
-        return params, model_state, as_before(opt_state, state.opt_state)
+        network = {"params": optax.apply_updates(state.params, updates), "model_state": model_state}
+        averaged = state.averaged
+        if state.averaging is not None:
+            averaged, network = state.averaging(averaged, network, state.step + 1)
+        return {**network, "opt_state": as_before(opt_state, state.opt_state), "averaged": averaged}
 
+    changed = ("params", "model_state", "opt_state", "averaged")
     if state.skip_nonfinite:
-        kept = (state.params, state.model_state, state.opt_state)
-        params, model_state, opt_state = _select_update(where, update, grads, kept)
-    else:
-        params, model_state, opt_state = update(grads)
-    return state.replace(
-        step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state
-    )
+        kept = {name: getattr(state, name) for name in changed}
+        return state.replace(step=state.step + 1, **_select_update(where, update, grads, kept))
+    return state.replace(step=state.step + 1, **update(grads))
 
 
 def _select_update(condition: AnyArray, update: Callable[[Any], Any], grads: Any, kept: Any) -> Any:

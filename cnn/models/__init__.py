@@ -16,14 +16,25 @@ from cnn.models.cnn import CNN
 from cnn.models.conv_pool import ConvPool
 from cnn.models.dct_cnn import DctCNN
 from cnn.models.resnet import ResNet
+from cnn.models.speednet import SpeedNet
 from cnn.registry import Schema, complete, schema, select
 
-__all__ = ["CNN", "MODELS", "ConvPool", "DctCNN", "ResNet", "create_model", "model_schema"]
+__all__ = [
+    "CNN",
+    "MODELS",
+    "ConvPool",
+    "DctCNN",
+    "ResNet",
+    "SpeedNet",
+    "create_model",
+    "model_schema",
+]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn": CNN,
     "dct_cnn": DctCNN,
     "resnet18": ResNet,
+    "speednet": SpeedNet,
 }
 _DTYPES = ("float32", "bfloat16")
 
