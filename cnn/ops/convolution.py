@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cnn.ops import im2col, pooling, winograd
+from cnn.ops.chunks import in_chunks
 from cnn.ops.layout import unstack
 from cnn.ops.linear_map import bilinear
 
@@ -139,9 +140,13 @@ def conv_general_dilated(
                 use_winograd = fits_winograd and lhs.shape[-1] > _FEW_CHANNELS
                 choice = "winograd" if use_winograd else "patches"
             if choice == "patches":
-                return im2col.convolve(lhs, rhs, strides, pads, precision, pool)
+                return in_chunks(
+                    lambda x, w: im2col.convolve(x, w, strides, pads, precision, pool), lhs, rhs
+                )
             if fits_winograd:
-                return winograd.convolve(lhs, rhs, pads, precision, pool)
+                return in_chunks(
+                    lambda x, w: winograd.convolve(x, w, pads, precision, pool), lhs, rhs
+                )
     y = native(lhs, rhs)
     return y if pool == 1 else nn.max_pool(y, (2, 2), (2, 2))
 

@@ -40,7 +40,9 @@ class MicrobatchPlan(NamedTuple):
     num_microbatches: int
 
     @classmethod
-    def for_batch(cls, image: Any, num_params: int = 0) -> MicrobatchPlan:
+    def for_batch(
+        cls, image: Any, num_params: int = 0, values: int = _MICROBATCH_VALUES
+    ) -> MicrobatchPlan:
         """By the backend, the devices and the shape of a batch of images.
 
         The devices are those of the mesh that `jax.set_mesh` has made current, else all of this
@@ -49,6 +51,7 @@ class MicrobatchPlan(NamedTuple):
         Args:
           image: `float[B, H, W, C]`, or any object with that `shape`.
           num_params: the number of parameters of which gradients are summed.
+          values: that the images of a microbatch should have.
         """
         batch_size = image.shape[0]
         if jax.default_backend() != "cpu" or not isinstance(batch_size, int):
@@ -58,7 +61,7 @@ class MicrobatchPlan(NamedTuple):
         if AxisType.Manual in mesh.axis_types or not math.prod(image.shape):
             return WHOLE
         shards = num_shards(jax.local_device_count() if mesh.empty else mesh.size, batch_size)
-        values = max(_MICROBATCH_VALUES, num_params // _PARAMS_PER_VALUE)
+        values = max(values, num_params // _PARAMS_PER_VALUE)
         most = max(values * batch_size // math.prod(image.shape), 1)
         return cls(shards, _num_microbatches(batch_size // shards, most))
 
