@@ -28,6 +28,7 @@ from cnn.data.images import IMAGE_SIZE_MUST, RESIZE, is_image_size
 from cnn.data.pipeline import NORMALIZATIONS
 from cnn.data.settings import TEST_FRACTION
 from cnn.errors import UserError
+from cnn.evaluation import TEST_TIME_VIEWS
 from cnn.losses import LOSSES, create_loss, loss_schema
 from cnn.metrics import find_metrics
 from cnn.models import MODELS, create_model, model_schema
@@ -99,6 +100,7 @@ _RUN_FIELDS: dict[str, _RunField] = {
         float, 0.0, valid=lambda value: 0 <= value < 2**31, must="be 0 or more, and below 2**31"
     ),
     "optimizer.learning_rate": _RunField(float),
+    "evaluation.tta": _choice("none", *TEST_TIME_VIEWS),
     # They change the result by rounding at most (but for "skip", once a step is not finite), so a
     # run may be resumed with other values.
     "runtime.data_dir": _RunField(str, ""),
@@ -139,7 +141,8 @@ def fields(config: ConfigDict) -> Schema:
             known.update({f"{section}.{key}": field for key, field in schema(name).items()})
     known.update({f"augment.{key}": field for key, field in augment_schema().items()})
     order = ("seed", "dataset", "batch_size", "num_epochs", "metrics", "init_from",
-             "model", "loss", "optimizer", "schedule", "augment", "runtime")  # fmt: skip
+             "model", "loss", "optimizer", "schedule", "augment", "evaluation",
+             "runtime")  # fmt: skip
     everything = {**_RUN_FIELDS, **known}
     return dict(sorted(everything.items(), key=lambda item: order.index(item[0].partition(".")[0])))
 

@@ -99,6 +99,16 @@ def final_result(
     }
 
 
+def augmented_text(figures: Mapping[str, Any]) -> list[str]:
+    """A line about test-time augmentation, if there was any.
+
+    Args:
+      figures: what `result.json` holds.
+    """
+    accuracy = figures.get("tta_test_accuracy")
+    return [] if accuracy is None else [f"with test-time augmentation: {percent(accuracy)}"]
+
+
 def _result_text(result: Mapping[str, Any], width: int) -> str:
     """The figures of a finished run, for people.
 
@@ -112,6 +122,7 @@ def _result_text(result: Mapping[str, Any], width: int) -> str:
     lines = (
         f"test accuracy {percent(accuracy)} of {count:,} images",
         f"95 % interval: {100 * low:.2f} to {percent(high)} (Wilson score; one run)",
+        *augmented_text(result),
         f"best: {best} after epoch {epoch}",
         f"time: {format_duration(result['wall_seconds'])}",
     )

@@ -129,8 +129,9 @@ def train_and_evaluate(
                     state, records = _train(
                         experiment, run, checkpoints, state, saved, list(writers), started
                     )
+                    augmented = _augmented_test(state, experiment)
                     seconds = time.monotonic() - started
-                    finished = final_result(state, experiment, records, seconds)
+                    finished = final_result(state, experiment, records, seconds) | augmented
                     finished |= {"init_from": saved["init_from"]} if config.init_from else {}
                     run.write("result.json", finished)
             assert finished is not None
@@ -229,11 +230,7 @@ def _train(
                 speed = {"images_per_second": progress.images_per_second(step)}
                 progress.evaluating(step)
                 with progress.first_time("compiling the evaluation", step):
-                    tested = evaluate(
-                        state.replace(loss_fn=evaluation_loss(experiment.loss_fn)),
-                        pipeline.test,
-                        batch_size=config.runtime.eval_batch_size,
-                    )
+                    tested = _test(state, experiment)
                 checks.check_epoch(step, metrics, tested)
                 record = epoch_record(experiment, step, metrics, tested, records) | speed
                 records.append(record)
@@ -249,6 +246,25 @@ def _train(
     with waiting("saving the last checkpoint"):
         checkpoints.wait_until_finished()
     return state, records
+
+
+def _test(state: TrainState, experiment: Experiment, tta: str = "none") -> Metrics:
+    """Scores the test images by the loss without label smoothing."""
+    return evaluate(
+        state.replace(loss_fn=evaluation_loss(experiment.loss_fn)),
+        experiment.pipeline.test,
+        batch_size=experiment.config.runtime.eval_batch_size,
+        tta=tta,
+    )
+
+
+def _augmented_test(state: TrainState, experiment: Experiment) -> dict[str, Any]:
+    """What `result.json` has of test-time augmentation; nothing if it is off."""
+    if (tta := experiment.config.evaluation.tta) == "none":
+        return {}
+    with waiting("evaluating with test-time augmentation"):
+        means = _test(state, experiment, tta).means()
+    return {f"tta_test_{name}": value for name, value in means.items()}
 
 
 def _write(record: dict[str, Any], writers: list[Writer]) -> None:

@@ -99,6 +99,12 @@ def get_config() -> ConfigDict:
     # Shift it by up to this many pixels in both directions; the border is reflected.
     config.augment.translate = 0
 
+    config.evaluation = ConfigDict()
+    # Score the test images once more, after the last epoch, by the mean of the logits of several
+    # views: "flip" (mirrored too) or "flip_translate" (six views). result.json has it beside the
+    # plain accuracy, which decides what is best.
+    config.evaluation.tta = "none"
+
     # Where and how to run: results differ by rounding at most (but for "skip", once a step is not
     # finite), so a run may be resumed with other values.
     config.runtime = ConfigDict()

@@ -20,7 +20,8 @@ from cnn.scores import calibration, class_scores, confusion_matrix
 
 _MOST_CLASSES = 20  # of a confusion matrix that is shown whole
 # The order of a config file; `config.json` is in that of the alphabet.
-_SECTIONS = ("run", "dataset", "model", "loss", "optimizer", "schedule", "augment", "runtime")
+_SECTIONS = ("run", "dataset", "model", "loss", "optimizer", "schedule", "augment", "evaluation",
+             "runtime")  # fmt: skip
 _MOST_CONFUSED = 20  # pairs of classes, where it is not
 
 
@@ -58,6 +59,7 @@ def _header(run: Run) -> Element:
             figures["best_test_accuracy"]
         ),
         "Test loss": _number(figures["test_loss"], loss),
+        "With test-time augmentation": _number(figures["tta_test_accuracy"], percent),
         "Train accuracy": _number(figures["train_accuracy"], percent),
         "Parameters": _number(figures["num_params"], "{:,}".format),
         "Steps": f"{figures['num_steps']:,}",

@@ -128,6 +128,8 @@ class Run:
             "test_accuracy_interval": list(wilson_interval(round(self.accuracy * count), count)),
             "test_count": count,
             "test_loss": last.get("test_loss"),
+            "tta_test_accuracy": result.get("tta_test_accuracy"),
+            "tta_test_loss": result.get("tta_test_loss"),
             "best_test_accuracy": self.best["test_accuracy"],
             "best_epoch": self.best["epoch"],
             "train_accuracy": last.get("train_accuracy"),
@@ -203,7 +205,8 @@ def _read_run(directory: RunDirectory) -> Run:
 
 
 def _is_config(config: dict[str, Any]) -> bool:
-    sections = ("dataset", "model", "loss", "optimizer", "schedule", "augment", "runtime")
+    sections = ("dataset", "model", "loss", "optimizer", "schedule", "augment", "evaluation",
+                "runtime")  # fmt: skip
     return (
         _is_number(config.get("num_epochs"))
         and isinstance(config.get("seed"), int)
