@@ -439,7 +439,12 @@ def _check_built(config: Any) -> None:
     create_optimizer(**config.optimizer.to_dict())
     schedule = {**config.schedule.to_dict()}
     warmup_epochs = schedule.pop("warmup_epochs")
-    create_schedule(learning_rate=config.optimizer.learning_rate, num_updates=1, **schedule)
+    create_schedule(
+        learning_rate=config.optimizer.learning_rate,
+        num_updates=1,
+        warmup_updates=int(warmup_epochs > 0),
+        **schedule,
+    )
     if warmup_epochs > config.num_epochs:
         raise UserError(
             f"schedule.warmup_epochs={warmup_epochs} is longer than num_epochs={config.num_epochs}"

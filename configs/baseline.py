@@ -87,7 +87,8 @@ def get_config() -> ConfigDict:
     config.optimizer.freeze = ()
 
     config.schedule = ConfigDict()
-    # "cosine" and "linear" fall to final_lr_fraction of the peak.
+    # "cosine" and "linear" fall to final_lr_fraction of the peak. "one_cycle" rises for pct_start of
+    # the run, from the peak / div_factor, and falls to that / final_div_factor.
     config.schedule.name = "constant"
     # Linear rise from 0; fractions of an epoch are fine.
     config.schedule.warmup_epochs = 0.0

@@ -74,6 +74,21 @@ def test_impossible_values(flag, complaint):
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("warmup_epochs", 0.1, "warmup_epochs must be 0 with schedule.name=one_cycle"),
+        ("pct_start", 1.0, "schedule.pct_start=1.0 must be 0 or more, below 1"),
+        ("div_factor", 0.0, "schedule.div_factor=0.0 must lie between 1 and"),
+    ],
+)
+def test_impossible_cycles(field, value, complaint):
+    config = load_config(BASELINE)
+    config.schedule = ConfigDict({"name": "one_cycle", field: value})
+    with pytest.raises(UserError, match=complaint):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
     ("flags", "complaint"),
     [
         (["--config.batchsize=3"], "unknown config field batchsize; did you mean batch_size?"),
