@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import os
 import re
 import runpy
@@ -27,6 +28,7 @@ from cnn.data.folder import ON_UNREADABLE
 from cnn.data.images import IMAGE_SIZE_MUST, RESIZE, is_image_size
 from cnn.data.pipeline import NORMALIZATIONS
 from cnn.data.settings import TEST_FRACTION
+from cnn.early_stopping import check_monitor
 from cnn.errors import UserError
 from cnn.evaluation import TEST_TIME_VIEWS
 from cnn.losses import LOSSES, create_loss, loss_schema
@@ -101,6 +103,11 @@ _RUN_FIELDS: dict[str, _RunField] = {
     ),
     "optimizer.learning_rate": _RunField(float),
     "evaluation.tta": _choice("none", *TEST_TIME_VIEWS),
+    "early_stopping.patience": _at_least(0, 0),
+    "early_stopping.monitor": _RunField(str, "test_loss"),
+    "early_stopping.min_delta": _RunField(
+        float, 0.0, valid=lambda value: 0 <= value < math.inf, must="be 0 or more"
+    ),
     # They change the result by rounding at most (but for "skip", once a step is not finite), so a
     # run may be resumed with other values.
     "runtime.data_dir": _RunField(str, ""),
@@ -142,7 +149,7 @@ def fields(config: ConfigDict) -> Schema:
     known.update({f"augment.{key}": field for key, field in augment_schema().items()})
     order = ("seed", "dataset", "batch_size", "num_epochs", "metrics", "init_from",
              "model", "loss", "optimizer", "schedule", "augment", "evaluation",
-             "runtime")  # fmt: skip
+             "early_stopping", "runtime")  # fmt: skip
     everything = {**_RUN_FIELDS, **known}
     return dict(sorted(everything.items(), key=lambda item: order.index(item[0].partition(".")[0])))
 
@@ -436,6 +443,7 @@ def _check_built(config: Any) -> None:
     create_loss(**config.loss.to_dict())
     create_augment(**config.augment.to_dict())
     find_metrics(config.metrics)
+    check_monitor(config.early_stopping.monitor, config.metrics)
     create_optimizer(**config.optimizer.to_dict())
     schedule = {**config.schedule.to_dict()}
     warmup_epochs = schedule.pop("warmup_epochs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from cnn.augment import Augment, create_augment
 from cnn.data import Dataset, load_dataset, load_folder
 from cnn.data.pipeline import Pipeline, stream_key
+from cnn.early_stopping import early_stop
 from cnn.errors import UserError, number_of
 from cnn.losses import LossFn, create_loss
 from cnn.metrics import MetricFn, find_metrics
@@ -127,6 +128,10 @@ class Experiment:
         """The next step after which the state is saved: within the epoch, or at its end."""
         every, end = self.config.runtime.checkpoint_every_steps, self.epoch_end(step)
         return min(end, (step // every + 1) * every) if every else end
+
+    def early_stop(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+        """Why the run ends before `num_steps`, after the epochs of some records; else None."""
+        return early_stop(records, **self.config.early_stopping.to_dict())
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on every device of the mesh.
@@ -365,6 +370,11 @@ def notes(experiment: Experiment) -> list[str]:
     if every >= num_steps:
         lines.append(
             f"runtime.checkpoint_every_steps={every} has no effect: the run has {num_steps:,} steps"
+        )
+    patience, num_epochs = config.early_stopping.patience, experiment.epoch(num_steps)
+    if patience and patience + 1 >= num_epochs:  # the first epoch always improves
+        lines.append(
+            f"early_stopping.patience={patience} has no effect: the run has {num_epochs:g} epochs"
         )
     return lines
 

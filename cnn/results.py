@@ -27,7 +27,7 @@ from cnn.runtime.screen import (
     warning_on_failure,
     width,
 )
-from cnn.runtime.table import epoch_number, percent
+from cnn.runtime.table import epoch_number, loss, percent
 from cnn.runtime.writers import TensorBoardWriter
 from cnn.steps import TrainState, predict_step
 
@@ -84,13 +84,15 @@ def final_result(
       wall_seconds: of the run, earlier processes included.
     """
     last, best = records[-1], max(records, key=lambda r: (r["test_accuracy"], r["step"]))
+    is_early = last["step"] < experiment.num_steps
     return {
         **{name: last[name] for name in last if name.startswith(("test_", "train_"))},
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "num_epochs": experiment.epoch(experiment.num_steps),
-        "num_steps": experiment.num_steps,
+        "num_epochs": last["epoch"],
+        "num_steps": last["step"],
+        **({"stopped_early": experiment.early_stop(records)} if is_early else {}),
         "skipped_steps": sum(record["skipped_steps"] for record in records),
         "seed": experiment.config.seed,
         "dataset": experiment.dataset.fingerprint,
@@ -99,14 +101,22 @@ def final_result(
     }
 
 
-def augmented_text(figures: Mapping[str, Any]) -> list[str]:
-    """A line about test-time augmentation, if there was any.
+def options_text(figures: Mapping[str, Any]) -> list[str]:
+    """A line each about test-time augmentation and an early stop, if there was any.
 
     Args:
       figures: what `result.json` holds.
     """
-    accuracy = figures.get("tta_test_accuracy")
-    return [] if accuracy is None else [f"with test-time augmentation: {percent(accuracy)}"]
+    lines = []
+    if (accuracy := figures.get("tta_test_accuracy")) is not None:
+        lines.append(f"with test-time augmentation: {percent(accuracy)}")
+    if (stop := figures.get("stopped_early")) is not None:
+        value = (loss if stop["monitor"].endswith("_loss") else percent)(stop["best"])
+        lines.append(
+            f"stopped early after epoch {epoch_number(stop['epoch'])}: best {stop['monitor']} "
+            f"{value} after epoch {epoch_number(stop['best_epoch'])}"
+        )
+    return lines
 
 
 def _result_text(result: Mapping[str, Any], width: int) -> str:
@@ -122,7 +132,7 @@ def _result_text(result: Mapping[str, Any], width: int) -> str:
     lines = (
         f"test accuracy {percent(accuracy)} of {count:,} images",
         f"95 % interval: {100 * low:.2f} to {percent(high)} (Wilson score; one run)",
-        *augmented_text(result),
+        *options_text(result),
         f"best: {best} after epoch {epoch}",
         f"time: {format_duration(result['wall_seconds'])}",
     )

@@ -116,7 +116,8 @@ def train_and_evaluate(
                 run.lock()
             with CheckpointManager(run.checkpoints) as checkpoints:
                 state, saved = restore(experiment, run, checkpoints, state, recorded)
-                is_complete = finished is not None and int(state.step) == experiment.num_steps
+                # A run that stopped early has fewer steps than its config says.
+                is_complete = finished is not None and int(state.step) == finished.get("num_steps")
                 if not is_complete:
                     run.lock()  # a finished run whose last checkpoint is damaged is trained again
                     run.delete_result()
@@ -148,7 +149,7 @@ def _train(
     writers: list[Writer],
     started: float,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Trains from the state's step to the last.
+    """Trains from the state's step to the last, or to that of an early stop.
 
     Args:
       experiment: of the run.
@@ -206,7 +207,7 @@ def _train(
         best_accuracy=max((record["test_accuracy"] for record in records), default=0.0),
     )
     with progress, GracefulShutdown() as shutdown:
-        while step < experiment.num_steps:
+        while step < experiment.num_steps and experiment.early_stop(records) is None:
             if metrics is None:
                 progress.begin_epoch(step)
             accumulator, signum = MetricsAccumulator(step, metrics), None

@@ -87,8 +87,8 @@ def get_config() -> ConfigDict:
     config.optimizer.freeze = ()
 
     config.schedule = ConfigDict()
-    # "cosine" and "linear" fall to final_lr_fraction of the peak. "one_cycle" rises for pct_start of
-    # the run, from the peak / div_factor, and falls to that / final_div_factor.
+    # "cosine" and "linear" fall to final_lr_fraction of the peak. "one_cycle" rises for pct_start
+    # of the run, from the peak / div_factor, and falls to that / final_div_factor.
     config.schedule.name = "constant"
     # Linear rise from 0; fractions of an epoch are fine.
     config.schedule.warmup_epochs = 0.0
@@ -105,6 +105,16 @@ def get_config() -> ConfigDict:
     # views: "flip" (mirrored too) or "flip_translate" (six views). result.json has it beside the
     # plain accuracy, which decides what is best.
     config.evaluation.tta = "none"
+
+    config.early_stopping = ConfigDict()
+    # End the run after this many epochs without improvement; 0 does not. The schedule stays that of
+    # num_epochs.
+    config.early_stopping.patience = 0
+    # What must improve: "test_loss", "test_accuracy", "train_loss" and so on. Stopping by the test
+    # images makes their accuracy optimistic.
+    config.early_stopping.monitor = "test_loss"
+    # By how much it must improve, as a fraction for accuracies.
+    config.early_stopping.min_delta = 0.0
 
     # Where and how to run: results differ by rounding at most (but for "skip", once a step is not
     # finite), so a run may be resumed with other values.
