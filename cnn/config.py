@@ -40,6 +40,7 @@ from cnn.optimizers import (
     create_optimizer,
     create_schedule,
     optimizer_schema,
+    schedule_arguments,
     schedule_schema,
 )
 from cnn.registry import REQUIRED, Field, Schema, check_type, shown
@@ -100,6 +101,16 @@ _RUN_FIELDS: dict[str, _RunField] = {
     "init_from": _RunField(str, ""),
     "schedule.warmup_epochs": _RunField(
         float, 0.0, valid=lambda value: 0 <= value < 2**31, must="be 0 or more, and below 2**31"
+    ),
+    "schedule.plateau_patience": _at_least(0, 0),
+    "schedule.plateau_factor": _RunField(
+        float,
+        0.1,
+        valid=lambda value: 0 < value < 1,
+        must="be more than 0 and less than 1",
+    ),
+    "schedule.plateau_min_scale": _RunField(
+        float, 0.0, valid=lambda value: 0 <= value < 1, must="be at least 0 and below 1"
     ),
     "optimizer.learning_rate": _RunField(float),
     "evaluation.tta": _choice("none", *TEST_TIME_VIEWS),
@@ -445,13 +456,12 @@ def _check_built(config: Any) -> None:
     find_metrics(config.metrics)
     check_monitor(config.early_stopping.monitor, config.metrics)
     create_optimizer(**config.optimizer.to_dict())
-    schedule = {**config.schedule.to_dict()}
-    warmup_epochs = schedule.pop("warmup_epochs")
+    warmup_epochs = config.schedule.warmup_epochs
     create_schedule(
         learning_rate=config.optimizer.learning_rate,
         num_updates=1,
         warmup_updates=int(warmup_epochs > 0),
-        **schedule,
+        **schedule_arguments(config.schedule),
     )
     if warmup_epochs > config.num_epochs:
         raise UserError(

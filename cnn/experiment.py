@@ -23,7 +23,8 @@ from cnn.losses import LossFn, create_loss
 from cnn.metrics import MetricFn, find_metrics
 from cnn.models import create_model
 from cnn.models.summary import model_summary
-from cnn.optimizers import create_optimizer, create_schedule, frozen
+from cnn.optimizers import create_optimizer, create_schedule, frozen, schedule_arguments
+from cnn.plateau import plateau_scale, reduce_on_plateau
 from cnn.runtime.devices import data_mesh, replicated_sharding
 from cnn.runtime.provenance import describe_object
 from cnn.runtime.screen import waiting
@@ -206,12 +207,17 @@ class Experiment:
         """
         return _jit_once(fn, static_argnames, self.mesh.devices.flat[0].platform == "cpu")
 
-    def learning_rate(self, step: int) -> float | None:
-        """The learning rate of the last update made in `step` steps; None if it is not known."""
+    def learning_rate(self, step: int, opt_state: Any) -> float | None:
+        """The learning rate of the last update; None if it is not known.
+
+        Args:
+          step: the number of steps made, without those that were skipped.
+          opt_state: after them: what a plateau has scaled the rate by.
+        """
         if self.schedule is None:
             return None
         update = max(step // self._accumulation - 1, 0)
-        return float(_scheduled(self.schedule, np.int32(update)))
+        return float(_scheduled(self.schedule, np.int32(update))) * plateau_scale(opt_state)
 
 
 @functools.cache
@@ -284,6 +290,14 @@ def create_experiment(
     if tx is None:
         schedule, warmup_updates = _create_schedule(config, num_steps, pipeline.steps_per_epoch)
         tx = create_optimizer(**{**config.optimizer.to_dict(), "learning_rate": schedule})
+        if config.schedule.plateau_patience:
+            tx = reduce_on_plateau(
+                tx,
+                steps_per_epoch=pipeline.steps_per_epoch,
+                patience=config.schedule.plateau_patience,
+                factor=config.schedule.plateau_factor,
+                min_scale=config.schedule.plateau_min_scale,
+            )
     return Experiment(
         config=config,
         dataset=dataset,
@@ -351,13 +365,12 @@ def _create_schedule(
             f"optimizer.grad_accumulation_steps={accumulation} is more than the {num_steps:,} "
             f"steps of the run: nothing would be trained"
         )
-    fields = config.schedule.to_dict()
-    warmup_updates = round(steps_per_epoch * fields.pop("warmup_epochs") / accumulation)
+    warmup_updates = round(steps_per_epoch * config.schedule.warmup_epochs / accumulation)
     schedule = create_schedule(
         learning_rate=config.optimizer.learning_rate,
         num_updates=num_steps // accumulation,
         warmup_updates=warmup_updates,
-        **fields,
+        **schedule_arguments(config.schedule),
     )
     return schedule, warmup_updates
 
@@ -387,6 +400,11 @@ def _schedule_notes(experiment: Experiment) -> list[str]:
         lines.append(
             f"steps at the end without effect: {rest:,} of {num_steps:,}, which do not fill "
             f"optimizer.grad_accumulation_steps={accumulation}"
+        )
+    if schedule.plateau_patience >= num_steps // experiment.steps_per_epoch > 0:
+        lines.append(
+            f"schedule.plateau_patience={schedule.plateau_patience} has no effect: the run has "
+            f"{experiment.epoch(num_steps):g} epochs"
         )
     if schedule.warmup_epochs and not experiment.warmup_updates:
         lines.append(

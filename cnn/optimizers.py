@@ -11,7 +11,7 @@ import fnmatch
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -114,6 +114,16 @@ SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
 def schedule_schema(name: str) -> Schema:
     """The fields of a schedule; raises UserError for an unknown name."""
     return schema(select("schedule", SCHEDULES, name), without=("learning_rate", "num_updates"))
+
+
+def schedule_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What `create_schedule` takes of a config's section `schedule`: the name, and its own fields.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    own = ("name", *schedule_schema(section["name"]))
+    return {name: section[name] for name in own}
 
 
 @_cached

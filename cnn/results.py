@@ -37,7 +37,7 @@ _CURVES, _SAMPLES = "curves.png", "samples.png"
 
 def epoch_record(
     experiment: Experiment,
-    step: int,
+    state: TrainState,
     trained: Metrics,
     tested: Metrics,
     records: Sequence[Mapping[str, Any]],
@@ -49,15 +49,15 @@ def epoch_record(
 
     Args:
       experiment: of the run.
-      step: the number of steps made.
+      state: after the epoch.
       trained: of the epoch's steps.
       tested: of all test images.
       records: of the epochs before.
     """
-    begun = records[-1]["step"] if records else 0
+    step, begun = int(state.step), records[-1]["step"] if records else 0
     skipped = step - begun - int(trained.count) // experiment.config.batch_size
     before = sum(record["skipped_steps"] for record in records)
-    rate = experiment.learning_rate(step - before - skipped)
+    rate = experiment.learning_rate(step - before - skipped, state.opt_state)
     return {
         "step": step,
         "epoch": experiment.epoch(step),

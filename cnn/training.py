@@ -177,7 +177,7 @@ def _train(
 
     def fetch(accumulator: MetricsAccumulator, keep_newest: int = 0) -> Metrics:
         metrics = accumulator.fetch(keep_newest)
-        checks.check_steps(accumulator)
+        checks.check_steps(state, accumulator)
         return metrics
 
     if "records" not in saved:
@@ -232,8 +232,8 @@ def _train(
                 progress.evaluating(step)
                 with progress.first_time("compiling the evaluation", step):
                     tested = _test(state, experiment)
-                checks.check_epoch(step, metrics, tested)
-                record = epoch_record(experiment, step, metrics, tested, records) | speed
+                checks.check_epoch(state, metrics, tested)
+                record = epoch_record(experiment, state, metrics, tested, records) | speed
                 records.append(record)
                 run.append(record)
                 _write(record, writers)

@@ -92,6 +92,13 @@ def get_config() -> ConfigDict:
     config.schedule.name = "constant"
     # Linear rise from 0; fractions of an epoch are fine.
     config.schedule.warmup_epochs = 0.0
+    # Multiply the rate, whatever the schedule, by plateau_factor after this many epochs in a row
+    # whose mean training loss is not lower than the best; 0 does not.
+    config.schedule.plateau_patience = 0
+    # Between 0 and 1.
+    config.schedule.plateau_factor = 0.1
+    # The rate never falls below this fraction of the schedule's.
+    config.schedule.plateau_min_scale = 0.0
 
     # Of the training images, by the names of cnn/augment.py; False and 0 switch one off.
     config.augment = ConfigDict()
