@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import os
 import re
 import runpy
@@ -28,7 +29,9 @@ from cnn.data.folder import ON_UNREADABLE
 from cnn.data.images import IMAGE_SIZE_MUST, RESIZE, is_image_size
 from cnn.data.pipeline import NORMALIZATIONS
 from cnn.data.settings import TEST_FRACTION
+from cnn.early_stopping import check_monitor
 from cnn.errors import UserError
+from cnn.evaluation import TEST_TIME_VIEWS
 from cnn.losses import LOSSES, create_loss, loss_schema
 from cnn.metrics import find_metrics
 from cnn.models import MODELS, create_model, model_schema
@@ -39,6 +42,7 @@ from cnn.optimizers import (
     create_schedule,
     group_schema,
     optimizer_schema,
+    schedule_arguments,
     schedule_schema,
 )
 from cnn.registry import REQUIRED, Field, Schema, check_type, shown
@@ -103,7 +107,23 @@ _RUN_FIELDS: dict[str, _RunField] = {
     "schedule.warmup_from": _RunField(
         float, 0.0, valid=lambda value: 0 <= value <= 1, must="lie between 0 and 1"
     ),
+    "schedule.plateau_patience": _at_least(0, 0),
+    "schedule.plateau_factor": _RunField(
+        float,
+        0.1,
+        valid=lambda value: 0 < value < 1,
+        must="be more than 0 and less than 1",
+    ),
+    "schedule.plateau_min_scale": _RunField(
+        float, 0.0, valid=lambda value: 0 <= value < 1, must="be at least 0 and below 1"
+    ),
     "optimizer.learning_rate": _RunField(float),
+    "evaluation.tta": _choice("none", *TEST_TIME_VIEWS),
+    "early_stopping.patience": _at_least(0, 0),
+    "early_stopping.monitor": _RunField(str, "test_loss"),
+    "early_stopping.min_delta": _RunField(
+        float, 0.0, valid=lambda value: 0 <= value < math.inf, must="be 0 or more"
+    ),
     # They change the result by rounding at most (but for "skip", once a step is not finite), so a
     # run may be resumed with other values.
     "runtime.data_dir": _RunField(str, ""),
@@ -162,7 +182,8 @@ def fields(config: ConfigDict) -> Schema:
     known.update({f"augment.{key}": field for key, field in augment_schema().items()})
     order = (
         *("seed", "dataset", "batch_size", "num_epochs", "metrics", "init_from", "model", "loss"),
-        *("optimizer", "schedule", "averaging", "augment", "runtime"),
+        *("optimizer", "schedule", "averaging", "augment", "evaluation", "early_stopping"),
+        "runtime",
     )
     everything = {**_RUN_FIELDS, **known}
     return dict(sorted(everything.items(), key=lambda item: order.index(item[0].partition(".")[0])))
@@ -466,14 +487,20 @@ def _check_built(config: Any) -> None:
     create_loss(**config.loss.to_dict())
     create_augment(**config.augment.to_dict())
     find_metrics(config.metrics)
+    check_monitor(config.early_stopping.monitor, config.metrics)
     optimizer = config.optimizer.to_dict()
     for group in optimizer.get("groups", {}).values():
         del group["freeze_after_epochs"], group["schedule_epochs"]
     create_optimizer(**optimizer)
     create_averaging(num_steps=1, **config.averaging.to_dict())
-    schedule = {**config.schedule.to_dict()}
-    warmup_epochs = schedule.pop("warmup_epochs")
-    create_schedule(learning_rate=config.optimizer.learning_rate, num_updates=1, **schedule)
+    warmup_epochs = config.schedule.warmup_epochs
+    create_schedule(
+        learning_rate=config.optimizer.learning_rate,
+        num_updates=1,
+        warmup_updates=int(warmup_epochs > 0),
+        warmup_from=config.schedule.warmup_from,
+        **schedule_arguments(config.schedule),
+    )
     if warmup_epochs > config.num_epochs:
         raise UserError(
             f"schedule.warmup_epochs={warmup_epochs} is longer than num_epochs={config.num_epochs}"

@@ -18,7 +18,7 @@ from cnn.metrics import Metrics
 from cnn.ops import explicit_mesh
 from cnn.registry import select
 from cnn.runtime.devices import limit_in_flight
-from cnn.steps import TrainState, eval_step, is_per_example_state, predict_step
+from cnn.steps import TrainState, check_batch, is_per_example_state, predict_step, score
 
 View = Callable[[jax.Array], jax.Array]
 
@@ -62,18 +62,25 @@ TEST_TIME_VIEWS: dict[str, tuple[tuple[View, float], ...]] = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("batch_size", "mesh"))
+@functools.partial(jax.jit, static_argnames=("batch_size", "mesh", "tta"))
 def _eval_batch(
-    state: TrainState, split: DeviceSplit, start: jax.Array, *, batch_size: int, mesh: Mesh | None
+    state: TrainState,
+    split: DeviceSplit,
+    start: jax.Array,
+    *,
+    batch_size: int,
+    mesh: Mesh | None,
+    tta: str,
 ) -> Metrics:
     """Scores `batch_size` images from `start` on; those beyond the last image do not count."""
 
     @explicit_mesh.automatic_axes(lambda mesh, *_: explicit_mesh.replicated_over(mesh))
-    def score(state: TrainState, split: DeviceSplit, start: jax.Array) -> Metrics:
+    def run(state: TrainState, split: DeviceSplit, start: jax.Array) -> Metrics:
         batch, mask = _batch(split, start, batch_size, mesh)
-        return eval_step(state, {**batch, "mask": mask})
+        check_batch(batch, is_trained=False)
+        return score(state, _logits(state, batch["image"], tta), {**batch, "mask": mask})
 
-    return score(state, split, start)
+    return run(state, split, start)
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size", "mesh", "tta"))
@@ -90,11 +97,15 @@ def _predict_batch(
 
     @explicit_mesh.automatic_axes(lambda mesh, *_: explicit_mesh.replicated_over(mesh))
     def predict(state: TrainState, split: DeviceSplit, start: jax.Array) -> jax.Array:
-        image = _batch(split, start, batch_size, mesh)[0]["image"]
-        views = TEST_TIME_VIEWS[tta]
-        return sum(weight * predict_step(state, view(image)) for view, weight in views)  # type: ignore
+        return _logits(state, _batch(split, start, batch_size, mesh)[0]["image"], tta)
 
     return predict(state, split, start)
+
+
+def _logits(state: TrainState, image: jax.Array, tta: str) -> jax.Array:
+    """The weighted mean of the logits of several views of normalized images."""
+    views = TEST_TIME_VIEWS[tta]
+    return sum(weight * predict_step(state, view(image)) for view, weight in views)  # type: ignore
 
 
 def _batch(
@@ -114,7 +125,13 @@ def _over_all_axes(mesh: Mesh) -> NamedSharding:
     return NamedSharding(automatic, PartitionSpec(mesh.axis_names))
 
 
-def evaluate(state: TrainState, split: DeviceSplit | Split, *, batch_size: int = 1000) -> Metrics:
+def evaluate(
+    state: TrainState,
+    split: DeviceSplit | Split,
+    *,
+    batch_size: int = 1000,
+    tta: str = "none",
+) -> Metrics:
     """Scores all images of a split, the last and partial batch included.
 
     Args:
@@ -123,6 +140,8 @@ def evaluate(state: TrainState, split: DeviceSplit | Split, *, batch_size: int =
         split on the host, such as `dataset.test`, is placed beside the state and its images are
         divided by 255, which is wrong for a state that was trained on standardized images.
       batch_size: images per compiled call; rounded up to a multiple of the device count.
+      tta: test-time augmentation, a key of `TEST_TIME_VIEWS`: what is scored is the weighted mean
+        of the logits of several views of each image.
 
     Returns:
       Metrics on the host: `count` is the number of images of the split, whatever the batch size and
@@ -130,9 +149,10 @@ def evaluate(state: TrainState, split: DeviceSplit | Split, *, batch_size: int =
       model and loss declare `per_example` (see `create_train_state`).
 
     Raises:
-      UserError: if `split` is no split, `batch_size` is less than 1, or labels, logits or losses
-        have shapes that `train_step` refuses.
+      UserError: if `split` is no split, `batch_size` is less than 1, `tta` is unknown, or labels,
+        logits or losses have shapes that `train_step` refuses.
     """
+    select("test-time augmentation", TEST_TIME_VIEWS, tta)
     if isinstance(split, Split):
         split = _place(split, state)
     if not isinstance(split, DeviceSplit):
@@ -143,7 +163,7 @@ def evaluate(state: TrainState, split: DeviceSplit | Split, *, batch_size: int =
     mesh, parts = _mesh(split), []
     with _within(mesh):
         for start, size in _calls(state, split, batch_size):
-            parts.append(_eval_batch(state, split, start, batch_size=size, mesh=mesh))
+            parts.append(_eval_batch(state, split, start, batch_size=size, mesh=mesh, tta=tta))
             limit_in_flight(parts)
     return Metrics.merge(parts)
 
@@ -157,8 +177,7 @@ def predict(
       state: of the model.
       split: on the devices; its labels do not matter.
       batch_size: as for `evaluate`.
-      tta: test-time augmentation, a key of `TEST_TIME_VIEWS`: the weighted mean of the logits of
-        several views of each image.
+      tta: as for `evaluate`.
 
     Raises:
       UserError: an unknown `tta`, or a `batch_size` below 1.

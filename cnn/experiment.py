@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,12 +18,14 @@ from cnn.augment import Augment, create_augment
 from cnn.averaging import Averaging, create_averaging
 from cnn.data import Dataset, load_dataset, load_folder
 from cnn.data.pipeline import Pipeline, stream_key
+from cnn.early_stopping import early_stop
 from cnn.errors import UserError, number_of
 from cnn.losses import LossFn, create_loss
 from cnn.metrics import MetricFn, find_metrics
 from cnn.models import create_model
 from cnn.models.summary import model_summary
-from cnn.optimizers import create_optimizer, create_schedule, frozen
+from cnn.optimizers import create_optimizer, create_schedule, frozen, schedule_arguments
+from cnn.plateau import plateau_scale, reduce_on_plateau
 from cnn.runtime.devices import data_mesh, replicated_sharding
 from cnn.runtime.provenance import describe_object
 from cnn.runtime.screen import waiting
@@ -138,6 +140,10 @@ class Experiment:
         every, end = self.config.runtime.checkpoint_every_steps, self.epoch_end(step)
         return min(end, (step // every + 1) * every) if every else end
 
+    def early_stop(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+        """Why the run ends before `num_steps`, after the epochs of some records; else None."""
+        return early_stop(records, **self.config.early_stopping.to_dict())
+
     def initial_state(self) -> TrainState:
         """The state before the first step, on every device of the mesh.
 
@@ -225,12 +231,17 @@ class Experiment:
         """
         return _jit_once(fn, static_argnames, self.mesh.devices.flat[0].platform == "cpu")
 
-    def learning_rate(self, step: int) -> float | None:
-        """The learning rate of the last update made in `step` steps; None if it is not known."""
+    def learning_rate(self, step: int, opt_state: Any) -> float | None:
+        """The learning rate of the last update; None if it is not known.
+
+        Args:
+          step: the number of steps made, without those that were skipped.
+          opt_state: after them: what a plateau has scaled the rate by.
+        """
         if self.schedule is None:
             return None
         update = max(step // self._accumulation - 1, 0)
-        return float(_scheduled(self.schedule, np.int32(update)))
+        return float(_scheduled(self.schedule, np.int32(update))) * plateau_scale(opt_state)
 
 
 @functools.cache
@@ -303,6 +314,14 @@ def create_experiment(
     if tx is None:
         schedule, warmup_updates = _create_schedule(config, num_steps, pipeline.steps_per_epoch)
         tx = _create_optimizer(config, schedule, num_steps, pipeline.steps_per_epoch)
+        if config.schedule.plateau_patience:
+            tx = reduce_on_plateau(
+                tx,
+                steps_per_epoch=pipeline.steps_per_epoch,
+                patience=config.schedule.plateau_patience,
+                factor=config.schedule.plateau_factor,
+                min_scale=config.schedule.plateau_min_scale,
+            )
     return Experiment(
         config=config,
         dataset=dataset,
@@ -371,15 +390,18 @@ def _create_schedule(
             f"optimizer.grad_accumulation_steps={accumulation} is more than the {num_steps:,} "
             f"steps of the run: nothing would be trained"
         )
-    fields = config.schedule.to_dict()
     updates_per_epoch = steps_per_epoch / accumulation
-    warmup_updates = round(updates_per_epoch * fields.pop("warmup_epochs"))
+    warmup_updates = round(updates_per_epoch * config.schedule.warmup_epochs)
     rate, num_updates = config.optimizer.learning_rate, num_steps // accumulation
     if group is not None:
         rate = group["learning_rate"]
         num_updates = round(updates_per_epoch * group["schedule_epochs"]) or num_updates
     schedule = create_schedule(
-        learning_rate=rate, num_updates=num_updates, warmup_updates=warmup_updates, **fields
+        learning_rate=rate,
+        num_updates=num_updates,
+        warmup_updates=warmup_updates,
+        warmup_from=config.schedule.warmup_from,
+        **schedule_arguments(config.schedule),
     )
     return schedule, warmup_updates
 
@@ -406,6 +428,11 @@ def notes(experiment: Experiment) -> list[str]:
         lines.append(
             f"runtime.checkpoint_every_steps={every} has no effect: the run has {num_steps:,} steps"
         )
+    patience, num_epochs = config.early_stopping.patience, experiment.epoch(num_steps)
+    if patience and patience + 1 >= num_epochs:  # the first epoch always improves
+        lines.append(
+            f"early_stopping.patience={patience} has no effect: the run has {num_epochs:g} epochs"
+        )
     return lines
 
 
@@ -417,6 +444,11 @@ def _schedule_notes(experiment: Experiment) -> list[str]:
         lines.append(
             f"steps at the end without effect: {rest:,} of {num_steps:,}, which do not fill "
             f"optimizer.grad_accumulation_steps={accumulation}"
+        )
+    if schedule.plateau_patience >= num_steps // experiment.steps_per_epoch > 0:
+        lines.append(
+            f"schedule.plateau_patience={schedule.plateau_patience} has no effect: the run has "
+            f"{experiment.epoch(num_steps):g} epochs"
         )
     if schedule.warmup_epochs and not experiment.warmup_updates:
         lines.append(

@@ -77,16 +77,61 @@ def cosine(
     return optax.cosine_decay_schedule(learning_rate, num_updates, alpha=final_lr_fraction)
 
 
+def one_cycle(
+    learning_rate: float,
+    num_updates: int,
+    pct_start: float = 0.3,
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+) -> optax.Schedule:
+    """Rises by half a cosine, and falls by another to almost nothing.
+
+    Smith & Topin 2019, "Super-convergence", with the shape and the defaults of PyTorch's
+    `OneCycleLR`: the first update has `learning_rate / div_factor`, the last one that divided by
+    `final_div_factor`. The peak is that of PyTorch where `pct_start * num_updates` is whole, and
+    less than one update from it elsewhere. Momentum does not cycle.
+
+    Args:
+      learning_rate: the highest.
+      num_updates: of the whole run.
+      pct_start: the fraction of the updates until the peak.
+      div_factor: the highest rate over that of the first update.
+      final_div_factor: the rate of the first update over that of the last.
+
+    Raises:
+      UserError: a value out of its range.
+    """
+    if not 0 <= pct_start < 1:
+        raise UserError(f"config field schedule.pct_start={pct_start} must be 0 or more, below 1")
+    _check_range("schedule.div_factor", div_factor, 1, _MOST)
+    _check_range("schedule.final_div_factor", final_div_factor, 1, _MOST)
+    last = max(num_updates - 1, 1)  # counted from 0
+    return optax.cosine_onecycle_schedule(
+        last, learning_rate, pct_start, div_factor, final_div_factor
+    )
+
+
 SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
     "constant": constant,
     "cosine": cosine,
     "linear": linear,
+    "one_cycle": one_cycle,
 }
 
 
 def schedule_schema(name: str) -> Schema:
     """The fields of a schedule; raises UserError for an unknown name."""
     return schema(select("schedule", SCHEDULES, name), without=("learning_rate", "num_updates"))
+
+
+def schedule_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What `create_schedule` takes of a config's section `schedule`: the name, and its own fields.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    own = ("name", *schedule_schema(section["name"]))
+    return {name: section[name] for name in own}
 
 
 @_cached
@@ -102,7 +147,7 @@ def create_schedule(
     """A learning rate as a function of the number of updates made.
 
     It rises linearly from `warmup_from * learning_rate` to `learning_rate` in `warmup_updates`, and
-    then follows the schedule.
+    then follows the schedule. "one_cycle" takes no warm-up.
 
     Args:
       name: a row of `SCHEDULES`.
@@ -124,6 +169,11 @@ def create_schedule(
     _check_range("schedule.warmup_from", warmup_from, 0, 1)
     if "final_lr_fraction" in fields:
         _check_range("schedule.final_lr_fraction", fields["final_lr_fraction"], 0, 1)
+    if warmup_updates and SCHEDULES[name] is one_cycle:
+        raise UserError(
+            "schedule.warmup_epochs must be 0 with schedule.name=one_cycle, which has a rise of "
+            "its own: set schedule.pct_start"
+        )
     after = SCHEDULES[name](learning_rate, max(num_updates - warmup_updates, 1), **fields)
     if not warmup_updates:
         return after

@@ -27,7 +27,7 @@ from cnn.runtime.screen import (
     warning_on_failure,
     width,
 )
-from cnn.runtime.table import epoch_number, percent
+from cnn.runtime.table import epoch_number, loss, percent
 from cnn.runtime.writers import TensorBoardWriter
 from cnn.steps import TrainState, predict_step
 
@@ -37,7 +37,7 @@ _CURVES, _SAMPLES = "curves.png", "samples.png"
 
 def epoch_record(
     experiment: Experiment,
-    step: int,
+    state: TrainState,
     trained: Metrics,
     tested: Metrics,
     records: Sequence[Mapping[str, Any]],
@@ -49,15 +49,15 @@ def epoch_record(
 
     Args:
       experiment: of the run.
-      step: the number of steps made.
+      state: after the epoch.
       trained: of the epoch's steps.
       tested: of all test images.
       records: of the epochs before.
     """
-    begun = records[-1]["step"] if records else 0
+    step, begun = int(state.step), records[-1]["step"] if records else 0
     skipped = step - begun - int(trained.count) // experiment.config.batch_size
     before = sum(record["skipped_steps"] for record in records)
-    rate = experiment.learning_rate(step - before - skipped)
+    rate = experiment.learning_rate(step - before - skipped, state.opt_state)
     return {
         "step": step,
         "epoch": experiment.epoch(step),
@@ -84,19 +84,39 @@ def final_result(
       wall_seconds: of the run, earlier processes included.
     """
     last, best = records[-1], max(records, key=lambda r: (r["test_accuracy"], r["step"]))
+    is_early = last["step"] < experiment.num_steps
     return {
         **{name: last[name] for name in last if name.startswith(("test_", "train_"))},
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "num_epochs": experiment.epoch(experiment.num_steps),
-        "num_steps": experiment.num_steps,
+        "num_epochs": last["epoch"],
+        "num_steps": last["step"],
+        **({"stopped_early": experiment.early_stop(records)} if is_early else {}),
         "skipped_steps": sum(record["skipped_steps"] for record in records),
         "seed": experiment.config.seed,
         "dataset": experiment.dataset.fingerprint,
         "digest": digest(state),
         "wall_seconds": wall_seconds,
     }
+
+
+def options_text(figures: Mapping[str, Any]) -> list[str]:
+    """A line each about test-time augmentation and an early stop, if there was any.
+
+    Args:
+      figures: what `result.json` holds.
+    """
+    lines = []
+    if (accuracy := figures.get("tta_test_accuracy")) is not None:
+        lines.append(f"with test-time augmentation: {percent(accuracy)}")
+    if (stop := figures.get("stopped_early")) is not None:
+        value = (loss if stop["monitor"].endswith("_loss") else percent)(stop["best"])
+        lines.append(
+            f"stopped early after epoch {epoch_number(stop['epoch'])}: best {stop['monitor']} "
+            f"{value} after epoch {epoch_number(stop['best_epoch'])}"
+        )
+    return lines
 
 
 def _result_text(result: Mapping[str, Any], width: int) -> str:
@@ -112,6 +132,7 @@ def _result_text(result: Mapping[str, Any], width: int) -> str:
     lines = (
         f"test accuracy {percent(accuracy)} of {count:,} images",
         f"95 % interval: {100 * low:.2f} to {percent(high)} (Wilson score; one run)",
+        *options_text(result),
         f"best: {best} after epoch {epoch}",
         f"time: {format_duration(result['wall_seconds'])}",
     )

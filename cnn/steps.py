@@ -448,7 +448,20 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
     3
     """
     check_batch(batch, is_trained=False)
-    logits = _predict(state, batch["image"])
+    return score(state, _predict(state, batch["image"]), batch)
+
+
+def score(state: TrainState, logits: Float[AnyArray, "B K"], batch: Batch) -> Metrics:
+    """The metrics of logits, however they were computed.
+
+    Args:
+      state: has the loss and the metrics.
+      logits: of the images.
+      batch: as for `eval_step`; its images do not matter.
+
+    Raises:
+      UserError: while tracing, if labels, logits or losses have other shapes.
+    """
     losses = state.loss_fn(logits, batch["label"])
     return Metrics.from_logits(
         losses, logits, batch["label"], batch.get("mask"), metric_fns=state.metric_fns

@@ -116,7 +116,8 @@ def train_and_evaluate(
                 run.lock()
             with CheckpointManager(run.checkpoints) as checkpoints:
                 state, saved = restore(experiment, run, checkpoints, state, recorded)
-                is_complete = finished is not None and int(state.step) == experiment.num_steps
+                # A run that stopped early has fewer steps than its config says.
+                is_complete = finished is not None and int(state.step) == finished.get("num_steps")
                 if not is_complete:
                     run.lock()  # a finished run whose last checkpoint is damaged is trained again
                     run.delete_result()
@@ -129,8 +130,9 @@ def train_and_evaluate(
                     state, records = _train(
                         experiment, run, checkpoints, state, saved, list(writers), started
                     )
+                    augmented = _augmented_test(state, experiment)
                     seconds = time.monotonic() - started
-                    finished = final_result(state, experiment, records, seconds)
+                    finished = final_result(state, experiment, records, seconds) | augmented
                     finished |= {"init_from": saved["init_from"]} if config.init_from else {}
                     run.write("result.json", finished)
             assert finished is not None
@@ -147,7 +149,7 @@ def _train(
     writers: list[Writer],
     started: float,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Trains from the state's step to the last.
+    """Trains from the state's step to the last, or to that of an early stop.
 
     Args:
       experiment: of the run.
@@ -175,7 +177,7 @@ def _train(
 
     def fetch(accumulator: MetricsAccumulator, keep_newest: int = 0) -> Metrics:
         metrics = accumulator.fetch(keep_newest)
-        checks.check_steps(accumulator)
+        checks.check_steps(state, accumulator)
         return metrics
 
     if "records" not in saved:
@@ -205,7 +207,7 @@ def _train(
         best_accuracy=max((record["test_accuracy"] for record in records), default=0.0),
     )
     with progress, GracefulShutdown() as shutdown:
-        while step < experiment.num_steps:
+        while step < experiment.num_steps and experiment.early_stop(records) is None:
             if metrics is None:
                 progress.begin_epoch(step)
             accumulator, signum = MetricsAccumulator(step, metrics), None
@@ -229,13 +231,9 @@ def _train(
                 speed = {"images_per_second": progress.images_per_second(step)}
                 progress.evaluating(step)
                 with progress.first_time("compiling the evaluation", step):
-                    tested = evaluate(
-                        state.replace(loss_fn=evaluation_loss(experiment.loss_fn)),
-                        pipeline.test,
-                        batch_size=config.runtime.eval_batch_size,
-                    )
-                checks.check_epoch(step, metrics, tested)
-                record = epoch_record(experiment, step, metrics, tested, records) | speed
+                    tested = _test(state, experiment)
+                checks.check_epoch(state, metrics, tested)
+                record = epoch_record(experiment, state, metrics, tested, records) | speed
                 records.append(record)
                 run.append(record)
                 _write(record, writers)
@@ -249,6 +247,25 @@ def _train(
     with waiting("saving the last checkpoint"):
         checkpoints.wait_until_finished()
     return state, records
+
+
+def _test(state: TrainState, experiment: Experiment, tta: str = "none") -> Metrics:
+    """Scores the test images by the loss without label smoothing."""
+    return evaluate(
+        state.replace(loss_fn=evaluation_loss(experiment.loss_fn)),
+        experiment.pipeline.test,
+        batch_size=experiment.config.runtime.eval_batch_size,
+        tta=tta,
+    )
+
+
+def _augmented_test(state: TrainState, experiment: Experiment) -> dict[str, Any]:
+    """What `result.json` has of test-time augmentation; nothing if it is off."""
+    if (tta := experiment.config.evaluation.tta) == "none":
+        return {}
+    with waiting("evaluating with test-time augmentation"):
+        means = _test(state, experiment, tta).means()
+    return {f"tta_test_{name}": value for name, value in means.items()}
 
 
 def _write(record: dict[str, Any], writers: list[Writer]) -> None:

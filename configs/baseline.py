@@ -87,10 +87,18 @@ def get_config() -> ConfigDict:
     config.optimizer.freeze = ()
 
     config.schedule = ConfigDict()
-    # "cosine" and "linear" fall to final_lr_fraction of the peak.
+    # "cosine" and "linear" fall to final_lr_fraction of the peak. "one_cycle" rises for pct_start
+    # of the run, from the peak / div_factor, and falls to that / final_div_factor.
     config.schedule.name = "constant"
     # Linear rise from 0; fractions of an epoch are fine.
     config.schedule.warmup_epochs = 0.0
+    # Multiply the rate, whatever the schedule, by plateau_factor after this many epochs in a row
+    # whose mean training loss is not lower than the best; 0 does not.
+    config.schedule.plateau_patience = 0
+    # Between 0 and 1.
+    config.schedule.plateau_factor = 0.1
+    # The rate never falls below this fraction of the schedule's.
+    config.schedule.plateau_min_scale = 0.0
 
     # Of the training images, by the names of cnn/augment/; False and 0 switch one off.
     config.augment = ConfigDict()
@@ -98,6 +106,22 @@ def get_config() -> ConfigDict:
     config.augment.flip = False
     # Shift it by up to this many pixels in both directions; the border is reflected.
     config.augment.translate = 0
+
+    config.evaluation = ConfigDict()
+    # Score the test images once more, after the last epoch, by the mean of the logits of several
+    # views: "flip" (mirrored too) or "flip_translate" (six views). result.json has it beside the
+    # plain accuracy, which decides what is best.
+    config.evaluation.tta = "none"
+
+    config.early_stopping = ConfigDict()
+    # End the run after this many epochs without improvement; 0 does not. The schedule stays that of
+    # num_epochs.
+    config.early_stopping.patience = 0
+    # What must improve: "test_loss", "test_accuracy", "train_loss" and so on. Stopping by the test
+    # images makes their accuracy optimistic.
+    config.early_stopping.monitor = "test_loss"
+    # By how much it must improve, as a fraction for accuracies.
+    config.early_stopping.min_delta = 0.0
 
     # Where and how to run: results differ by rounding at most (but for "skip", once a step is not
     # finite), so a run may be resumed with other values.

@@ -26,6 +26,9 @@ def get_config() -> ConfigDict:
     # as many at half the resolution.
     config.model.stage_sizes = (2, 2, 2, 2)
     config.model.features = 64
+    # The probability to leave out the last block for an image in training; earlier ones less, in
+    # proportion to their depth (Huang et al. 2016). 0 leaves out none.
+    config.model.stochastic_depth_rate = 0.0
     # Of the computation: "float32" or "bfloat16". Parameters stay float32.
     config.model.dtype = "float32"
     # As in configs/baseline.py.

@@ -64,6 +64,8 @@ def get_config() -> ConfigDict:
     # Each image in its two orientations by turns.
     config.augment.alternating_flip = True
     config.augment.translate = 2
+    # Scored with six views of each test image too.
+    config.evaluation.tta = "flip_translate"
     return config
 
 

@@ -54,6 +54,13 @@ def test_every_field_of_the_baseline_has_a_comment():
         ("metrics=()", 'metrics=() must hold "accuracy"'),
         ('metrics=("accuracy","acuracy")', "unknown metric 'acuracy'; did you mean accuracy?"),
         ("schedule.warmup_epochs=11", "longer than num_epochs=10"),
+        ("schedule.plateau_patience=-1", "schedule.plateau_patience=-1 must be 0 or more"),
+        ("schedule.plateau_factor=1", "schedule.plateau_factor=1.0 must be more than 0 and less"),
+        ("schedule.plateau_min_scale=1", "plateau_min_scale=1.0 must be at least 0 and below 1"),
+        ("early_stopping.patience=-1", "early_stopping.patience=-1 must be 0 or more"),
+        ("early_stopping.monitor=tets_loss", "is no figure of an epoch; did you mean test_loss?"),
+        ("early_stopping.monitor=test_top5_accuracy", "is no figure of an epoch"),
+        ("early_stopping.min_delta=nan", "early_stopping.min_delta=nan must be 0 or more"),
         ("model.dtype=int8", "model.dtype"),
         ("model.padding=FULL", "VALID"),
         ("model.features=(32, 0)", "model.features"),
@@ -71,6 +78,21 @@ def test_impossible_values(flag, complaint):
         check_config(config)
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("warmup_epochs", 0.1, "warmup_epochs must be 0 with schedule.name=one_cycle"),
+        ("pct_start", 1.0, "schedule.pct_start=1.0 must be 0 or more, below 1"),
+        ("div_factor", 0.0, "schedule.div_factor=0.0 must lie between 1 and"),
+    ],
+)
+def test_impossible_cycles(field, value, complaint):
+    config = load_config(BASELINE)
+    config.schedule = ConfigDict({"name": "one_cycle", field: value})
+    with pytest.raises(UserError, match=complaint):
+        check_config(config)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from cnn import (
     DeviceSplit,
     Pipeline,
     Split,
+    UserError,
     create_train_state,
     data_mesh,
     evaluate,
@@ -95,3 +96,24 @@ def test_a_constant_channel_does_not_become_nan():
     split = Split(np.full((4, 6, 6, 1), 7, np.uint8), np.zeros(4, np.int32))
     data = Dataset.from_splits("flat", train=split, test=split, class_names=("a",))
     np.testing.assert_allclose(place(data, 1)[0].get_batch(jnp.arange(4))["image"], 0, atol=1e-6)
+
+
+def test_test_time_augmentation_scores_the_mean_of_the_views(data):
+    """Of an image and its mirror image; those that fill up the last batch do not count."""
+    model = CNN(5, features=(4,), hidden_features=8)
+    state = create_train_state(model, optax.sgd(0.1), jax.random.key(0), data.image_shape)
+    split, everywhere = place(data, 2, "scale")
+    metrics = evaluate(jax.device_put(state, everywhere), split, batch_size=60, tta="flip")
+    images = data.test.images / np.float32(255)
+    views = (model.apply({"params": state.params}, one) for one in (images, images[:, :, ::-1]))
+    logits = np.mean([np.asarray(view) for view in views], axis=0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, data.test.labels)
+    assert metrics.count == NUM_IMAGES
+    assert metrics.sums["accuracy"] == int((logits.argmax(-1) == data.test.labels).sum())
+    assert metrics.loss == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+def test_an_unknown_test_time_augmentation(data):
+    split, _ = place(data, 1)
+    with pytest.raises(UserError, match="unknown test-time augmentation 'flop'; did you mean flip"):
+        evaluate(None, split, tta="flop")

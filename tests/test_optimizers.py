@@ -88,6 +88,27 @@ def test_cosine_is_above_the_line_early_and_below_it_late():
     assert cosine(75) < line(75)
 
 
+@pytest.mark.parametrize(
+    ("num_updates", "expected"),
+    [
+        (10, {0: 0.04, 1: 0.52, 2: 1.0, 5: 0.61126202, 8: 0.04951937, 9: 4e-6}),
+        (100, {0: 0.04, 10: 0.29516395, 29: 1.0, 64: 0.500002, 98: 5.0746e-4, 99: 4e-6}),
+    ],
+)
+def test_one_cycle_is_that_of_pytorch(num_updates, expected):
+    """The numbers are those of torch.optim.lr_scheduler.OneCycleLR(max_lr=1), torch 2.13."""
+    schedule = create_schedule("one_cycle", 1.0, num_updates=num_updates)
+    found = {update: float(schedule(update)) for update in expected}
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_one_cycle_without_a_rise_and_of_a_single_update():
+    assert float(create_schedule("one_cycle", 1.0, num_updates=5, pct_start=0.0)(0)) == 1.0
+    for update in (0, 1):
+        rate = float(create_schedule("one_cycle", 1.0, num_updates=1)(update))
+        assert 0 < rate <= 1
+
+
 def test_the_schedule_drives_the_optimizer():
     schedule = create_schedule("linear", 1.0, num_updates=2)
     tx = create_optimizer("sgd", schedule, momentum=0.0)

@@ -334,7 +334,7 @@ def test_the_schedule_is_the_one_the_optimizer_follows(config, digits):
     np.testing.assert_array_equal(kernels[0], kernels[1])
     # Adam moves each weight by about the learning rate, here a quarter of 1e-3.
     assert 1e-4 < np.abs(kernels[2] - kernels[1]).max() < 3e-4
-    assert plan.learning_rate(2) == pytest.approx(2.5e-4)
+    assert plan.learning_rate(2, twice.opt_state) == pytest.approx(2.5e-4)
 
 
 def test_an_accumulation_longer_than_the_run(config, tmp_path):

@@ -17,6 +17,7 @@ from cnn.report.comparison import compare, group_runs
 from cnn.report.page import report_figures, report_page
 from cnn.report.runs import Run, read_runs
 from cnn.report.texts import interval_text, points, setting_texts, spread_text
+from cnn.results import options_text
 from cnn.runtime.disk import atomic_write
 from cnn.runtime.screen import log, shown, waiting
 from cnn.runtime.table import epoch_number, percent
@@ -61,6 +62,7 @@ def _run_text(run: Run) -> list[str]:
         f"{epoch_number(figures['num_epochs'])}{state}",
         f"  test accuracy: {percent(figures['test_accuracy'])} of {figures['test_count']:,} "
         f"images, 95 % interval {100 * low:.2f} to {percent(high)}",
+        *(f"  {line}" for line in options_text(figures)),
     ]
 
 

@@ -12,6 +12,7 @@ from cnn.report.elements import Child, element, figure, png, section, table
 from cnn.report.figures import Curve, curve_panel, is_fraction, reliability_panel
 from cnn.report.runs import Evaluation, Run
 from cnn.report.texts import percent, value_text
+from cnn.results import options_text
 from cnn.runtime.environment import changes
 from cnn.runtime.progress import format_duration
 from cnn.runtime.screen import shown
@@ -20,7 +21,8 @@ from cnn.scores import calibration, class_scores, confusion_matrix
 
 _MOST_CLASSES = 20  # of a confusion matrix that is shown whole
 # The order of a config file; `config.json` is in that of the alphabet.
-_SECTIONS = ("run", "dataset", "model", "loss", "optimizer", "schedule", "augment", "runtime")
+_SECTIONS = ("run", "dataset", "model", "loss", "optimizer", "schedule", "augment", "evaluation",
+             "early_stopping", "runtime")  # fmt: skip
 _MOST_CONFUSED = 20  # pairs of classes, where it is not
 
 
@@ -58,6 +60,7 @@ def _header(run: Run) -> Element:
             figures["best_test_accuracy"]
         ),
         "Test loss": _number(figures["test_loss"], loss),
+        **dict(map(_split, options_text(figures))),
         "Train accuracy": _number(figures["train_accuracy"], percent),
         "Parameters": _number(figures["num_params"], "{:,}".format),
         "Steps": f"{figures['num_steps']:,}",
@@ -90,6 +93,12 @@ def _header(run: Run) -> Element:
         text = element("code", figures["digest"])
         header.append(element("p", "Digest of the final state: ", text, class_="digest"))
     return header
+
+
+def _split(line: str) -> tuple[str, str]:
+    """A line of a result's text as a name and a value."""
+    name, _, value = line.partition(": ")
+    return name.capitalize(), value
 
 
 def _number(value: Any, text: Callable[[Any], str]) -> str:

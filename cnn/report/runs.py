@@ -99,7 +99,7 @@ class Run:
 
     @property
     def num_epochs(self) -> int | float:
-        """The epochs of the finished run."""
+        """The epochs of the config; a run that stopped early has fewer."""
         number = self.config["num_epochs"]
         return int(number) if number == int(number) else number
 
@@ -128,6 +128,9 @@ class Run:
             "test_accuracy_interval": list(wilson_interval(round(self.accuracy * count), count)),
             "test_count": count,
             "test_loss": last.get("test_loss"),
+            "tta_test_accuracy": result.get("tta_test_accuracy"),
+            "tta_test_loss": result.get("tta_test_loss"),
+            "stopped_early": result.get("stopped_early"),
             "best_test_accuracy": self.best["test_accuracy"],
             "best_epoch": self.best["epoch"],
             "train_accuracy": last.get("train_accuracy"),
@@ -203,7 +206,8 @@ def _read_run(directory: RunDirectory) -> Run:
 
 
 def _is_config(config: dict[str, Any]) -> bool:
-    sections = ("dataset", "model", "loss", "optimizer", "schedule", "augment", "runtime")
+    sections = ("dataset", "model", "loss", "optimizer", "schedule", "augment", "evaluation",
+                "early_stopping", "runtime")  # fmt: skip
     return (
         _is_number(config.get("num_epochs"))
         and isinstance(config.get("seed"), int)

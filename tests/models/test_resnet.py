@@ -81,7 +81,42 @@ def test_it_trains_by_train_step_and_moves_its_statistics():
     assert all(jax.tree.leaves(moved))
 
 
+def test_stochastic_depth_leaves_out_blocks_by_the_linear_rule():
+    """Of 1,000 images each block leaves out its share, and divides what is left."""
+    fields = {"stage_sizes": (1, 1), "features": 1, "conv_implementation": "native"}
+    plain = create_model("resnet18", 2, **fields)
+    model = plain.clone(stochastic_depth_rate=0.8)
+    images = jax.random.normal(jax.random.key(0), (1000, 4, 4, 1))
+    shapes = jax.eval_shape(plain.init, jax.random.key(0), images[:1])
+    variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
+
+    def is_watched(module, _):
+        return isinstance(module, nn.BatchNorm | nn.Dropout)
+
+    @jax.jit
+    def branches(key):
+        """What each block computes, and what is left of it."""
+        _, found = model.apply(
+            variables, images, True, rngs={"dropout": key},
+            mutable=["batch_stats", "intermediates"], capture_intermediates=is_watched,
+        )  # fmt: skip
+        blocks = [found["intermediates"][f"stage{stage}_block0"] for stage in range(2)]
+        return [(b["BatchNorm_1"]["__call__"][0], b["Dropout_0"]["__call__"][0]) for b in blocks]
+
+    draws = [branches(jax.random.key(number)) for number in range(2)]
+    for block, rate in enumerate((0.4, 0.8)):
+        computed, left = map(np.asarray, draws[0][block])
+        kept = (left != 0).any((1, 2, 3))
+        assert 1 - kept.mean() == pytest.approx(rate, abs=0.06)
+        np.testing.assert_allclose(left[kept], computed[kept] / (1 - rate), rtol=1e-5)
+        assert (kept != (np.asarray(draws[1][block][1]) != 0).any((1, 2, 3))).any()
+    logits = [jax.jit(one.apply)(variables, images[:2]) for one in (plain, model)]
+    np.testing.assert_array_equal(*logits)
+
+
 def test_impossible_fields_and_images_are_refused():
+    with pytest.raises(UserError, match=r"stochastic_depth_rate=1.0 must be at least 0 and below"):
+        tiny(stochastic_depth_rate=1.0)
     with pytest.raises(UserError, match=r"model\.stage_sizes=\(2, 0\) must hold whole numbers"):
         create_model("resnet18", 10, stage_sizes=(2, 0))
     with pytest.raises(UserError, match=r"ResNet takes images of shape \[B, H, W, C\]"):
