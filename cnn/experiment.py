@@ -395,7 +395,7 @@ def _create_schedule(
     rate, num_updates = config.optimizer.learning_rate, num_steps // accumulation
     if group is not None:
         rate = group["learning_rate"]
-        num_updates = round(updates_per_epoch * group["schedule_epochs"]) or num_updates
+        num_updates = _whole(updates_per_epoch * group["schedule_epochs"]) or num_updates
     schedule = create_schedule(
         learning_rate=rate,
         num_updates=num_updates,
@@ -411,12 +411,17 @@ def _create_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer, with those of its groups of parameters."""
     fields = config.optimizer.to_dict()
+    updates_per_epoch = steps_per_epoch / config.optimizer.grad_accumulation_steps
     for group in fields.get("groups", {}).values():
         group["learning_rate"], _ = _create_schedule(config, num_steps, steps_per_epoch, group)
         del group["schedule_epochs"]
-        updates = group.pop("freeze_after_epochs") * steps_per_epoch
-        group["num_updates"] = round(updates / config.optimizer.grad_accumulation_steps)
+        group["num_updates"] = _whole(updates_per_epoch * group.pop("freeze_after_epochs"))
     return create_optimizer(**{**fields, "learning_rate": schedule})
+
+
+def _whole(updates: float) -> int:
+    """Rounded; not to 0, which means something else."""
+    return max(round(updates), int(updates > 0))
 
 
 def notes(experiment: Experiment) -> list[str]:
