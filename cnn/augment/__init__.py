@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Integer, Num, PRNGKeyArray
 
 from cnn.arrays import AnyArray
 from cnn.augment.erasing import cutout, inner_cutout, random_erasing
+from cnn.augment.trivial import trivial_augment
 from cnn.errors import UserError
 from cnn.registry import Field, Schema, complete, schema
 
@@ -45,6 +46,7 @@ __all__ = [
     "random_erasing",
     "random_flip",
     "random_translate",
+    "trivial_augment",
 ]
 
 Augment = Callable[..., jax.Array]
@@ -172,6 +174,7 @@ AUGMENTATIONS: dict[str, Augment] = {
     "alternating_flip": alternating_flip,
     "inner_cutout": inner_cutout,
     "random_erasing": random_erasing,
+    "trivial_augment": trivial_augment,
 }
 
 
