@@ -22,7 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cnn.augment import augment_schema, create_augment
+from cnn.augment import augment_schema, create_augmentations, mix_schema
 from cnn.data.folder import ON_UNREADABLE
 from cnn.data.images import IMAGE_SIZE_MUST, RESIZE, is_image_size
 from cnn.data.pipeline import NORMALIZATIONS
@@ -137,7 +137,8 @@ def fields(config: ConfigDict) -> Schema:
         name = flat.get(f"{section}.name", default)
         if isinstance(name, str):  # else it is missing, or the check of types refuses it
             known.update({f"{section}.{key}": field for key, field in schema(name).items()})
-    known.update({f"augment.{key}": field for key, field in augment_schema().items()})
+    augment = augment_schema() | mix_schema()
+    known.update({f"augment.{key}": field for key, field in augment.items()})
     order = ("seed", "dataset", "batch_size", "num_epochs", "metrics", "init_from",
              "model", "loss", "optimizer", "schedule", "augment", "runtime")  # fmt: skip
     everything = {**_RUN_FIELDS, **known}
@@ -431,7 +432,7 @@ def _check_built(config: Any) -> None:
         if name != "name" and isinstance(own := getattr(model, name), str) and own != value:
             config.model[name] = own
     create_loss(**config.loss.to_dict())
-    create_augment(**config.augment.to_dict())
+    create_augmentations(**config.augment.to_dict())
     find_metrics(config.metrics)
     create_optimizer(**config.optimizer.to_dict())
     schedule = {**config.schedule.to_dict()}

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from cnn.augment import Augment, create_augment
+from cnn.augment import Augment, create_augmentations
 from cnn.data import Dataset, load_dataset, load_folder
 from cnn.data.pipeline import Pipeline, stream_key
 from cnn.errors import UserError, number_of
@@ -261,12 +261,16 @@ def create_experiment(
     else:
         normalization = config.dataset.normalization
         given["dataset"] = {"object": dataset.name, "normalization": normalization}
+    mix = None
+    if augment is None:
+        augment, mix = create_augmentations(**config.augment.to_dict())
     pipeline = Pipeline(
         dataset,
         batch_size=config.batch_size,
         seed=config.seed,
         normalization=config.dataset.normalization,
-        augment=create_augment(**config.augment.to_dict()) if augment is None else augment,
+        augment=augment,
+        mix=mix,
         mesh=data_mesh(devices, config.batch_size),
         steps_per_execution=config.runtime.steps_per_execution,
     )
