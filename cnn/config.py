@@ -497,6 +497,12 @@ def _check_built(config: Any) -> None:
                 f"config field proxy.keep={proxy.keep} must lie between 1 and "
                 f"batch_size={config.batch_size}: the images of a batch that are trained on"
             )
+        if config.optimizer.grad_accumulation_steps > 1:
+            raise UserError(
+                f"proxy.name={proxy.name} and optimizer.grad_accumulation_steps="
+                f"{config.optimizer.grad_accumulation_steps} do not go together: a proxy chooses "
+                f"for one step; set one of them back"
+            )
     create_loss(**config.loss.to_dict())
     create_augmentations(**config.augment.to_dict())
     find_metrics(config.metrics)

@@ -22,9 +22,10 @@ from cnn.early_stopping import early_stop
 from cnn.errors import UserError, number_of
 from cnn.losses import LossFn, create_loss
 from cnn.metrics import MetricFn, find_metrics
-from cnn.models import create_model, model_schema
+from cnn.models import create_model
 from cnn.models.summary import model_summary
-from cnn.optimizers import covers, create_optimizer, create_schedule, frozen, schedule_arguments
+from cnn.optimization import create_proxy, optimizer_arguments, run_schedule
+from cnn.optimizers import create_optimizer, frozen
 from cnn.plateau import plateau_scale, reduce_on_plateau
 from cnn.runtime.devices import data_mesh, replicated_sharding
 from cnn.runtime.provenance import describe_object
@@ -96,6 +97,11 @@ class Experiment:
     def steps_per_epoch(self) -> int:
         """Whole batches in the train split."""
         return self.pipeline.steps_per_epoch
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that a step is trained on: those of a batch, or those that the proxy keeps."""
+        return self.config.batch_size if self.proxy is None else self.config.proxy.keep
 
     @property
     def dataset_record(self) -> dict[str, Any]:
@@ -342,10 +348,10 @@ def create_experiment(
                 f"proxy.name={config.proxy.name} needs the optimizer of the config, which tx= "
                 f"replaces; pass no tx, or set proxy.name=none"
             )
-        proxy = _create_proxy(config, dataset.num_classes, num_steps, pipeline.steps_per_epoch)
+        proxy = create_proxy(config, dataset.num_classes, num_steps, pipeline.steps_per_epoch)
     if tx is None:
-        schedule, warmup_updates = _create_schedule(config, num_steps, pipeline.steps_per_epoch)
-        tx = create_optimizer(**_optimizer_fields(config, num_steps, pipeline.steps_per_epoch))
+        schedule, warmup_updates = run_schedule(config, num_steps, pipeline.steps_per_epoch)
+        tx = create_optimizer(**optimizer_arguments(config, num_steps, pipeline.steps_per_epoch))
         if config.schedule.plateau_patience:
             tx = reduce_on_plateau(
                 tx,
@@ -407,78 +413,6 @@ def _check_passed(*, model: Any, tx: Any, loss_fn: Any, augment: Any, dataset: A
     ):
         if value is not None and not fits:
             raise UserError(f"{name} must be {kind}, not {value!r}")
-
-
-def _create_schedule(
-    config: Any, num_steps: int, steps_per_epoch: int, group: Mapping[str, Any] | None = None
-) -> tuple[optax.Schedule, int]:
-    """The schedule of the run or of a group of parameters, and how many updates are its warm-up.
-
-    It counts updates, not steps: an optimizer that accumulates gradients advances its schedule once
-    per update.
-    """
-    accumulation = config.optimizer.grad_accumulation_steps
-    if accumulation > num_steps:
-        raise UserError(
-            f"optimizer.grad_accumulation_steps={accumulation} is more than the {num_steps:,} "
-            f"steps of the run: nothing would be trained"
-        )
-    updates_per_epoch = steps_per_epoch / accumulation
-    warmup_updates = round(updates_per_epoch * config.schedule.warmup_epochs)
-    rate, num_updates = config.optimizer.learning_rate, num_steps // accumulation
-    if group is not None:
-        rate = group["learning_rate"]
-        num_updates = round(updates_per_epoch * group["schedule_epochs"]) or num_updates
-    schedule = create_schedule(
-        learning_rate=rate,
-        num_updates=num_updates,
-        warmup_updates=warmup_updates,
-        warmup_from=config.schedule.warmup_from,
-        **schedule_arguments(config.schedule),
-    )
-    return schedule, warmup_updates
-
-
-def _optimizer_fields(config: Any, num_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-    """The arguments of `create_optimizer`, in updates, with schedules for learning rates."""
-    fields = config.optimizer.to_dict()
-    fields["learning_rate"], _ = _create_schedule(config, num_steps, steps_per_epoch)
-    for group in fields.get("groups", {}).values():
-        group["learning_rate"], _ = _create_schedule(config, num_steps, steps_per_epoch, group)
-        del group["schedule_epochs"]
-        updates = group.pop("freeze_after_epochs") * steps_per_epoch
-        group["num_updates"] = round(updates / config.optimizer.grad_accumulation_steps)
-    return fields
-
-
-def _create_proxy(
-    config: Any, num_classes: int, num_steps: int, steps_per_epoch: int
-) -> tuple[nn.Module, optax.GradientTransformation]:
-    """The network that chooses images, and the optimizer of the config for its parameters.
-
-    Its learning rates are those of the run's step: it makes an update every so many steps.
-    """
-    every, frozen = config.proxy.update_every, config.proxy.freeze
-    model = {name: config.proxy[name] for name in ("name", *model_schema(config.proxy.name))}
-    fields = _optimizer_fields(config, num_steps, steps_per_epoch)
-    fields["freeze"] = config.proxy.freeze
-    groups = fields.pop("groups", {}).items()
-    groups = {
-        name: group
-        for name, group in groups
-        if not all(any(covers(one, path) for one in frozen) for path in group["params"])
-    }
-    for group in groups.values():
-        group["num_updates"] = -(-group["num_updates"] // every)
-    for one in (fields, *groups.values()):
-        one["learning_rate"] = _every(one["learning_rate"], every)
-    tx = create_optimizer(**fields, groups=groups)
-    return create_model(num_classes=num_classes, **model), tx
-
-
-def _every(schedule: optax.Schedule, steps: int) -> optax.Schedule:
-    """A schedule by steps, for an optimizer that makes an update every `steps` steps."""
-    return lambda count: schedule(count * steps)
 
 
 def notes(experiment: Experiment) -> list[str]:

@@ -28,8 +28,10 @@ from cnn.ops.linen_apply import hashable
 from cnn.runtime.devices import batch_sharding, data_mesh, replicated_sharding, select_devices
 
 NORMALIZATIONS = ("scale", "standardize")
-# Limits of one call: 50 steps, half a second on two cores, and 50 MB of images.
+# Limits of one call on a CPU: 50 steps, half a second on two cores, and 50 MB of images.
 _MAX_STEPS_PER_EXECUTION, _VALUES_PER_EXECUTION = 50, 4096 * 32 * 32 * 3
+# On a GPU or TPU, where the host is to stay out of the way: an epoch, or 1 GiB of images.
+_VALUES_ON_ACCELERATOR = 2**28
 # Streams of random keys, folded into the run's seed.
 _SHUFFLE, _AUGMENT, _MIX = 1, 2, 3
 # Folded into the key of the augmentation as each step is; no step has this number.
@@ -162,8 +164,9 @@ class Pipeline:
       augment: of the training images; see `cnn.augment`.
       mix: of the normalized batches, mixup or CutMix.
       mesh: the devices, by default the largest number of them that divides the batch.
-      steps_per_execution: how many batches are made, and trained on, in one call. 0: 50, or fewer
-        where their images take more than 50 MB.
+      steps_per_execution: how many batches are made, and trained on, in one call. 0: those of an
+        epoch, or fewer where their images take more than 1 GiB; on a CPU 50, or fewer where their
+        images take more than 50 MB. It changes no bit of the result.
 
     Raises:
       UserError: an unknown normalization, a batch that is larger than the train split, or an
@@ -198,7 +201,10 @@ class Pipeline:
             object.__setattr__(self, "mesh", data_mesh(select_devices(), self.batch_size))
         if not self.steps_per_execution:
             values = self.batch_size * math.prod(self.dataset.image_shape)
-            most = max(1, min(_MAX_STEPS_PER_EXECUTION, _VALUES_PER_EXECUTION // values))
+            if self.mesh.devices.flat[0].platform == "cpu":
+                most = max(1, min(_MAX_STEPS_PER_EXECUTION, _VALUES_PER_EXECUTION // values))
+            else:
+                most = max(1, _VALUES_ON_ACCELERATOR // values)
             object.__setattr__(self, "steps_per_execution", min(most, self.steps_per_epoch))
         if self.augment is not None:
             self._check_augment(self.augment)
