@@ -122,9 +122,10 @@ def test_a_run_with_a_proxy_resumes_with_the_same_bits(tmp_path):
     def stop(*_):
         raise RuntimeError("stopped")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cnn.training._write", stop)  # after step 11; the checkpoint is of step 10
-        train_and_evaluate(config(), tmp_path / "part")
+        with pytest.raises(RuntimeError, match="stopped"):
+            train_and_evaluate(config(), tmp_path / "part")
     resumed, again = train_and_evaluate(config(), tmp_path / "part")
     assert again["digest"] == result["digest"]
     assert digest(resumed.proxy) == digest(whole.proxy)
