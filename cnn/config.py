@@ -140,6 +140,11 @@ _RUN_FIELDS: dict[str, _RunField] = {
     "runtime.compilation_cache": _RunField(bool, True),
     "runtime.tensorboard": _RunField(bool, False),
 }
+# In the order of a config file.
+SECTIONS = (
+    *("dataset", "model", "proxy", "loss", "optimizer", "schedule", "averaging", "augment"),
+    *("evaluation", "early_stopping", "runtime"),
+)
 # What a config builds by name: the names, the default one, and the fields of what has a name.
 _BUILT: dict[str, tuple[Iterable[str], Any, Callable[[str], Schema]]] = {
     "model": (MODELS, REQUIRED, model_schema),
@@ -185,11 +190,7 @@ def fields(config: ConfigDict) -> Schema:
         known.update({f"{title}.{key}": field for key, field in {**own, **_GROUP_FIELDS}.items()})
     augment = augment_schema() | mix_schema()
     known.update({f"augment.{key}": field for key, field in augment.items()})
-    order = (
-        *("seed", "dataset", "batch_size", "num_epochs", "metrics", "init_from", "model", "proxy"),
-        *("loss", "optimizer", "schedule", "averaging", "augment", "evaluation"),
-        *("early_stopping", "runtime"),
-    )
+    order = ("seed", "dataset", "batch_size", "num_epochs", "metrics", "init_from", *SECTIONS[1:])
     everything = {**_RUN_FIELDS, **known}
     return dict(sorted(everything.items(), key=lambda item: order.index(item[0].partition(".")[0])))
 
