@@ -488,6 +488,12 @@ def describe(experiment: Experiment, variables: Any, num_devices: int, *, width:
             f"{num_devices - used} stay idle"
         )
     lines += [f"note: {line}" for line in notes(experiment)]
+    if experiment.proxy is not None:
+        config = experiment.config
+        lines.append(
+            f"proxy: {config.proxy.name}, chooses {config.proxy.keep:,} of the {batch_size:,} images "
+            f"of each batch"
+        )
     if experiment.freeze:
         total = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
         kept = num_frozen(experiment, variables["params"])
