@@ -491,8 +491,8 @@ def describe(experiment: Experiment, variables: Any, num_devices: int, *, width:
     if experiment.proxy is not None:
         config = experiment.config
         lines.append(
-            f"proxy: {config.proxy.name}, chooses {config.proxy.keep:,} of the {batch_size:,} images "
-            f"of each batch"
+            f"proxy: {config.proxy.name}, chooses {config.proxy.keep:,} of each batch's "
+            f"{batch_size:,} images"
         )
     if experiment.freeze:
         total = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
