@@ -76,9 +76,10 @@ class HardestImages:
             losses, _, model_state = forward_losses(state, params, batch)
             return losses.astype(jnp.float32), model_state
 
-        def with_update(proxy: Any) -> tuple[Any, jax.Array]:
+        def with_update(proxy: Any) -> tuple[Any, Batch]:
             losses, gradient, model_state = jax.vjp(losses_of, proxy["params"], has_aux=True)
-            kept = jnp.zeros(size).at[self._hardest(losses)].set(1 / divisor)
+            index = self._hardest(losses)
+            kept = jnp.zeros(size).at[index].set(1 / divisor)
             (grads,) = gradient(kept)
             updates, opt_state = optax_update.update(
                 self.tx,
@@ -88,30 +89,31 @@ class HardestImages:
                 jnp.vdot(losses, kept),
                 lambda params: jnp.vdot(losses_of(params)[0], kept),
             )
-            return {
+            proxy = {
                 "params": optax.apply_updates(proxy["params"], updates),
                 "model_state": model_state,
                 "opt_state": as_before(opt_state, proxy["opt_state"]),
-            }, losses
+            }
+            return proxy, _rows(batch, index)
 
-        def without(proxy: Any) -> tuple[Any, jax.Array]:
+        def without(proxy: Any) -> tuple[Any, Batch]:
             losses, model_state = losses_of(proxy["params"])
-            return {**proxy, "model_state": model_state}, losses
+            return {**proxy, "model_state": model_state}, _rows(batch, self._hardest(losses))
 
-        proxy, losses = jax.lax.cond(step % self.update_every == 0, with_update, without, proxy)
-        index = self._hardest(losses)
-        return proxy, {name: _rows(value, index) for name, value in batch.items()}
+        # The rows are taken within the branches: outside, two CPU devices may begin with different
+        # ones of the branch and of the exchange of images, and wait for each other for ever.
+        return jax.lax.cond(step % self.update_every == 0, with_update, without, proxy)
 
     def _hardest(self, losses: jax.Array) -> jax.Array:
         """The places of the largest losses, in order; of equal ones the first."""
         return jnp.sort(jax.lax.top_k(losses, self.keep)[1])
 
 
-def _rows(array: AnyArray, index: jax.Array) -> jax.Array:
-    """Some rows of an array, sharded over the devices of the current mesh, if any."""
-    rows = jnp.asarray(array)[index]
+def _rows(batch: Batch, index: jax.Array) -> Batch:
+    """Some rows of a batch, sharded over the devices of the current mesh, if any."""
+    rows = {name: jnp.asarray(array)[index] for name, array in batch.items()}
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or rows.shape[0] % mesh.size:
+    if mesh.empty or index.shape[0] % mesh.size:
         return rows
     # Without it each device would train on all of them.
     return jax.lax.with_sharding_constraint(rows, PartitionSpec(mesh.axis_names))
