@@ -4,6 +4,7 @@ Importing it starts no backend, reads no flag and touches no file.
 """
 
 from cnn.augment import Mix, create_augment
+from cnn.averaging import ExponentialMovingAverage, Lookahead
 from cnn.config import load_config
 from cnn.data import Dataset, Split, load_dataset, load_folder, load_images
 from cnn.data.pipeline import DeviceSplit, Pipeline, epoch_permutation, normalize
@@ -13,7 +14,7 @@ from cnn.execution import compile_train_steps
 from cnn.inference import TrainedModel, load_run
 from cnn.losses import CrossEntropy, create_loss
 from cnn.metrics import Metrics
-from cnn.models import CNN, create_model
+from cnn.models import CNN, SpeedNet, create_model
 from cnn.optimizers import create_optimizer, create_schedule
 from cnn.runtime.checkpoints import CheckpointManager, digest
 from cnn.runtime.devices import (
@@ -40,10 +41,13 @@ __all__ = [
     "CrossEntropy",
     "Dataset",
     "DeviceSplit",
+    "ExponentialMovingAverage",
     "Interrupted",
+    "Lookahead",
     "Metrics",
     "Mix",
     "Pipeline",
+    "SpeedNet",
     "Split",
     "TrainState",
     "TrainedModel",

@@ -9,7 +9,7 @@ predicts and is exported. A row of `AVERAGINGS` makes one known to configs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -93,9 +93,10 @@ class Lookahead:
 
 
 def _mix(averaged: Any, current: Any, decay: AnyArray) -> Any:
+    """decay * averaged + (1 - decay) * current, in a form that keeps the bits of what is equal."""
     return jax.tree.map(
         lambda old, new: (
-            (decay * old + (1 - decay) * new).astype(old.dtype)
+            (new - decay * (new - old)).astype(old.dtype)
             if jnp.issubdtype(old.dtype, jnp.inexact)
             else new
         ),
@@ -147,3 +148,19 @@ def create_averaging(name: str, *, num_steps: int, **fields: Any) -> Averaging |
     if name == "lookahead":
         fields["num_steps"] = num_steps
     return AVERAGINGS[name](**fields)
+
+
+def evaluated_network(arrays: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a checkpoint that are scored, predict and are exported.
+
+    Args:
+      arrays: of the checkpoint: `TrainState.arrays`.
+      settings: the section `averaging` of the run's config; empty for a run from before it.
+
+    Returns:
+      `params` and `model_state`: the averaged ones where the averaging is evaluated.
+    """
+    averaging = create_averaging(num_steps=1, **settings) if settings else None
+    is_averaged = averaging is not None and averaging.is_evaluated
+    network = arrays["averaged"] if is_averaged else arrays
+    return {name: network[name] for name in ("params", "model_state")}

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from cnn.averaging import evaluated_network
 from cnn.data.dataset import Split
 from cnn.data.images import describe_fault, to_array
 from cnn.data.pipeline import DeviceSplit
@@ -47,7 +48,8 @@ class TrainedModel:
       dataset: what the run was trained on, as `dataset.json` has it.
       record: what the checkpoint holds beside the weights.
       model: the linen module.
-      state: a train state without optimizer, for `evaluate` and `predict_step`.
+      state: a train state without optimizer, for `evaluate` and `predict_step`. Its weights are
+        the averaged ones where the run scored these.
       mesh: the devices that hold the weights.
     """
 
@@ -226,12 +228,13 @@ def load_run(
     )
     fresh = jax.eval_shape(functools.partial(initialize, **static), jax.random.key(0))
     wanted = {"params": fresh.params, "model_state": fresh.model_state}
-    if wrong := leaves.differences({name: arrays[name] for name in wanted}, wanted):
+    network = evaluated_network(arrays, config.get("averaging", {}))
+    if wrong := leaves.differences(network, wanted):
         raise UserError(
             f"checkpoint {step} of {run.path} is of another model "
             f"({leaves.first_of(wrong.values())})"
         )
-    stored = leaves.by_path(arrays)
+    stored = leaves.by_path(network)
     values = [jnp.asarray(stored[path]) for path in leaves.by_path(wanted)]
     variables = jax.tree.unflatten(jax.tree.structure(wanted), values)
     state = fresh.replace(

@@ -41,7 +41,7 @@ def run_schedule(
     rate, num_updates = config.optimizer.learning_rate, num_steps // accumulation
     if group is not None:
         rate = group["learning_rate"]
-        num_updates = round(updates_per_epoch * group["schedule_epochs"]) or num_updates
+        num_updates = _whole(updates_per_epoch * group["schedule_epochs"]) or num_updates
     schedule = create_schedule(
         learning_rate=rate,
         num_updates=num_updates,
@@ -68,10 +68,14 @@ def optimizer_arguments(config: Any, num_steps: int, steps_per_epoch: int) -> di
     for group in fields.get("groups", {}).values():
         group["learning_rate"], _ = run_schedule(config, num_steps, steps_per_epoch, group)
         del group["schedule_epochs"]
-        epochs = group.pop("freeze_after_epochs")
-        updates = epochs * steps_per_epoch / config.optimizer.grad_accumulation_steps
-        group["num_updates"] = max(round(updates), 1) if epochs else 0
+        updates = group.pop("freeze_after_epochs") * steps_per_epoch
+        group["num_updates"] = _whole(updates / config.optimizer.grad_accumulation_steps)
     return fields
+
+
+def _whole(updates: float) -> int:
+    """Rounded; not to 0, which means something else."""
+    return max(round(updates), int(updates > 0))
 
 
 def create_proxy(

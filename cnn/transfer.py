@@ -1,7 +1,8 @@
 """A fresh run that starts from the weights of another: `config.init_from`.
 
 Parameters and other collections, such as running statistics, are those of the other run's latest
-checkpoint; optimizer state, step and random key are new. A layer whose shape depends on the number
+checkpoint, averaged where that run scored an average; optimizer state, step and random key are new,
+and an average begins with the transferred weights. A layer whose shape depends on the number
 of classes, the head, is new where that number differs. Any other difference is refused.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 
+from cnn.averaging import evaluated_network
 from cnn.config import config_diff
 from cnn.errors import UserError
 from cnn.experiment import Experiment
@@ -25,7 +27,7 @@ from cnn.runtime.devices import replicated_sharding
 from cnn.runtime.disk import resolve_path
 from cnn.runtime.run_directory import RunDirectory
 from cnn.runtime.screen import log, shown, waiting
-from cnn.steps import TrainState
+from cnn.steps import TrainState, begin_averaging
 
 
 def find_source(init_from: str, run: RunDirectory | None = None) -> Path | None:
@@ -86,16 +88,16 @@ def transfer(
     """
     with waiting(f"reading the weights of {shown(source)}"):
         arrays, record = _read_latest(source)
-    mine, theirs = (
-        leaves.by_path({name: tree[name] for name in ("params", "model_state")})
-        for tree in (state.arrays, arrays)
+    mine = leaves.by_path({"params": state.params, "model_state": state.model_state})
+    theirs = leaves.by_path(
+        evaluated_network(arrays, record.get("config", {}).get("averaging", {}))
     )
     fresh = fresh_leaves(mine, theirs, _class_names(record), experiment.dataset.class_names, source)
     values = [
         leaf if path in fresh else leaves.like(leaf, theirs[path]) for path, leaf in mine.items()
     ]
     structure = jax.tree.structure({"params": state.params, "model_state": state.model_state})
-    state = state.replace(**jax.tree.unflatten(structure, values))
+    state = begin_averaging(state.replace(**jax.tree.unflatten(structure, values)))
     # Some optimizers begin with a copy of the parameters.
     opt_state = experiment.jit_once(optax_update.initial_state, ("tx",))(
         tx=state.tx, params=state.params

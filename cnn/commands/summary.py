@@ -80,6 +80,7 @@ def _figures(experiment: Experiment, state: TrainState) -> dict[str, Any]:
         "memory_bytes": {
             "parameters": _size(state.params),
             "other_collections": _size(state.model_state),
+            "averages": _size(state.averaged),
             "optimizer_state": _size(state.opt_state),
             "dataset": sum(
                 array.nbytes

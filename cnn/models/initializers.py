@@ -73,5 +73,5 @@ def whitening_kernel(images: AnyArray, size: int = 2, epsilon: float = 5e-4) -> 
     patches = jnp.concatenate(views, axis=-1).reshape(-1, size * size * channels)
     moment = jnp.matmul(patches.T, patches, precision="highest") / patches.shape[0]
     values, vectors = jnp.linalg.eigh(moment)  # ascending; an eigenvector is a column
-    filters = (vectors / jnp.sqrt(values + epsilon))[:, ::-1]
+    filters = (vectors / jnp.sqrt(values + epsilon)[None, :])[:, ::-1]
     return jnp.concatenate([filters, -filters], axis=1).reshape(size, size, channels, -1)

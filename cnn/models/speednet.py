@@ -204,7 +204,7 @@ class _Whiten(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             implementation=self.implementation,
         )
-        return y + bias.astype(self.dtype)
+        return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

@@ -21,7 +21,10 @@ _CHUNK_VALUES = 2_000_000
 
 
 def in_chunks(
-    convolve: Callable[[jax.Array, jax.Array], jax.Array], images: jax.Array, kernel: jax.Array
+    convolve: Callable[[jax.Array, jax.Array], jax.Array],
+    images: jax.Array,
+    kernel: jax.Array,
+    values: int = _CHUNK_VALUES,
 ) -> jax.Array:
     """`convolve(images, kernel)`, one chunk of each device's images after the other.
 
@@ -29,8 +32,9 @@ def in_chunks(
       convolve: each image independently.
       images: `float[B, H, W, C]`.
       kernel: `float[kh, kw, C, K]`.
+      values: that the images of a chunk should have.
     """
-    plan = MicrobatchPlan.for_batch(images, values=_CHUNK_VALUES)
+    plan = MicrobatchPlan.for_batch(images, values=values)
     if plan.num_microbatches == 1:
         return convolve(images, kernel)
     parts = images.reshape(plan.num_shards, plan.num_microbatches, -1, *images.shape[1:])
