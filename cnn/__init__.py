@@ -3,7 +3,7 @@
 Importing it starts no backend, reads no flag and touches no file.
 """
 
-from cnn.augment import create_augment
+from cnn.augment import Mix, create_augment
 from cnn.config import load_config
 from cnn.data import Dataset, Split, load_dataset, load_folder, load_images
 from cnn.data.pipeline import DeviceSplit, Pipeline, epoch_permutation, normalize
@@ -42,6 +42,7 @@ __all__ = [
     "DeviceSplit",
     "Interrupted",
     "Metrics",
+    "Mix",
     "Pipeline",
     "Split",
     "TrainState",
