@@ -3,7 +3,7 @@
 Only products with weights are counted, those of convolutions (the zeros of SAME padding included)
 and of dense layers. Training takes three times the forward pass: the gradient of the weights and
 that of the input are a product each. What gets no gradient is left out: the input of the first
-layer, and the kernels that the config freezes.
+layer, and the kernels that the config freezes. A proxy that chooses images counts as well.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from cnn import UserError, create_model
 from cnn.evaluation import TEST_TIME_VIEWS
+from cnn.models import model_schema
 from cnn.models.summary import model_layers
 from cnn.ops.linen_apply import ModuleApply
 from cnn.optimizers import frozen
@@ -70,10 +71,8 @@ def network_flop(
     >>> round(flop.forward / 1e6, 1), round(flop.training / 1e6, 1)
     (236.3, 707.8)
     """
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables: Any = jax.eval_shape(model.init, jax.random.key(0), image)
+    variables, first = _variables_and_first_layer(model, image_shape)
     is_frozen = frozen(variables["params"], freeze)
-    first = _first_layer(model, variables, image)
     forward = training = 0.0
     for layer in model_layers(model, variables, image_shape):
         held: Any = is_frozen
@@ -98,30 +97,38 @@ def run_flop(
     Raises:
       UserError: the model was passed by a script, so the config does not say what it is.
     """
-    flop = config_flop(config, dataset)
+    flop, proxy = _of_config(config, dataset, "model"), config.get("proxy", {"name": "none"})
     batch_size = config["batch_size"]
     if num_steps is None:
         num_steps = round(config["num_epochs"] * (dataset["train_count"] // batch_size))
+    if proxy["name"] == "none":
+        training = num_steps * batch_size * flop.training
+    else:
+        chooses = _of_config(config, dataset, "proxy")
+        updates = -(-num_steps // proxy["update_every"])
+        choosing = num_steps * chooses.forward + updates * (chooses.training - chooses.forward)
+        training = num_steps * proxy["keep"] * flop.training + batch_size * choosing
     views = len(TEST_TIME_VIEWS[config["evaluation"]["tta"]])
-    return RunFlop(
-        training=num_steps * batch_size * flop.training,
-        evaluation=dataset["test_count"] * views * flop.forward,
-    )
+    return RunFlop(training, evaluation=dataset["test_count"] * views * flop.forward)
 
 
-def config_flop(config: Mapping[str, Any], dataset: Mapping[str, Any]) -> NetworkFlop:
-    """The cost of one image in the network of a config; arguments and errors as for `run_flop`."""
-    if "name" not in config["model"]:
+def _of_config(config: Mapping[str, Any], dataset: Mapping[str, Any], section: str) -> NetworkFlop:
+    """Of the network of a section, "model" or "proxy"."""
+    fields, num_classes = config[section], len(dataset["class_names"])
+    if "name" not in fields:
         raise UserError(
             "the run has a model that a script passed: its FLOPs cannot be counted from its config"
         )
-    model = create_model(num_classes=len(dataset["class_names"]), **config["model"])
-    freeze = tuple(config["optimizer"].get("freeze", ()))
-    return network_flop(model, tuple(dataset["image_shape"]), freeze)
+    own = {name: fields[name] for name in ("name", *model_schema(fields["name"])) if name in fields}
+    holder = config["optimizer"] if section == "model" else fields
+    model = create_model(num_classes=num_classes, **own)
+    return network_flop(model, tuple(dataset["image_shape"]), tuple(holder.get("freeze", ())))
 
 
-def _first_layer(model: nn.Module, variables: Any, image: Any) -> str:
-    """The path of the module with a kernel that is called first: its input needs no gradient."""
+def _variables_and_first_layer(
+    model: nn.Module, image_shape: tuple[int, int, int]
+) -> tuple[Any, str]:
+    """Shapes of the variables, and which module with a kernel is called first."""
     called: list[str] = []
 
     def record(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -130,6 +137,7 @@ def _first_layer(model: nn.Module, variables: Any, image: Any) -> str:
             called.append("/".join(module.path))
         return y
 
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with nn.intercept_methods(record):
-        jax.eval_shape(ModuleApply(model), variables, image)
-    return called[0] if called else ""
+        _, variables = jax.eval_shape(ModuleApply(model).init, jax.random.key(0), image)
+    return variables, called[0] if called else ""

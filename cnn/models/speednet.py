@@ -204,7 +204,7 @@ class _Whiten(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             implementation=self.implementation,
         )
-        return y + bias.astype(self.dtype)
+        return y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:
