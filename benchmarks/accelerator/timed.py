@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from benchmarks.flops import RunFlop, network_flop, run_flop
-from cnn import Dataset, compile_train_steps, digest, evaluate
+from cnn import Dataset, compile_train_steps, digest, evaluate, limit_in_flight
 from cnn.config import to_json_dict
 from cnn.experiment import Experiment, create_experiment
 from cnn.steps import TrainState, forward_losses
@@ -127,7 +127,8 @@ def profile(experiment: Experiment) -> list[Part]:
     run = flop_of(experiment)
 
     def batches() -> Any:
-        *_, last = pipeline.epoch(0)
+        for last, _ in pipeline.epoch(0):
+            limit_in_flight([last])
         return last
 
     stacked, most = next(pipeline.epoch(0))
@@ -171,7 +172,10 @@ def _seconds(work: Callable[[], Any], repeats: int = _REPEATS) -> float:
     """Seconds of one call, of several that follow each other, after a first one."""
     jax.block_until_ready(work())
     begun = time.perf_counter()
-    results = [work() for _ in range(repeats)]
+    results: list[Any] = []
+    for _ in range(repeats):
+        results.append(work())
+        limit_in_flight(results)
     jax.block_until_ready(results)
     return (time.perf_counter() - begun) / repeats
 
