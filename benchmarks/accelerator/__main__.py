@@ -48,12 +48,13 @@ _RESULTS = Path(__file__).resolve().parent / "results"
 _DTYPES = ("float32", "bfloat16")
 _NUM_TRAIN, _NUM_TEST = 50_000, 10_000  # of CIFAR-10
 _QUICK = (
-    "--config.model.widths=(4, 8, 8)",
+    "--config.model.widths=(4,)",
+    "--config.model.conv_implementation=native",
     "--config.batch_size=32",
     "--config.num_epochs=2",
     "--config.runtime.eval_batch_size=64",
 )
-_QUICK_IMAGES = 160, 64
+_QUICK_IMAGES = 96, 64
 _LENGTHS = (1, 5)  # and an epoch
 
 
@@ -134,8 +135,7 @@ def _measure(
 ) -> None:
     """Measures one part after the other; the figures that matter most come first."""
     experiments = {
-        dtype: make_experiment(settings.config, devices, data, dtype=dtype)
-        for dtype in settings.dtypes
+        dtype: make_experiment(settings.config, devices, data, dtype) for dtype in settings.dtypes
     }
     for dtype, experiment in experiments.items():
         images = experiment.num_steps * experiment.config.batch_size
@@ -157,12 +157,10 @@ def _measure(
         one.parts = profile(experiments[one.dtype])
         write()
     first = sitting.precisions[0]
-    for length in dict.fromkeys((*_LENGTHS, experiments[first.dtype].steps_per_epoch)):
+    experiment = experiments[first.dtype]
+    for length in dict.fromkeys((*_LENGTHS, experiment.steps_per_epoch)):
         log(f"{first.dtype}: {length} steps in a call")
-        experiment = make_experiment(
-            settings.config, devices, data, dtype=first.dtype, steps_per_call=length
-        )
-        first.lengths[length] = epoch_seconds(experiment)
+        first.lengths[length] = epoch_seconds(experiment, length)
         write()
 
 
@@ -196,7 +194,7 @@ def main(argv: Sequence[str]) -> None:
         )
     with pinned_settings():
         data, kind = _dataset(settings), devices[0].device_kind
-        used = make_experiment(settings.config, devices, data, dtype="float32").mesh.size
+        used = make_experiment(settings.config, devices, data, "float32").mesh.size
         sitting = Sitting(kind, used, peak(kind), data.name, bool(settings.data))
         about = machine.describe()
 

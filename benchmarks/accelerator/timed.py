@@ -56,23 +56,19 @@ class Part:
     is_detail: bool = False
 
 
-def make_experiment(
-    config: Any, devices: list[Any], data: Dataset, *, dtype: str, steps_per_call: int = 0
-) -> Experiment:
-    """The recipe with a precision and a length of the calls.
+def make_experiment(config: Any, devices: list[Any], data: Dataset, dtype: str) -> Experiment:
+    """The recipe with a precision.
 
     Args:
       config: checked.
       devices: to use.
       data: the images.
       dtype: of the network, and of the proxy if there is one.
-      steps_per_call: 0 is what train.py takes.
     """
     one = config.copy_and_resolve_references()
     one.model.dtype = dtype
     if one.proxy.name != "none":
         one.proxy.dtype = dtype
-    one.runtime.steps_per_execution = steps_per_call
     # Without `given` nothing is traced once more in the timed part.
     return dataclasses.replace(create_experiment(one, devices, dataset=data), given={})
 
@@ -101,9 +97,10 @@ def timed_run(experiment: Experiment, seed: int) -> Timed:
     return Timed(seed, seconds, accuracy, digest(state))
 
 
-def epoch_seconds(experiment: Experiment) -> float:
-    """Seconds of an epoch, batches and steps, once it is compiled."""
-    state, pipeline = experiment.initial_state(), experiment.pipeline
+def epoch_seconds(experiment: Experiment, steps_per_call: int) -> float:
+    """Seconds of an epoch, batches and steps, by calls of a length, once they are compiled."""
+    state = experiment.initial_state()
+    pipeline = dataclasses.replace(experiment.pipeline, steps_per_execution=steps_per_call)
     train = compile_train_steps(state, pipeline)
     jax.block_until_ready(pipeline.train)
     for epoch in range(2):
