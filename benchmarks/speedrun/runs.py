@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,9 @@ class Seed:
       accuracy: on the test images after the last step, as they are.
       tta_accuracy: with test-time augmentation; None if the config asks for none.
       training_seconds: of all steps: batches gathered, augmented and normalized, gradients,
-        updates. The images of each epoch divided by its speed, which does not count what was
-        compiled; saves within an epoch, if the config asks for them, are in it.
+        updates. The images of each epoch divided by its speed; an epoch in which a process began,
+        and so compiled, counts with the median speed of the others. Saves within an epoch, if the
+        config asks for them, are in it.
       wall_seconds: of `cnn.train_and_evaluate`, up to the last evaluation: also devices, dataset,
         compilation, initial state, the test after each epoch, saves, the last evaluation.
       num_steps: made.
@@ -110,11 +112,23 @@ def _seed(run: Run) -> Seed:
 
 
 def _epochs(run: Run) -> list[tuple[float, float, float]]:
+    """As in `Seed`. In an epoch in which a process began it may have compiled without a pause.
+
+    So such an epoch counts with the median speed of the others, if there are others.
+    """
+    ends = [record["step"] for record in run.records]
+    begins = [0, *ends[:-1]]
+    speeds = [record["images_per_second"] for record in run.records]
+    compiled = [
+        any(begin <= start < end for start in run.starts or [0])
+        for begin, end in zip(begins, ends, strict=True)
+    ]
+    clean = [speed for speed, mark in zip(speeds, compiled, strict=True) if not mark]
     found: list[tuple[float, float, float]] = []
-    seconds, begun = 0.0, 0
-    for record in run.records:
-        images = (record["step"] - begun) * run.config["batch_size"]
-        seconds, begun = seconds + images / record["images_per_second"], record["step"]
+    seconds = 0.0
+    for i, record in enumerate(run.records):
+        speed = statistics.median(clean) if clean and compiled[i] else speeds[i]
+        seconds += (ends[i] - begins[i]) * run.config["batch_size"] / speed
         found.append((record["epoch"], seconds, record["test_accuracy"]))
     return found
 
