@@ -58,6 +58,7 @@ class Method:
       pflop: of a run, 1e15 operations; None if it is not known.
       path: (seconds, PFLOP, test accuracy) after each epoch.
       is_ours: or published by others.
+      is_whole: whether the seconds are those of whole processes, with start and compilation.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Method:
     pflop: float | None
     path: list[tuple[float, float, float]]
     is_ours: bool
+    is_whole: bool = False
 
 
 def speedrun_method(found: Mapping[str, Any]) -> Method:
@@ -117,7 +119,7 @@ def whole_run_methods(found: Mapping[str, Any], skip: Sequence[str]) -> list[Met
         methods.append(
             Method(
                 name=name,
-                device=f"{about['cores']} cores of {about['cpu']}",
+                device=f"{about['cores']} x cpu ({about['cpu']}, {about['cores']} cores)",
                 accuracy=accuracy.mean,
                 error=_half(accuracy),
                 seconds=float(np.mean([run["wall_seconds"] for run in runs])),
@@ -127,6 +129,7 @@ def whole_run_methods(found: Mapping[str, Any], skip: Sequence[str]) -> list[Met
                     for one in epochs
                 ],
                 is_ours=True,
+                is_whole=True,
             )
         )
     return methods
@@ -160,7 +163,10 @@ def draw(methods: Sequence[Method], path: Path) -> None:
         axis.margins(x=0.2)
     axes[0].set_ylabel("test accuracy on CIFAR-10", color=_INK)
     devices = ", ".join(dict.fromkeys(method.device for method in ours))
-    figure.suptitle(f"Circles: the configs of this repository, on {devices}", color=_INK)
+    title = f"Circles: the configs of this repository, on {devices}"
+    if any(one.is_whole for one in ours):
+        title += " (*: whole processes, with start and compilation)"
+    figure.suptitle(title, color=_INK)
     handles = [
         Line2D([], [], linestyle="", marker=f"${letters[one.name]}$", color=_FAINT, markersize=7)
         for one in others
@@ -229,7 +235,7 @@ def _draw_ours(
         # Beside the published points there is room on the left only.
         is_beside, up = method.accuracy > 0.9, turn % 2
         text = axis.annotate(
-            f"{method.name}  {100 * method.accuracy:.2f} %",
+            f"{method.name}{'*' * method.is_whole}  {100 * method.accuracy:.2f} %",
             (x, method.accuracy),
             xytext=(-12, 0) if is_beside else (0, 13 if up else -13),
             textcoords="offset points",

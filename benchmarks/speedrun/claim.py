@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.report import Mean, table
 from benchmarks.speedrun.original import OriginalRun
 from benchmarks.speedrun.runs import Seed
+from cnn.errors import number_of
 
 _INCLUDED = """\
 Seconds of training: gathering, augmenting and normalizing batches, and all steps, without
@@ -29,7 +30,7 @@ def claim(name: str, seeds: Sequence[Seed], evaluation: float | None) -> str:
     what = "training and last evaluation" if evaluation is not None else "training alone"
     return (
         f"**{name}** runs in {seconds:,.4g} seconds ({what}) on {devices} using jax {jax}, and "
-        f"attains {100 * accuracy.mean:.2f} % mean accuracy (n={accuracy.n} seeds) with "
+        f"attains {100 * accuracy.mean:.2f} % mean accuracy ({number_of(accuracy.n, 'seed')}) with "
         f"{flop / 1e15:.3g} PFLOP."
     )
 

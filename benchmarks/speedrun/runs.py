@@ -14,6 +14,7 @@ from cnn import UserError, evaluate
 from cnn.config import config_diff, to_json_dict
 from cnn.experiment import Experiment
 from cnn.report.runs import Run, read_runs
+from cnn.runtime.run_directory import RunDirectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +72,15 @@ def read_seeds(paths: Sequence[str], config: Any) -> tuple[list[Seed], list[str]
     Raises:
       UserError: a path is no run, or one of another config.
     """
+    directories = [RunDirectory(path) for path in paths]
+    unfinished = [str(one.path) for one in directories if one.has_begun and one.result() is None]
     seeds: dict[int, Seed] = {}
-    unfinished = []
-    wanted = to_json_dict(config)
-    for run in read_runs(paths):
-        if changed := config_diff({**run.config, "seed": config.seed}, wanted):
+    for run in read_runs([str(one.path) for one in directories if str(one.path) not in unfinished]):
+        if changed := config_diff({**run.config, "seed": config.seed}, to_json_dict(config)):
             raise UserError(
                 f"{run.path} is a run of another config ({'; '.join(changed)}); leave it out"
             )
-        if run.result is None:
-            unfinished.append(str(run.path))
-        else:
-            seeds.setdefault(run.config["seed"], _seed(run))
+        seeds.setdefault(run.config["seed"], _seed(run))
     return [seeds[number] for number in sorted(seeds)], unfinished
 
 
