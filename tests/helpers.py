@@ -13,6 +13,10 @@ from cnn.execution import TrainSteps
 REPOSITORY = Path(__file__).parents[1]
 ENDLESS = (f"--config={REPOSITORY / 'configs' / 'digits.py'}", "--config.num_epochs=100000")
 
+# For `jax.jit` where what matters is the bits of what a user's process compiles: XLA's defaults,
+# which the processes of the tests do without (see `conftest.py`).
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+
 
 def short_config():
     """A run of two short epochs that takes a few seconds."""
