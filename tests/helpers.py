@@ -18,6 +18,10 @@ ENDLESS = (f"--config={REPOSITORY / 'configs' / 'digits.py'}", "--config.num_epo
 # `jax.jit` for what runs a few times: it compiles in two thirds of the time.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
+# For `jax.jit` where what matters is the bits of what a user's process compiles: XLA's defaults,
+# which the processes of the tests do without (see `conftest.py`).
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+
 
 def short_config():
     """A run of two short epochs that takes a few seconds."""
