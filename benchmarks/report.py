@@ -3,10 +3,59 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from scipy import stats
+
+
+class Mean(NamedTuple):
+    """Mean of some samples, how they vary, and how sure the mean is.
+
+    Attributes:
+      n: number of samples.
+      mean: of the samples.
+      std: sample standard deviation (n - 1); None of one sample.
+      interval: 95 % confidence interval of the mean, by the t distribution with n - 1 degrees of
+        freedom (Student 1908, "The probable error of a mean"); None of one sample.
+    """
+
+    n: int
+    mean: float
+    std: float | None
+    interval: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Mean:
+        """Of at least one sample.
+
+        >>> found = Mean.of([1.0, 2.0, 3.0])
+        >>> found.n, found.mean, found.std, [round(end, 3) for end in found.interval]
+        (3, 2.0, 1.0, [-0.484, 4.484])
+        """
+        n, mean = len(samples), statistics.fmean(samples)
+        if n == 1:
+            return cls(n, mean, None, None)
+        std = statistics.stdev(samples)
+        radius = float(stats.t.ppf(0.975, n - 1)) * std / math.sqrt(n)
+        return cls(n, mean, std, (mean - radius, mean + radius))
+
+    def cells(self, digits: int, scale: float = 1.0, unit: str = "") -> list[str]:
+        """Of a Markdown table: n, mean, standard deviation, interval.
+
+        >>> Mean.of([0.94, 0.95]).cells(2, 100, " %")
+        ['2', '94.50 %', '0.71', '88.15 to 100.85']
+        """
+        low, high = self.interval or (None, None)
+        std, low, high = (
+            "-" if value is None else f"{scale * value:,.{digits}f}"
+            for value in (self.std, low, high)
+        )
+        ends = "-" if self.interval is None else f"{low} to {high}"
+        return [f"{self.n}", f"{scale * self.mean:,.{digits}f}{unit}", std, ends]
 
 
 class Spread(NamedTuple):

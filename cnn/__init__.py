@@ -3,7 +3,7 @@
 Importing it starts no backend, reads no flag and touches no file.
 """
 
-from cnn.augment import create_augment
+from cnn.augment import Mix, create_augment
 from cnn.averaging import ExponentialMovingAverage, Lookahead
 from cnn.config import load_config
 from cnn.data import Dataset, Split, load_dataset, load_folder, load_images
@@ -45,6 +45,7 @@ __all__ = [
     "Interrupted",
     "Lookahead",
     "Metrics",
+    "Mix",
     "Pipeline",
     "SpeedNet",
     "Split",

@@ -23,7 +23,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cnn.augment import augment_schema, create_augment
+from cnn.augment import augment_schema, create_augmentations, mix_schema
 from cnn.averaging import AVERAGINGS, averaging_schema, create_averaging
 from cnn.data.folder import ON_UNREADABLE
 from cnn.data.images import IMAGE_SIZE_MUST, RESIZE, is_image_size
@@ -101,6 +101,9 @@ _RUN_FIELDS: dict[str, _RunField] = {
         tuple, ("accuracy",), valid=lambda value: "accuracy" in value, must='hold "accuracy"'
     ),
     "init_from": _RunField(str, ""),
+    "proxy.keep": _at_least(0, 0),
+    "proxy.update_every": _at_least(1, 4),
+    "proxy.freeze": _RunField(tuple, (), entries=str),
     "schedule.warmup_epochs": _RunField(
         float, 0.0, valid=lambda value: 0 <= value < 2**31, must="be 0 or more, and below 2**31"
     ),
@@ -137,9 +140,15 @@ _RUN_FIELDS: dict[str, _RunField] = {
     "runtime.compilation_cache": _RunField(bool, True),
     "runtime.tensorboard": _RunField(bool, False),
 }
+# In the order of a config file.
+SECTIONS = (
+    *("dataset", "model", "proxy", "loss", "optimizer", "schedule", "averaging", "augment"),
+    *("evaluation", "early_stopping", "runtime"),
+)
 # What a config builds by name: the names, the default one, and the fields of what has a name.
 _BUILT: dict[str, tuple[Iterable[str], Any, Callable[[str], Schema]]] = {
     "model": (MODELS, REQUIRED, model_schema),
+    "proxy": (("none", *MODELS), "none", lambda name: {} if name == "none" else model_schema(name)),
     "loss": (LOSSES, "cross_entropy", loss_schema),
     "optimizer": (OPTIMIZERS, REQUIRED, optimizer_schema),
     "schedule": (SCHEDULES, "constant", schedule_schema),
@@ -179,12 +188,9 @@ def fields(config: ConfigDict) -> Schema:
         name = flat.get(f"{title}.name", "sgd")
         own = group_schema(name) if isinstance(name, str) else {}
         known.update({f"{title}.{key}": field for key, field in {**own, **_GROUP_FIELDS}.items()})
-    known.update({f"augment.{key}": field for key, field in augment_schema().items()})
-    order = (
-        *("seed", "dataset", "batch_size", "num_epochs", "metrics", "init_from", "model", "loss"),
-        *("optimizer", "schedule", "averaging", "augment", "evaluation", "early_stopping"),
-        "runtime",
-    )
+    augment = augment_schema() | mix_schema()
+    known.update({f"augment.{key}": field for key, field in augment.items()})
+    order = ("seed", "dataset", "batch_size", "num_epochs", "metrics", "init_from", *SECTIONS[1:])
     everything = {**_RUN_FIELDS, **known}
     return dict(sorted(everything.items(), key=lambda item: order.index(item[0].partition(".")[0])))
 
@@ -484,8 +490,22 @@ def _check_built(config: Any) -> None:
     for name, value in config.model.items():
         if name != "name" and isinstance(own := getattr(model, name), str) and own != value:
             config.model[name] = own
+    if (proxy := config.proxy).name != "none":
+        own = {name: proxy[name] for name in ("name", *model_schema(proxy.name))}
+        create_model(num_classes=2, **own)
+        if not 1 <= proxy.keep <= config.batch_size:
+            raise UserError(
+                f"config field proxy.keep={proxy.keep} must lie between 1 and "
+                f"batch_size={config.batch_size}: the images of a batch that are trained on"
+            )
+        if config.optimizer.grad_accumulation_steps > 1:
+            raise UserError(
+                f"proxy.name={proxy.name} and optimizer.grad_accumulation_steps="
+                f"{config.optimizer.grad_accumulation_steps} do not go together: a proxy chooses "
+                f"for one step; set one of them back"
+            )
     create_loss(**config.loss.to_dict())
-    create_augment(**config.augment.to_dict())
+    create_augmentations(**config.augment.to_dict())
     find_metrics(config.metrics)
     check_monitor(config.early_stopping.monitor, config.metrics)
     optimizer = config.optimizer.to_dict()

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from cnn.augment import Augment, create_augment
+from cnn.augment import Augment, create_augmentations
 from cnn.averaging import Averaging, create_averaging
 from cnn.data import Dataset, load_dataset, load_folder
 from cnn.data.pipeline import Pipeline, stream_key
@@ -24,11 +24,13 @@ from cnn.losses import LossFn, create_loss
 from cnn.metrics import MetricFn, find_metrics
 from cnn.models import create_model
 from cnn.models.summary import model_summary
-from cnn.optimizers import create_optimizer, create_schedule, frozen, schedule_arguments
+from cnn.optimization import create_proxy, optimizer_arguments, run_schedule
+from cnn.optimizers import create_optimizer, frozen
 from cnn.plateau import plateau_scale, reduce_on_plateau
 from cnn.runtime.devices import data_mesh, replicated_sharding
 from cnn.runtime.provenance import describe_object
 from cnn.runtime.screen import waiting
+from cnn.selection import hardest_images
 from cnn.steps import (
     TrainState,
     begin_averaging,
@@ -66,6 +68,7 @@ class Experiment:
       metric_fns: what is reported beside the loss.
       schedule: learning rate by number of updates; None if the optimizer came from a script.
       averaging: of the weights, if any.
+      proxy: the network and the optimizer that choose which images are trained on, if any.
       num_steps: of the whole run.
       warmup_updates: during which the learning rate rises.
       given: by config section, a description of what a script passed in its place.
@@ -80,6 +83,7 @@ class Experiment:
     metric_fns: tuple[MetricFn, ...]
     schedule: optax.Schedule | None
     averaging: Averaging | None
+    proxy: tuple[nn.Module, optax.GradientTransformation] | None
     num_steps: int
     warmup_updates: int
     given: dict[str, Any]
@@ -93,6 +97,11 @@ class Experiment:
     def steps_per_epoch(self) -> int:
         """Whole batches in the train split."""
         return self.pipeline.steps_per_epoch
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that a step is trained on: those of a batch, or those that the proxy keeps."""
+        return self.config.batch_size if self.proxy is None else self.config.proxy.keep
 
     @property
     def dataset_record(self) -> dict[str, Any]:
@@ -153,9 +162,9 @@ class Experiment:
         """
         static = self._static_arguments()
         state = self.jit_once(initialize, tuple(static))(self._initial_key, **static)
-        if (init := getattr(self.model, "init_from_images", None)) is not None:
-            params = self.jit_once(init)(state.params, self._init_images())
-            state = begin_averaging(state.replace(params=params))
+        state = begin_averaging(state.replace(params=self._from_images(self.model, state.params)))
+        if self.proxy is not None:
+            state = self._with_proxy(state, *self.proxy)
         self._check_batch_size(state)
         self._check_step(state)
         state = state.replace(skip_nonfinite=self.config.runtime.on_nonfinite == "skip")
@@ -177,11 +186,29 @@ class Experiment:
     def _initial_key(self) -> jax.Array:
         return stream_key(self.config.seed, _INIT)
 
-    def _init_images(self) -> jax.Array:
-        """The training images that the model's `init_from_images` wants, normalized."""
+    def _from_images(self, model: Any, params: Any) -> Any:
+        """The parameters of a model that wants to see training images first, after that."""
+        if not hasattr(model, "init_from_images"):
+            return params
         split = self.pipeline.train
-        count = min(self.model.num_init_images, split.labels.shape[0])  # type: ignore[attr-defined]
-        return split.get_batch(np.arange(count, dtype=np.int32))["image"]
+        count = min(model.num_init_images, split.labels.shape[0])
+        images = split.get_batch(np.arange(count, dtype=np.int32))["image"]
+        return self.jit_once(model.init_from_images)(params, images)
+
+    def _with_proxy(
+        self, state: TrainState, model: nn.Module, tx: optax.GradientTransformation
+    ) -> TrainState:
+        selection, proxy = hardest_images(
+            model,
+            tx,
+            jax.random.fold_in(self._initial_key, 1),
+            self.dataset.image_shape,
+            keep=self.config.proxy.keep,
+            update_every=self.config.proxy.update_every,
+            loss_fn=self.loss_fn,
+        )
+        proxy["params"] = self._from_images(model, proxy["params"])
+        return state.replace(selection=selection, proxy=proxy)
 
     def _static_arguments(self) -> dict[str, Any]:
         return static_arguments(
@@ -296,12 +323,16 @@ def create_experiment(
     else:
         normalization = config.dataset.normalization
         given["dataset"] = {"object": dataset.name, "normalization": normalization}
+    mix = None
+    if augment is None:
+        augment, mix = create_augmentations(**config.augment.to_dict())
     pipeline = Pipeline(
         dataset,
         batch_size=config.batch_size,
         seed=config.seed,
         normalization=config.dataset.normalization,
-        augment=create_augment(**config.augment.to_dict()) if augment is None else augment,
+        augment=augment,
+        mix=mix,
         mesh=data_mesh(devices, config.batch_size),
         steps_per_execution=config.runtime.steps_per_execution,
     )
@@ -310,10 +341,17 @@ def create_experiment(
         raise UserError(
             f"num_epochs={config.num_epochs:g} makes {num_steps:,} steps; a run has less than 2**31"
         )
-    schedule, warmup_updates = None, 0
+    schedule, warmup_updates, proxy = None, 0, None
+    if config.proxy.name != "none":
+        if tx is not None:
+            raise UserError(
+                f"proxy.name={config.proxy.name} needs the optimizer of the config, which tx= "
+                f"replaces; pass no tx, or set proxy.name=none"
+            )
+        proxy = create_proxy(config, dataset.num_classes, num_steps, pipeline.steps_per_epoch)
     if tx is None:
-        schedule, warmup_updates = _create_schedule(config, num_steps, pipeline.steps_per_epoch)
-        tx = _create_optimizer(config, schedule, num_steps, pipeline.steps_per_epoch)
+        schedule, warmup_updates = run_schedule(config, num_steps, pipeline.steps_per_epoch)
+        tx = create_optimizer(**optimizer_arguments(config, num_steps, pipeline.steps_per_epoch))
         if config.schedule.plateau_patience:
             tx = reduce_on_plateau(
                 tx,
@@ -334,6 +372,7 @@ def create_experiment(
         metric_fns=find_metrics(config.metrics),
         schedule=schedule,
         averaging=create_averaging(num_steps=num_steps, **config.averaging.to_dict()),
+        proxy=proxy,
         num_steps=num_steps,
         warmup_updates=warmup_updates,
         given=given,
@@ -374,54 +413,6 @@ def _check_passed(*, model: Any, tx: Any, loss_fn: Any, augment: Any, dataset: A
     ):
         if value is not None and not fits:
             raise UserError(f"{name} must be {kind}, not {value!r}")
-
-
-def _create_schedule(
-    config: Any, num_steps: int, steps_per_epoch: int, group: Mapping[str, Any] | None = None
-) -> tuple[optax.Schedule, int]:
-    """The schedule of the run or of a group of parameters, and how many updates are its warm-up.
-
-    It counts updates, not steps: an optimizer that accumulates gradients advances its schedule once
-    per update.
-    """
-    accumulation = config.optimizer.grad_accumulation_steps
-    if accumulation > num_steps:
-        raise UserError(
-            f"optimizer.grad_accumulation_steps={accumulation} is more than the {num_steps:,} "
-            f"steps of the run: nothing would be trained"
-        )
-    updates_per_epoch = steps_per_epoch / accumulation
-    warmup_updates = round(updates_per_epoch * config.schedule.warmup_epochs)
-    rate, num_updates = config.optimizer.learning_rate, num_steps // accumulation
-    if group is not None:
-        rate = group["learning_rate"]
-        num_updates = _whole(updates_per_epoch * group["schedule_epochs"]) or num_updates
-    schedule = create_schedule(
-        learning_rate=rate,
-        num_updates=num_updates,
-        warmup_updates=warmup_updates,
-        warmup_from=config.schedule.warmup_from,
-        **schedule_arguments(config.schedule),
-    )
-    return schedule, warmup_updates
-
-
-def _create_optimizer(
-    config: Any, schedule: optax.Schedule, num_steps: int, steps_per_epoch: int
-) -> optax.GradientTransformation:
-    """The optimizer, with those of its groups of parameters."""
-    fields = config.optimizer.to_dict()
-    updates_per_epoch = steps_per_epoch / config.optimizer.grad_accumulation_steps
-    for group in fields.get("groups", {}).values():
-        group["learning_rate"], _ = _create_schedule(config, num_steps, steps_per_epoch, group)
-        del group["schedule_epochs"]
-        group["num_updates"] = _whole(updates_per_epoch * group.pop("freeze_after_epochs"))
-    return create_optimizer(**{**fields, "learning_rate": schedule})
-
-
-def _whole(updates: float) -> int:
-    """Rounded; not to 0, which means something else."""
-    return max(round(updates), int(updates > 0))
 
 
 def notes(experiment: Experiment) -> list[str]:
@@ -497,6 +488,12 @@ def describe(experiment: Experiment, variables: Any, num_devices: int, *, width:
             f"{num_devices - used} stay idle"
         )
     lines += [f"note: {line}" for line in notes(experiment)]
+    if experiment.proxy is not None:
+        config = experiment.config
+        lines.append(
+            f"proxy: {config.proxy.name}, chooses {config.proxy.keep:,} of each batch's "
+            f"{batch_size:,} images"
+        )
     if experiment.freeze:
         total = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
         kept = num_frozen(experiment, variables["params"])

@@ -490,14 +490,14 @@ def _paths(params: Any) -> list[str]:
 
 def _matches(field: str, patterns: Sequence[str], paths: Sequence[str]) -> list[bool]:
     """Which paths a field's patterns cover; raises UserError for a pattern that covers none."""
-    covered = {pattern: [_covers(pattern, path) for path in paths] for pattern in patterns}
+    covered = {pattern: [covers(pattern, path) for path in paths] for pattern in patterns}
     for pattern, matches in covered.items():
         if not any(matches):
             raise UserError(f"{field}: {pattern!r} matches no parameter; {_near(pattern, paths)}")
     return [any(one) for one in zip(*covered.values(), strict=True)] or [False] * len(paths)
 
 
-def _covers(pattern: str, path: str) -> bool:
+def covers(pattern: str, path: str) -> bool:
     """Whether a pattern is, or matches, a path or one of the modules above it."""
     names = path.split("/")
     above = ["/".join(names[:end]) for end in range(1, len(names) + 1)]

@@ -55,7 +55,7 @@ def epoch_record(
       records: of the epochs before.
     """
     step, begun = int(state.step), records[-1]["step"] if records else 0
-    skipped = step - begun - int(trained.count) // experiment.config.batch_size
+    skipped = step - begun - int(trained.count) // experiment.images_per_step
     before = sum(record["skipped_steps"] for record in records)
     rate = experiment.learning_rate(step - before - skipped, state.opt_state)
     return {

@@ -52,6 +52,10 @@ from cnn.ops.microbatch import (
 )
 
 Batch = Mapping[str, AnyArray]
+# (proxy, batch, step, key) -> (proxy, batch)
+Selection = Callable[[Any, Batch, AnyArray, AnyArray], tuple[Any, Batch]]
+# Of a batch of mixed images; all or none.
+_MIXED = ("other_label", "label_weight")
 
 
 class TrainState(struct.PyTreeNode):
@@ -70,6 +74,8 @@ class TrainState(struct.PyTreeNode):
       skip_nonfinite: whether a step changes nothing if its loss or gradients are not finite.
       averaging: keeps a running average of the weights; see `cnn.averaging`.
       averaged: that average, {"params": ..., "model_state": ...}; empty without `averaging`.
+      selection: chooses the images of a batch that are trained on; see `cnn.selection`.
+      proxy: what it chooses them with; empty without `selection`.
     """
 
     step: AnyArray
@@ -84,6 +90,8 @@ class TrainState(struct.PyTreeNode):
     skip_nonfinite: bool = struct.field(pytree_node=False, default=False)
     averaging: Averaging | None = struct.field(pytree_node=False, default=None)
     averaged: Any = struct.field(default_factory=dict)
+    selection: Selection | None = struct.field(pytree_node=False, default=None)
+    proxy: Any = struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -105,6 +113,7 @@ class TrainState(struct.PyTreeNode):
             "model_state": self.model_state,
             "opt_state": self.opt_state,
             **({"averaged": self.averaged} if self.averaging is not None else {}),
+            **({"proxy": self.proxy} if self.selection is not None else {}),
         }
 
 
@@ -233,7 +242,9 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
 
     Args:
       state: from `create_train_state`, or the step before.
-      batch: `image` float32[B, H, W, C] (normalized), `label` int32[B].
+      batch: `image` float32[B, H, W, C] (normalized), `label` int32[B]. Of mixed images also
+        `other_label` int32[B] and `label_weight` float32[B], w: the loss of an image is then w
+        times that with `label` plus 1 - w times that with `other_label`. Metrics count `label`.
 
     Raises:
       UserError: while tracing, if labels are not `int[B]`, logits not `float[B, K]` or losses not
@@ -254,13 +265,15 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     (2, True)
     """
     check_batch(batch)
+    if state.selection is not None:
+        proxy, batch = state.selection(state.proxy, batch, state.step, state.key)
+        state = state.replace(proxy=proxy)
     batch_size = batch["label"].shape[0]
 
     divisor = _divisor(state, batch)
 
     def objective(params: Any, batch: Batch) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        logits, model_state = _forward(state, params, batch)
-        losses = state.loss_fn(logits, batch["label"])
+        losses, logits, model_state = forward_losses(state, params, batch)
         metrics = Metrics.from_logits(losses, logits, batch["label"], metric_fns=state.metric_fns)
         return losses.astype(jnp.float32).sum() / divisor, (metrics, model_state)
 
@@ -271,7 +284,8 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     # The whole batch at once, unless this is a CPU and model and loss declare `per_example`.
     plan = _gradient_plan(state, batch)
     index = jnp.arange(batch_size, dtype=jnp.int32)
-    parts = {"image": batch["image"], "label": batch["label"], "index": index}
+    names = ("image", "label", *_MIXED)
+    parts = {name: batch[name] for name in names if name in batch} | {"index": index}
     grads, metrics, model_state = accumulate_microbatches(gradients, parts, plan)
     finite = _is_finite(metrics.sums["loss"], grads, in_one_piece=plan != WHOLE)
     state = _apply_gradients(objective, state, batch, grads, metrics, model_state, where=finite)
@@ -281,6 +295,14 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
 def _divisor(state: TrainState, batch: Batch) -> int:
     """By which the sum of a batch's losses is divided to give the objective."""
     return batch["label"].shape[0] if reduction_of(state.loss_fn) == "mean" else 1
+
+
+def forward_losses(
+    state: TrainState, params: Any, batch: Batch
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Losses `float[B]` and logits `float32[B, K]` in training, and the collections after it."""
+    logits, model_state = _forward(state, params, batch)
+    return _losses(state, logits, batch), logits, model_state
 
 
 def _forward(state: TrainState, params: Any, batch: Batch) -> tuple[jax.Array, Any]:
@@ -297,6 +319,15 @@ def _forward(state: TrainState, params: Any, batch: Batch) -> tuple[jax.Array, A
     )
     check_logits(logits, batch["label"].shape[0])
     return logits.astype(jnp.float32), selected(model_state, state.model_state)
+
+
+def _losses(state: TrainState, logits: jax.Array, batch: Batch) -> jax.Array:
+    """The losses of images `float[B]`; of mixed ones those of both labels, by their weights."""
+    losses = state.loss_fn(logits, batch["label"])
+    if "other_label" not in batch or getattr(losses, "shape", None) != batch["label"].shape:
+        return losses  # those of another shape are refused by `Metrics.from_logits`
+    weight = jnp.asarray(batch["label_weight"])
+    return weight * losses + (1 - weight) * state.loss_fn(logits, batch["other_label"])
 
 
 def _gradient_plan(state: TrainState, batch: Batch) -> MicrobatchPlan:
@@ -381,7 +412,8 @@ def train_steps(
 
     Args:
       state: from `create_train_state`, or the step before.
-      batches: as for `train_step`, stacked: `image` float32[S, B, H, W, C], `label` int32[S, B].
+      batches: as for `train_step`, stacked: `image` float32[S, B, H, W, C], `label` int32[S, B],
+        and so on.
       num_steps: how many of the batches to train on, from the first on, 0 to S. More are an error
         if it is a number, and end with the last batch if it is traced.
 
@@ -434,8 +466,8 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
 
     Args:
       state: whose parameters to score.
-      batch: as for `train_step`; an optional `mask` bool[B] marks the images that count, so that a
-        padded last batch counts each image once.
+      batch: `image` and `label` as for `train_step`; an optional `mask` bool[B] marks the images
+        that count, so that a padded last batch counts each image once.
 
     >>> from cnn import CNN
     >>> state = create_train_state(CNN(10), optax.adam(1e-3), jax.random.key(0), (28, 28, 1))
@@ -511,7 +543,8 @@ def check_batch(batch: Any, *, stacked: bool = False, is_trained: bool = True) -
     Args:
       batch: as for `train_step`; with `stacked` as for `train_steps`.
       stacked: whether there is an axis of several batches.
-      is_trained: whether it is to be trained on: it may then have no `mask`.
+      is_trained: whether it is to be trained on: it may then have no `mask`, but the labels of
+        mixed images.
     """
     if not isinstance(batch, Mapping):
         raise UserError(
@@ -537,6 +570,29 @@ def check_batch(batch: Any, *, stacked: bool = False, is_trained: bool = True) -
         raise UserError(
             "train_step trains on every image of a batch: it takes no 'mask', which eval_step does"
         )
+    if mixed := [name for name in _MIXED if name in batch]:
+        _check_mixed(batch, mixed, label, is_trained=is_trained)
+
+
+def _check_mixed(batch: Batch, names: list[str], label: AnyArray, *, is_trained: bool) -> None:
+    """Raises UserError unless a batch that has some of the keys of mixed images is one of these."""
+    if not is_trained:
+        raise UserError(
+            f"eval_step scores images as they are: it takes no {names[0]!r}, which train_step does"
+        )
+    if len(names) < len(_MIXED):
+        raise UserError(
+            f"the batch has {names[0]!r} only; mixed images need both 'other_label' and "
+            "'label_weight'"
+        )
+    for name, kind, title in zip(names, (jnp.integer, jnp.floating), ("int", "float"), strict=True):
+        array = batch[name]
+        has_shape = getattr(array, "shape", None) == label.shape
+        if not (has_shape and jnp.issubdtype(array.dtype, kind)):
+            raise UserError(
+                f"{name!r} must be {title}{list(label.shape)}, one for each image, not "
+                f"{array_type(array)}"
+            )
 
 
 def is_per_example_state(state: TrainState) -> bool:

@@ -89,7 +89,9 @@ def transfer(
     with waiting(f"reading the weights of {shown(source)}"):
         arrays, record = _read_latest(source)
     mine = leaves.by_path({"params": state.params, "model_state": state.model_state})
-    theirs = leaves.by_path(evaluated_network(arrays, record.get("config", {}).get("averaging", {})))
+    theirs = leaves.by_path(
+        evaluated_network(arrays, record.get("config", {}).get("averaging", {}))
+    )
     fresh = fresh_leaves(mine, theirs, _class_names(record), experiment.dataset.class_names, source)
     values = [
         leaf if path in fresh else leaves.like(leaf, theirs[path]) for path, leaf in mine.items()

@@ -133,7 +133,8 @@ def get_config() -> ConfigDict:
     # The most devices to use; 0 uses all. On a CPU each core is one. The batch is sharded over the
     # most devices that divide it, and each holds a copy of the dataset.
     config.runtime.num_devices = 0
-    # Steps per compiled call; 0 is 50, or fewer where their images take more than 50 MB.
+    # Steps per compiled call; 0 is a whole epoch on a GPU or TPU, if its images take at most 1 GiB,
+    # and up to 50 on a CPU.
     config.runtime.steps_per_execution = 0
     # Test images per call.
     config.runtime.eval_batch_size = 1000

@@ -54,12 +54,12 @@ def get_config() -> ConfigDict:
     # Parameters with an optimizer of their own.
     config.optimizer.groups = ConfigDict()
     decay = 2e-6 * config.batch_size  # L2, of the gradient, in units of the learning rate
-    config.optimizer.groups.whitening_bias = _sgd(("whiten/bias",), 0.053, decay)
+    config.optimizer.groups.whitening_bias = sgd(("whiten/bias",), 0.053, decay)
     # Its schedule falls to zero in 3 epochs, and then it is frozen.
     config.optimizer.groups.whitening_bias.schedule_epochs = 3.0
     config.optimizer.groups.whitening_bias.freeze_after_epochs = 3.0
-    config.optimizer.groups.norm_biases = _sgd(("norm_*",), 0.053, decay)
-    config.optimizer.groups.head = _sgd(("head",), 0.67, decay)
+    config.optimizer.groups.norm_biases = sgd(("norm_*",), 0.053, decay)
+    config.optimizer.groups.head = sgd(("head",), 0.67, decay)
 
     # Each image in its two orientations by turns.
     config.augment.alternating_flip = True
@@ -69,7 +69,8 @@ def get_config() -> ConfigDict:
     return config
 
 
-def _sgd(params: tuple[str, ...], learning_rate: float, decay: float) -> ConfigDict:
+def sgd(params: tuple[str, ...], learning_rate: float, decay: float) -> ConfigDict:
+    """A group of parameters with Nesterov SGD, whose decay is in units of the learning rate."""
     return ConfigDict(
         {
             "params": params,

@@ -17,7 +17,7 @@ from cnn.export.weights import named_arrays
 from cnn.runtime.devices import select_devices
 from cnn.steps import begin_averaging
 from cnn.transfer import transfer
-from tests.helpers import quick_jit, short_config
+from tests.helpers import short_config
 
 VALUES = [np.array([3.0, -1.0]), np.array([5.0, 2.0]), np.array([-4.0, 0.5])]
 
@@ -94,7 +94,7 @@ def network(state):
     return {"params": state.params, "model_state": state.model_state}
 
 
-train_step = quick_jit(cnn.train_step)
+train_step = jax.jit(cnn.train_step)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_what_is_scored(batch, plain):
     """An exponential average; with a lookahead the network itself."""
     other = jax.tree.map(lambda leaf: 2 * leaf + 1, network(plain))
     average = with_averaging(plain, ExponentialMovingAverage()).replace(averaged=other)
-    score = quick_jit(cnn.eval_step)
+    score = jax.jit(cnn.eval_step)
     assert float(score(average, batch).loss) == float(score(plain.replace(**other), batch).loss)
     assert float(score(average, batch).loss) != float(score(plain, batch).loss)
     assert average.replace(averaging=Lookahead(10)).variables["params"] is plain.params

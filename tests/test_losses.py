@@ -15,7 +15,6 @@ from cnn.losses import (
     reduction_of,
 )
 from cnn.ops.microbatch import MicrobatchPlan, is_per_example
-from tests.helpers import quick_jit
 
 LOGITS = jax.random.normal(jax.random.key(0), (6, 4)) * 3
 LABELS = jnp.array([0, 1, 2, 3, 0, 1])
@@ -112,7 +111,7 @@ def test_a_sum_has_the_batch_size_times_the_gradients_of_a_mean():
                 model, recording(), jax.random.key(0), (32, 32, 3), loss_fn=loss_fn
             )
             state = jax.device_put(state, cnn.replicated_sharding(mesh))
-            after, metrics = quick_jit(train_step)(state, batch)
+            after, metrics = jax.jit(train_step)(state, batch)
             found[reduction] = jax.device_get((after.opt_state, metrics.loss))
     (mean, mean_loss), (total, total_loss) = found["mean"], found["sum"]
     assert mean_loss == total_loss == pytest.approx(mean[0], rel=1e-6)

@@ -13,6 +13,7 @@ import pytest
 import cnn
 from cnn import UserError, create_train_state, digest, train_and_evaluate
 from cnn.metrics import MetricsAccumulator
+from tests.helpers import OPTIMIZED
 
 SHAPE = (16, 16, 3)
 
@@ -68,15 +69,17 @@ def test_unless_it_is_told_to_skip_a_step_only_tells(batch):
 def test_skipping_changes_no_other_step(batch, monkeypatch, backend):
     """On a CPU not a bit; elsewhere the update is another program."""
     plain = new_state().replace(skip_nonfinite=False)
-    expected, _ = jax.jit(cnn.train_step)(plain, batch)
+    optimized = functools.partial(jax.jit, cnn.train_step, compiler_options=OPTIMIZED)
+    expected, _ = optimized()(plain, batch)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    skipping, _ = jax.jit(cnn.train_step)(new_state(), batch)
+    step = optimized()
+    skipping, _ = step(new_state(), batch)
     if backend == "cpu":
         assert digest(skipping) == digest(expected)
     assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
     jax.tree.map(assert_close, skipping.params, expected.params)
     bad = {**batch, "image": batch["image"].at[3, 2, 1, 0].set(jnp.nan)}
-    assert_nothing_but_the_step_changed(new_state(), jax.jit(cnn.train_step)(new_state(), bad)[0])
+    assert_nothing_but_the_step_changed(new_state(), step(new_state(), bad)[0])
 
 
 def test_an_infinite_gradient_of_a_finite_loss_changes_nothing(batch):

@@ -8,7 +8,6 @@ import pytest
 import cnn
 from cnn import UserError, create_optimizer, create_schedule
 from cnn.optimizers import OPTIMIZERS, frozen
-from tests.helpers import quick_jit
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5])}
 GRADS = {"kernel": jnp.array([[3.0, -4.0]]), "bias": jnp.array([0.0])}
@@ -76,7 +75,7 @@ def test_muon_moves_a_kernel_along_a_nearby_orthogonal_matrix(shape, scale):
     u, _, v = np.linalg.svd(np.reshape(grads["w"], (-1, shape[-1])), full_matrices=False)
     for normalizes in (False, True):
         tx = create_optimizer("muon", 0.1, momentum=0.9, normalize_weights=normalizes)
-        change, _ = quick_jit(tx.update)(grads, tx.init(kernel), kernel)
+        change, _ = jax.jit(tx.update)(grads, tx.init(kernel), kernel)
         begin = np.asarray(kernel["w"])
         begin = begin * shape[-1] ** 0.5 / np.linalg.norm(begin) if normalizes else begin
         moved = np.reshape(kernel["w"] + change["w"] - begin, (-1, shape[-1]))

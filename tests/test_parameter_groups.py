@@ -64,7 +64,9 @@ def test_a_group_that_is_frozen_keeps_its_bits_and_its_momentum():
     assert biases[2] == biases[3] == biases[4]
     assert len(set(kernels)) == 5
     # Of the state only the momentum of the two kernels moves on.
-    moved = [sum(a != b for a, b in zip(*pair, strict=True)) for pair in zip(states[2:], states[3:])]
+    moved = [
+        sum(a != b for a, b in zip(*pair, strict=True)) for pair in zip(states[2:], states[3:])
+    ]
     assert moved == [2, 2]
 
 

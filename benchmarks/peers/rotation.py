@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from benchmarks import workers
+from benchmarks import dialogue, workers
 from benchmarks.peers.contenders import matmul
 from benchmarks.peers.lineup import MATMUL, Contender
 from cnn import UserError
@@ -54,66 +50,19 @@ class Series:
     peak_mib: float = 0.0
 
 
-class WorkerProcess:
+class WorkerProcess(dialogue.WorkerProcess):
     """The process of a contender; as a context manager it ends with the block."""
 
     def __init__(self, contender: Contender, network: str, batch_size: int) -> None:
         self.contender = contender
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
-        self._process = subprocess.Popen(
+        super().__init__(
+            f"contender {contender.name}",
             workers.command(
                 "benchmarks.peers.worker",
                 *(contender.group, contender.variant, network, batch_size),
             ),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=workers.environment(contender.env),
+            workers.environment(contender.env),
         )
-
-    def __enter__(self) -> WorkerProcess:
-        try:
-            self._answer()
-        except BaseException:
-            self._close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._log.close()
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Sends a command and waits for its answer.
-
-        Raises:
-          UserError: the worker died; the message has the last line that it wrote.
-        """
-        assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if line:
-            return json.loads(line)
-        self._process.wait()
-        self._log.seek(0)
-        line = workers.last_line(self._log.read())
-        raise UserError(f"contender {self.contender.name} failed: {line}")
 
 
 def check_agreement(answers: dict[str, dict[str, Any]], reference: str) -> float:

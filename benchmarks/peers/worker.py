@@ -8,11 +8,10 @@ Commands: {"do": "check", "steps": n}, {"do": "sample", "phase": p, "seconds": t
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from typing import Any
 
+from benchmarks.dialogue import answering, commands
 from benchmarks.workers import calibrate, peak_mib, steps_per_second, warm_up
 
 _CHECKED_IMAGES = 32
@@ -77,16 +76,12 @@ class Worker:
 
 def main(group: str, variant: str, network: str, batch_size: str) -> None:
     """Serves commands until there are no more."""
-    # What a framework prints goes to standard error; the answers have a stream of their own.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    answer = answering()  # what a framework prints goes to standard error
     worker = Worker(load(group, variant, network, int(batch_size)))
     actions = {"check": worker.check, "sample": worker.sample, "memory": worker.memory}
-    print(json.dumps({"ready": True}), file=answers)
-    for line in sys.stdin:
-        command = json.loads(line)
-        answer = actions[command.pop("do")](**command)
-        print(json.dumps(answer), file=answers)
+    answer({"ready": True})
+    for command in commands():
+        answer(actions[command.pop("do")](**command))
 
 
 if __name__ == "__main__":

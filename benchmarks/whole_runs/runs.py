@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks import arrays
 from benchmarks.report import Spread, table
 from benchmarks.workers import last_line
 from cnn import UserError, load_dataset
@@ -97,14 +96,7 @@ def timed(command: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
 
 def write_arrays(path: Path) -> None:
     """Writes CIFAR-10 as a NumPy archive, the form in which Keras caches its download."""
-    data = load_dataset("cifar10")
-    np.savez(
-        path,
-        train_images=data.train.images,
-        train_labels=data.train.labels,
-        test_images=data.test.images,
-        test_labels=data.test.labels,
-    )
+    arrays.write_arrays(path, load_dataset("cifar10"))
 
 
 def load_runs(path: Path) -> list[Run]:

@@ -9,7 +9,8 @@ uint8 as a rule. One that also takes any of these by keyword is given them:
 - `fill` uint8[C], the colour that normalization brings nearest to 0.
 
 A row of `AUGMENTATIONS` makes one known to configs: `config.augment.NAME` is its one further
-argument, annotated int or float, or true or false if it has none.
+argument, annotated int or float, or true or false if it has none. `Mix` mixes the images of a batch
+after they are normalized.
 
 The result is a pure function of key and images, to the bit: jitted or not, vmapped over steps, or
 sharded over devices. Images are moved by gathering: on a CPU, choosing between an image and its
@@ -18,6 +19,7 @@ mirror image by `where` is up to three times slower, as XLA fuses it with the ga
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -29,22 +31,27 @@ from jaxtyping import Array, Bool, Integer, Num, PRNGKeyArray
 
 from cnn.arrays import AnyArray
 from cnn.augment.erasing import cutout, inner_cutout, random_erasing
+from cnn.augment.mix import Mix
+from cnn.augment.trivial import trivial_augment
 from cnn.errors import UserError
 from cnn.registry import Field, Schema, complete, schema
 
 __all__ = [
     "AUGMENTATIONS",
     "Augment",
+    "Mix",
     "alternating_flip",
     "apply_augment",
     "augment_schema",
     "create_augment",
+    "create_augmentations",
     "cutout",
     "inner_cutout",
     "random_crop",
     "random_erasing",
     "random_flip",
     "random_translate",
+    "trivial_augment",
 ]
 
 Augment = Callable[..., jax.Array]
@@ -172,6 +179,7 @@ AUGMENTATIONS: dict[str, Augment] = {
     "alternating_flip": alternating_flip,
     "inner_cutout": inner_cutout,
     "random_erasing": random_erasing,
+    "trivial_augment": trivial_augment,
 }
 
 
@@ -183,6 +191,26 @@ def augment_schema() -> Schema:
         kind = own[0].type if own else bool
         fields[name] = Field(kind, kind(), (fn.__doc__ or "").partition("\n")[0])
     return fields
+
+
+def mix_schema() -> Schema:
+    """The fields of `Mix`, for the same section of a config."""
+    doc = "Alpha of the Beta distribution, of which {} draws the share of an image; 0: off."
+    return {
+        name: dataclasses.replace(field, doc=doc.format(name))
+        for name, field in schema(Mix).items()
+    }
+
+
+def create_augmentations(**settings: Any) -> tuple[Augment | None, Mix | None]:
+    """Builds all that a config's section `augment` names: `create_augment`, and `Mix` or None.
+
+    Raises:
+      UserError: as for `create_augment` and `Mix`.
+    """
+    settings = complete("augment", augment_schema() | mix_schema(), settings)
+    alphas = {name: settings.pop(name) for name in mix_schema()}
+    return create_augment(**settings), Mix(**alphas) if any(alphas.values()) else None
 
 
 def create_augment(**settings: Any) -> Augment | None:

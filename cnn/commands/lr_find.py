@@ -10,7 +10,8 @@ Training Neural Networks", section 3.3). The test ends early where the smoothed 
 steeply against the logarithm of the rate. The first tenth of the updates, where the mean is
 not settled, and all beyond the least loss are not considered.
 
-It is the peak for the config's schedule. It depends on the seed: take it as right within a factor
+It is the peak for the config's schedule; groups of parameters with rates of their own keep their
+proportion to it. It depends on the seed: take it as right within a factor
 of 3. Nothing is written but the picture. Exit code 1: there is no suggestion.
 """
 
@@ -19,9 +20,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,6 +36,7 @@ from cnn.config import to_json_dict
 from cnn.errors import UserError
 from cnn.execution import compile_train_steps
 from cnn.experiment import Experiment
+from cnn.optimization import optimizer_arguments
 from cnn.optimizers import create_optimizer
 from cnn.runtime.plots import plot_learning_rates
 from cnn.runtime.screen import log, shown, waiting, warning_on_failure
@@ -135,10 +139,12 @@ def range_test(arguments: argparse.Namespace) -> tuple[list[float], list[float]]
         growth = optax.exponential_decay(
             arguments.low, num_updates - 1, arguments.high / arguments.low
         )
-        optimizer = {**config.optimizer.to_dict(), "learning_rate": growth}
-        experiment = dataclasses.replace(
-            experiment, schedule=growth, tx=create_optimizer(**optimizer)
-        )
+        optimizer = optimizer_arguments(config, experiment.num_steps, experiment.steps_per_epoch)
+        for name, group in optimizer.get("groups", {}).items():
+            part = config.optimizer.groups[name].learning_rate / config.optimizer.learning_rate
+            group["learning_rate"] = functools.partial(_scaled, growth, part)
+        tx = create_optimizer(**{**optimizer, "learning_rate": growth})
+        experiment = dataclasses.replace(experiment, schedule=growth, tx=tx)
         with waiting("initializing the model"):
             state = experiment.initial_state()
         if source is not None:
@@ -146,6 +152,11 @@ def range_test(arguments: argparse.Namespace) -> tuple[list[float], list[float]]
         losses = _train(experiment, state, num_updates)
         rates = np.asarray(growth(np.arange(len(losses)))).tolist()
     return rates, losses
+
+
+def _scaled(schedule: optax.Schedule, part: float, count: Any) -> Any:
+    """The rate of a group of parameters, which keeps its proportion to that of the others."""
+    return part * schedule(count)
 
 
 def _train(experiment: Experiment, state: TrainState, num_updates: int) -> list[float]:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 
 from cnn.arrays import AnyArray
-from cnn.augment import Augment, apply_augment
+from cnn.augment import Augment, Mix, apply_augment
 from cnn.data.dataset import Dataset, Split
 from cnn.errors import UserError, array_type
 from cnn.ops import explicit_mesh
@@ -28,10 +28,12 @@ from cnn.ops.linen_apply import hashable
 from cnn.runtime.devices import batch_sharding, data_mesh, replicated_sharding, select_devices
 
 NORMALIZATIONS = ("scale", "standardize")
-# Limits of one call: 50 steps, half a second on two cores, and 50 MB of images.
+# Limits of one call on a CPU: 50 steps, half a second on two cores, and 50 MB of images.
 _MAX_STEPS_PER_EXECUTION, _VALUES_PER_EXECUTION = 50, 4096 * 32 * 32 * 3
+# On a GPU or TPU, where the host is to stay out of the way: an epoch, or 1 GiB of images.
+_VALUES_ON_ACCELERATOR = 2**28
 # Streams of random keys, folded into the run's seed.
-_SHUFFLE, _AUGMENT = 1, 2
+_SHUFFLE, _AUGMENT, _MIX = 1, 2, 3
 # Folded into the key of the augmentation as each step is; no step has this number.
 _WHOLE_RUN = 2**32 - 1
 
@@ -160,9 +162,11 @@ class Pipeline:
       normalization: "scale" (pixel / 255), or "standardize" (mean 0 and variance 1 per channel of
         the train split).
       augment: of the training images; see `cnn.augment`.
+      mix: of the normalized batches, mixup or CutMix.
       mesh: the devices, by default the largest number of them that divides the batch.
-      steps_per_execution: how many batches are made, and trained on, in one call. 0: 50, or fewer
-        where their images take more than 50 MB.
+      steps_per_execution: how many batches are made, and trained on, in one call. 0: those of an
+        epoch, or fewer where their images take more than 1 GiB; on a CPU 50, or fewer where their
+        images take more than 50 MB. It changes no bit of the result.
 
     Raises:
       UserError: an unknown normalization, a batch that is larger than the train split, or an
@@ -174,6 +178,7 @@ class Pipeline:
     seed: int = 0
     normalization: str = "scale"
     augment: Augment | None = None
+    mix: Mix | None = None
     mesh: Mesh = None  # type: ignore[assignment] - never None after initialization
     steps_per_execution: int = 0
 
@@ -196,7 +201,10 @@ class Pipeline:
             object.__setattr__(self, "mesh", data_mesh(select_devices(), self.batch_size))
         if not self.steps_per_execution:
             values = self.batch_size * math.prod(self.dataset.image_shape)
-            most = max(1, min(_MAX_STEPS_PER_EXECUTION, _VALUES_PER_EXECUTION // values))
+            if self.mesh.devices.flat[0].platform == "cpu":
+                most = max(1, min(_MAX_STEPS_PER_EXECUTION, _VALUES_PER_EXECUTION // values))
+            else:
+                most = max(1, _VALUES_ON_ACCELERATOR // values)
             object.__setattr__(self, "steps_per_execution", min(most, self.steps_per_epoch))
         if self.augment is not None:
             self._check_augment(self.augment)
@@ -255,7 +263,8 @@ class Pipeline:
 
         Yields:
           `image` float32[S, B, H, W, C] and `label` int32[S, B], sharded over axis 1, where S is
-          `steps_per_execution`; and how many of the S batches count.
+          `steps_per_execution`; and how many of the S batches count. With `mix` also `other_label`
+          int32[S, B] and `label_weight` float32[S, B]: see `cnn.train_step`.
         """
         per_epoch = self.steps_per_epoch
         stop = (start // per_epoch + 1) * per_epoch if stop is None else stop
@@ -281,8 +290,13 @@ class Pipeline:
     def _augment_key(self) -> jax.Array:
         return stream_key(self.seed, _AUGMENT)
 
+    @functools.cached_property
+    def _mix_key(self) -> jax.Array:
+        return stream_key(self.seed, _MIX)
+
     def _make_batches(self, order: AnyArray, step: int) -> dict[str, jax.Array]:
-        return _make_batches(
+        sharding = batch_sharding(self.mesh, axis=1)
+        batches = _make_batches(
             self.train,
             order,
             self._augment_key,
@@ -290,8 +304,11 @@ class Pipeline:
             num_steps=self.steps_per_execution,
             batch_size=self.batch_size,
             augment=self.augment,
-            sharding=batch_sharding(self.mesh, axis=1),
+            sharding=sharding,
         )
+        if self.mix is None:
+            return batches
+        return _mix_batches(batches, self._mix_key, step, mix=self.mix, sharding=sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("num_steps", "batch_size", "augment", "sharding"))
@@ -329,7 +346,7 @@ def _make_batches(
         return train.get_batch(index)
 
     def transform(images: AnyArray) -> jax.Array:
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, step + i))(jnp.arange(num_steps))
+        keys = _step_keys(key, step, num_steps)
         apply = functools.partial(
             apply_augment,
             augment,
@@ -342,3 +359,32 @@ def _make_batches(
         )
 
     return train.get_batch(index, transform)
+
+
+@functools.partial(jax.jit, static_argnames=("mix", "sharding"))
+def _mix_batches(
+    batches: dict[str, jax.Array],
+    key: AnyArray,
+    step: AnyArray | int,
+    *,
+    mix: Mix,
+    sharding: NamedSharding,
+) -> dict[str, jax.Array]:
+    """Mixes the images of each batch.
+
+    Compiled by itself: on a CPU, XLA would otherwise make each image twice.
+
+    Args:
+      batches: of `_make_batches`.
+      key: of the mixing, into which each step is folded.
+      step: the number of steps made before.
+      mix: how.
+      sharding: of `[num_steps, batch_size]`.
+    """
+    mixed = jax.vmap(mix)(_step_keys(key, step, len(batches["label"])), batches)
+    return jax.lax.with_sharding_constraint(mixed, sharding)
+
+
+def _step_keys(key: AnyArray, step: AnyArray | int, num_steps: int) -> PRNGKeyArray:
+    """A key for each of some steps."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, step + i))(jnp.arange(num_steps))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from cnn.config import flatten, used
+from cnn.config import SECTIONS, flatten, used
 from cnn.report.elements import Child, element, figure, png, section, table
 from cnn.report.figures import Curve, curve_panel, is_fraction, reliability_panel
 from cnn.report.runs import Evaluation, Run
@@ -20,9 +20,6 @@ from cnn.runtime.table import epoch_number, loss
 from cnn.scores import calibration, class_scores, confusion_matrix
 
 _MOST_CLASSES = 20  # of a confusion matrix that is shown whole
-# The order of a config file; `config.json` is in that of the alphabet.
-_SECTIONS = ("run", "dataset", "model", "loss", "optimizer", "schedule", "augment", "evaluation",
-             "early_stopping", "runtime")  # fmt: skip
 _MOST_CONFUSED = 20  # pairs of classes, where it is not
 
 
@@ -270,7 +267,9 @@ def _config(run: Run) -> list[Element]:
     for name, value in used(flatten(run.config)).items():
         part, _, leaf = name.rpartition(".")
         sections.setdefault(part or "run", []).append((leaf, element("code", value_text(value))))
-    tables = [table((), sections.pop(part), caption=part) for part in _SECTIONS if part in sections]
+    # `config.json` is in the order of the alphabet.
+    order = [part for part in ("run", *SECTIONS) if part in sections]
+    tables = [table((), sections.pop(part), caption=part) for part in order]
     tables += [table((), rows, caption=part) for part, rows in sections.items()]
     return [element("div", *tables, class_="columns")]
 

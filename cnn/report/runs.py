@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import PIL.Image
 
+from cnn.config import SECTIONS
 from cnn.errors import UserError
 from cnn.metrics import wilson_interval
 from cnn.runtime.run_directory import RunDirectory
@@ -206,12 +207,10 @@ def _read_run(directory: RunDirectory) -> Run:
 
 
 def _is_config(config: dict[str, Any]) -> bool:
-    sections = ("dataset", "model", "loss", "optimizer", "schedule", "augment", "evaluation",
-                "early_stopping", "runtime")  # fmt: skip
     return (
         _is_number(config.get("num_epochs"))
         and isinstance(config.get("seed"), int)
-        and all(isinstance(config.get(name, {}), dict) for name in sections)
+        and all(isinstance(config.get(name, {}), dict) for name in SECTIONS)
     )
 
 

@@ -34,7 +34,9 @@ def images():
     """Neighbours and channels are correlated, and the mean is not 0."""
     noise = np.random.default_rng(0).normal(size=(40, 13, 14, 3))
     smooth = noise[:, 1:, 1:] + noise[:, :-1, 1:] + noise[:, 1:, :-1]
-    return jnp.asarray(smooth @ [[1.0, 0.5, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]] + 2, jnp.float32)
+    return jnp.asarray(
+        smooth @ [[1.0, 0.5, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]] + 2, jnp.float32
+    )
 
 
 def test_the_patches_come_out_white(images):

@@ -1,0 +1,1 @@
+"""A speed recipe on a GPU or TPU: its time, and where the time goes."""

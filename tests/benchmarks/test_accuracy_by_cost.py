@@ -1,0 +1,48 @@
+"""The picture of accuracy against seconds and FLOPs, from kept results."""
+
+import json
+
+import PIL.Image
+import pytest
+
+import benchmarks.accuracy_by_cost as picture
+from benchmarks.published import PUBLISHED
+
+
+def speedrun_record(tta_accuracy, evaluation):
+    seed = {
+        "accuracy": 0.93,
+        "tta_accuracy": tta_accuracy,
+        "training_flop": 8e15,
+        "evaluation_flop": 1e15,
+        "epochs": [[1, 10.0, 0.5], [2, 20.0, 0.93]],
+        "device": "2 x cpu",
+    }
+    return {"config": "speed94", "seeds": [seed, seed], "evaluation": evaluation}
+
+
+def test_a_speed_run_ends_with_its_last_evaluation():
+    one = picture.speedrun_method(speedrun_record(0.94, {"seconds": 5.0}))
+    assert (one.accuracy, one.seconds, one.pflop) == (0.94, 25.0, 9.0)
+    assert one.path == [(10.0, 4.0, 0.5), (20.0, 8.0, 0.93)]
+    plain = picture.speedrun_method(speedrun_record(None, None))
+    assert (plain.accuracy, plain.seconds) == (0.93, 20.0)
+
+
+def test_it_is_drawn_from_kept_results(tmp_path, monkeypatch, capsys):
+    """Those of whole runs, for configs that have no speed run."""
+    (tmp_path / "speedrun_speed94.json").write_text(
+        json.dumps(speedrun_record(0.94, {"seconds": 5.0}))
+    )
+    (tmp_path / "speedrun_speed94_steps.json").write_text("{}")
+    monkeypatch.setattr(picture, "_SPEEDRUNS", tmp_path)
+    picture.main(["--out", str(tmp_path / "docs")])
+    assert "fast_cpu, baseline, speed94" in capsys.readouterr().out
+    with PIL.Image.open(tmp_path / "docs" / "speed.png") as image:
+        assert image.width > image.height > 500
+
+
+def test_published_runs_are_in_order_of_their_claims():
+    by_name = {one.name: one for one in PUBLISHED}
+    assert by_name["airbench94, Muon"].seconds == pytest.approx(2.59)
+    assert all(0.9 < one.accuracy < 1 and one.source for one in PUBLISHED)
