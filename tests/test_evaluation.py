@@ -112,7 +112,7 @@ def views(images, tta):
     crops = [wide[:, by : by + 12, by : by + 12] for by in (0, 2)]
     shown = {
         "flip": [(images, 1.0)],
-        "flip_translate": [(images, 0.5), *((c, 0.25) for c in crops)],
+        "flip_translate": [(images, 0.5), (crops[0], 0.25), (crops[1], 0.25)],
     }
     for view, weight in shown[tta]:
         yield from ((view, weight / 2), (view[:, :, ::-1], weight / 2))

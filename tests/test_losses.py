@@ -113,9 +113,8 @@ def test_a_sum_has_the_batch_size_times_the_gradients_of_a_mean():
             found[reduction] = jax.device_get((after.opt_state, metrics.loss))
     (mean, mean_loss), (total, total_loss) = found["mean"], found["sum"]
     assert mean_loss == total_loss == pytest.approx(mean[0], rel=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, 64 * b, rtol=1e-4, atol=1e-5), total, mean
-    )
+    for one, other in zip(*map(jax.tree.leaves, (total, mean)), strict=True):
+        np.testing.assert_allclose(one, 64 * other, rtol=1e-4, atol=1e-5)
     assert float(np.abs(total[1]["Dense_0"]["kernel"]).max()) > 0.1
 
 
