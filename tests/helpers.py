@@ -1,6 +1,5 @@
 """What several tests share: short configs, and processes of train.py."""
 
-import functools
 import json
 import re
 import subprocess
@@ -8,15 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-
 import cnn
 from cnn.execution import TrainSteps
 
 REPOSITORY = Path(__file__).parents[1]
 ENDLESS = (f"--config={REPOSITORY / 'configs' / 'digits.py'}", "--config.num_epochs=100000")
-# `jax.jit` for what runs a few times: it compiles in two thirds of the time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # For `jax.jit` where what matters is the bits of what a user's process compiles: XLA's defaults,
 # which the processes of the tests do without (see `conftest.py`).

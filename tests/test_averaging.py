@@ -1,21 +1,21 @@
 """Averages of the weights: their formulas, and that what is averaged is what is used."""
 
-import json
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 import cnn
 from cnn import ExponentialMovingAverage, Lookahead, UserError, digest
 from cnn.averaging import create_averaging
-from cnn.config import check_config, override
+from cnn.config import check_config, to_json_dict
 from cnn.experiment import create_experiment
 from cnn.export.weights import named_arrays
 from cnn.runtime.devices import select_devices
+from cnn.steps import begin_averaging
 from cnn.transfer import transfer
 from tests.helpers import short_config
 
@@ -27,9 +27,7 @@ def averages(averaging, values, begin=np.array([1.0, 2.0])):
     averaged = {"w": jnp.asarray(begin, jnp.float32)}
     found = []
     for n, value in enumerate(values, start=1):
-        averaged, current = averaging(
-            averaged, {"w": jnp.asarray(value, jnp.float32)}, jnp.int32(n)
-        )
+        averaged, current = averaging(averaged, {"w": jnp.asarray(value, jnp.float32)}, jnp.int32(n))
         found.append((np.asarray(averaged["w"]), np.asarray(current["w"])))
     return found
 
@@ -54,9 +52,9 @@ def test_the_lookahead_is_the_formula_and_drops_the_last_steps():
         if n % 3 == 0:
             decay = 0.9**3 * (n / 8) ** 3
             slow = decay * slow + (1 - decay) * value
-        np.testing.assert_allclose(averaged, slow, rtol=1e-6)
+        np.testing.assert_allclose(averaged, slow, rtol=1e-5)
         # The network is moved at steps 3 and 6, and goes back to step 6 after the last.
-        np.testing.assert_allclose(current, slow if n in (3, 6, 8) else value, rtol=1e-6)
+        np.testing.assert_allclose(current, slow if n in (3, 6, 8) else value, rtol=1e-5)
 
 
 @pytest.mark.parametrize("averaging", [ExponentialMovingAverage(0.3), Lookahead(3, period=1)])
@@ -72,13 +70,24 @@ class Small(nn.Module):
 
     @nn.compact
     def __call__(self, image, train=False):
-        x = nn.Dense(8)(image.reshape(image.shape[0], -1))
-        return nn.Dense(4)(nn.relu(nn.BatchNorm(not train, momentum=0.5)(x)))
+        x = nn.BatchNorm(not train, momentum=0.5)(image.reshape(image.shape[0], -1))
+        return nn.Dense(4)(x)
 
 
-def new_state(averaging):
+@pytest.fixture(scope="module")
+def plain():
+    """A state without an average."""
     tx = optax.sgd(0.1, momentum=0.9)
-    return cnn.create_train_state(Small(), tx, jax.random.key(0), (16, 16, 3), averaging=averaging)
+    return cnn.create_train_state(Small(), tx, jax.random.key(0), (2, 2, 3))
+
+
+@pytest.fixture
+def batch(batch):
+    return {**batch, "image": batch["image"][:, :2, :2]}
+
+
+def with_averaging(state, averaging):
+    return begin_averaging(state.replace(averaging=averaging))
 
 
 def network(state):
@@ -91,10 +100,9 @@ train_step = jax.jit(cnn.train_step)
 @pytest.mark.parametrize(
     "averaging", [ExponentialMovingAverage(0.15), Lookahead(3, period=2, decay=0.9)]
 )
-def test_a_step_averages_parameters_and_statistics(batch, averaging):
-    """By the function of the averaging; of the optimizer nothing changes but what it is given."""
-    state = expected = new_state(averaging)
-    plain = new_state(None)
+def test_a_step_averages_parameters_and_statistics(batch, plain, averaging):
+    """By the function of the averaging; the optimizer's state is left alone."""
+    state = expected = with_averaging(plain, averaging)
     for n in (1, 2, 3):
         # The plain step from the same weights is the update.
         plain, _ = train_step(plain.replace(**network(expected), step=expected.step), batch)
@@ -112,25 +120,20 @@ def test_a_step_averages_parameters_and_statistics(batch, averaging):
     assert (mean != last).any()
 
 
-def test_the_average_is_scored_and_predicts(batch):
-    state, _ = train_step(new_state(ExponentialMovingAverage(0.999)), batch)
-    averaged = new_state(None).replace(**state.averaged)
-    assert float(cnn.eval_step(state, batch).loss) == float(cnn.eval_step(averaged, batch).loss)
-    logits = cnn.predict_step(state, batch["image"])
-    np.testing.assert_array_equal(logits, cnn.predict_step(averaged, batch["image"]))
-    assert (logits != cnn.predict_step(averaged.replace(**network(state)), batch["image"])).any()
+def test_what_is_scored(batch, plain):
+    """An exponential average; with a lookahead the network itself."""
+    other = jax.tree.map(lambda leaf: 2 * leaf + 1, network(plain))
+    average = with_averaging(plain, ExponentialMovingAverage()).replace(averaged=other)
+    score = jax.jit(cnn.eval_step)
+    assert float(score(average, batch).loss) == float(score(plain.replace(**other), batch).loss)
+    assert float(score(average, batch).loss) != float(score(plain, batch).loss)
+    assert average.replace(averaging=Lookahead(10)).variables["params"] is plain.params
 
 
-def test_the_lookahead_scores_the_network(batch):
-    state, _ = train_step(new_state(Lookahead(10)), batch)
-    assert state.variables["params"] is state.params
-
-
-@pytest.mark.parametrize("averaging", [ExponentialMovingAverage(0.15), Lookahead(5, period=1)])
-def test_a_skipped_step_leaves_the_average(batch, averaging):
-    state = new_state(averaging).replace(skip_nonfinite=True)
+def test_a_skipped_step_leaves_the_average(batch, plain):
+    state = with_averaging(plain, ExponentialMovingAverage(0.15)).replace(skip_nonfinite=True)
     state, _ = train_step(state, batch)
-    bad = {**batch, "image": batch["image"].at[3, 2, 1, 0].set(jnp.nan)}
+    bad = {**batch, "image": batch["image"].at[3, 1, 1, 0].set(jnp.nan)}
     after, metrics = train_step(state, bad)
     assert int(metrics.count) == 0
     assert digest(after.replace(step=state.step)) == digest(state)
@@ -154,47 +157,51 @@ def test_an_averaging_that_cannot_be_built(fields, message):
         create_averaging(num_steps=9, **fields)
 
 
+def begin(averaging, **fields):
+    """A config with an averaging, and the experiment and the first state of its run."""
+    config = short_config()
+    config.averaging = ConfigDict({"name": averaging})
+    config.update(fields)
+    config = check_config(config)
+    experiment = create_experiment(config, select_devices("cpu", 2))
+    return to_json_dict(config), experiment, experiment.initial_state()
+
+
 @pytest.fixture(scope="module")
 def run(digits, tmp_path_factory):
-    """A run whose average is scored: its directory, state and result."""
-    flags = ["averaging.name=ema", "averaging.decay=0.98", "optimizer.learning_rate=0.01"]
-    config = override(short_config(), [f"--config.{flag}" for flag in flags])
-    path = tmp_path_factory.mktemp("averaged") / "run"
-    return path, *cnn.train_and_evaluate(config, path)
+    """A run directory with a checkpoint whose average is another network, and that average."""
+    path = tmp_path_factory.mktemp("averaged")
+    config, experiment, state = begin("ema")
+    averaged = jax.tree.map(lambda leaf: leaf + 1, network(state))
+    with cnn.CheckpointManager(path / "checkpoints") as checkpoints:
+        record = {"config": config, "dataset": experiment.dataset_record}
+        checkpoints.save(state.replace(averaged=averaged), record)
+    return path, jax.device_get(averaged)
 
 
 def assert_same(tree, other):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(tree), jax.device_get(other))
 
 
-def test_a_run_scores_its_average_and_load_run_loads_it(run, digits):
-    path, state, result = run
+def test_load_run_and_the_export_take_the_average(run):
+    path, averaged = run
     trained = cnn.load_run(path)
-    assert_same(trained.variables["params"], state.averaged["params"])
-    assert (
-        trained.variables["params"]["Conv_0"]["kernel"] != state.params["Conv_0"]["kernel"]
-    ).any()
-    accuracy = (trained.logits(digits.test.images).argmax(-1) == digits.test.labels).mean()
-    assert accuracy == result["test_accuracy"]
+    assert_same(trained.variables["params"], averaged["params"])
     exported = named_arrays(trained)["params.Conv_0.kernel"]
-    np.testing.assert_array_equal(exported, state.averaged["params"]["Conv_0"]["kernel"])
+    np.testing.assert_array_equal(exported, averaged["params"]["Conv_0"]["kernel"])
 
 
-def test_a_run_from_these_weights_begins_with_the_average(run, digits):
+def test_a_run_from_these_weights_begins_with_the_average(run):
     """And so does its own average."""
-    path, source, _ = run
-    flags = [f"--config.init_from={path}", "--config.averaging.name=lookahead"]
-    config = check_config(override(short_config(), flags))
-    experiment = create_experiment(config, select_devices("cpu", 2))
-    fresh = experiment.initial_state()
-    state, _ = transfer(experiment, fresh, path, json.loads(config.to_json()))
-    assert_same(state.params, source.averaged["params"])
+    path, averaged = run
+    config, experiment, fresh = begin("ema", init_from=str(path))
+    state, _ = transfer(experiment, fresh, path, config)
+    assert_same(state.params, averaged["params"])
     assert_same(state.averaged, network(state))
     for a, b in zip(jax.tree.leaves(fresh), jax.tree.leaves(state), strict=True):
         assert (a.aval, a.sharding) == (b.aval, b.sharding)
-    buffers = [leaf.unsafe_buffer_pointer() for leaf in map(local, jax.tree.leaves(state))]
-    assert len(set(buffers)) == len(buffers), "a state that is donated holds each buffer once"
-
-
-def local(leaf):
-    return leaf.addressable_shards[0].data
+    # A state that is donated holds each buffer once.
+    leaves = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(network(state))]
+    copies = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(state.averaged)]
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in (*leaves, *copies)]
+    assert len(set(buffers)) == len(buffers)

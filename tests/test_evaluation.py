@@ -98,15 +98,35 @@ def test_a_constant_channel_does_not_become_nan():
     np.testing.assert_allclose(place(data, 1)[0].get_batch(jnp.arange(4))["image"], 0, atol=1e-6)
 
 
-def test_test_time_augmentation_scores_the_mean_of_the_views(data):
-    """Of an image and its mirror image; those that fill up the last batch do not count."""
-    model = CNN(5, features=(4,), hidden_features=8)
-    state = create_train_state(model, optax.sgd(0.1), jax.random.key(0), data.image_shape)
+class Linear(nn.Module):
+    """Has a weight for each pixel."""
+
+    @nn.compact
+    def __call__(self, image, train):
+        return nn.Dense(5)(image.reshape(len(image), -1))
+
+
+def views(images, tta):
+    """Images and the weights of their logits: beside the whole, crops of a border that mirrors."""
+    wide = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    crops = [wide[:, by : by + 12, by : by + 12] for by in (0, 2)]
+    shown = {"flip": [(images, 1.0)], "flip_translate": [(images, 0.5), *((c, 0.25) for c in crops)]}
+    for view, weight in shown[tta]:
+        yield from ((view, weight / 2), (view[:, :, ::-1], weight / 2))
+
+
+@pytest.mark.parametrize("tta", ["flip", "flip_translate"])
+def test_test_time_augmentation_scores_the_mean_of_the_views(data, tta):
+    """Those that fill up the last batch do not count."""
+    state = create_train_state(Linear(), optax.sgd(0.1), jax.random.key(0), data.image_shape)
     split, everywhere = place(data, 2, "scale")
-    metrics = evaluate(jax.device_put(state, everywhere), split, batch_size=60, tta="flip")
+    metrics = evaluate(jax.device_put(state, everywhere), split, batch_size=60, tta=tta)
     images = data.test.images / np.float32(255)
-    views = (model.apply({"params": state.params}, one) for one in (images, images[:, :, ::-1]))
-    logits = np.mean([np.asarray(view) for view in views], axis=0)
+    layer = jax.device_get(state.params["Dense_0"])
+    logits = layer["bias"] + sum(
+        weight * view.reshape(NUM_IMAGES, -1) @ layer["kernel"]
+        for view, weight in views(images, tta)
+    )
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, data.test.labels)
     assert metrics.count == NUM_IMAGES
     assert metrics.sums["accuracy"] == int((logits.argmax(-1) == data.test.labels).sum())

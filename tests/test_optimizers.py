@@ -67,6 +67,24 @@ def test_accumulation_updates_once_with_the_mean_gradient():
     np.testing.assert_allclose(second["kernel"], -2 * GRADS["kernel"], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("shape", "scale"), [((2, 2, 3, 5), 1.0), ((3, 12), 2.0)])
+def test_muon_moves_a_kernel_along_a_nearby_orthogonal_matrix(shape, scale):
+    """And further where it has more columns than rows; from a norm of sqrt(columns) if so told."""
+    rng = np.random.default_rng(0)
+    kernel, grads = ({"w": jnp.asarray(rng.normal(size=shape), jnp.float32)} for _ in range(2))
+    u, _, v = np.linalg.svd(np.reshape(grads["w"], (-1, shape[-1])), full_matrices=False)
+    for normalizes in (False, True):
+        tx = create_optimizer("muon", 0.1, momentum=0.9, normalize_weights=normalizes)
+        change, _ = jax.jit(tx.update)(grads, tx.init(kernel), kernel)
+        begin = np.asarray(kernel["w"])
+        begin = begin * shape[-1] ** 0.5 / np.linalg.norm(begin) if normalizes else begin
+        moved = np.reshape(kernel["w"] + change["w"] - begin, (-1, shape[-1]))
+        values = np.diag(u.T @ moved @ v.T) / (-0.1 * scale)
+        assert (values > 0.6).all()
+        assert (values < 1.3).all()
+        np.testing.assert_allclose(u @ np.diag(-0.1 * scale * values) @ v, moved, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -100,6 +118,12 @@ def test_one_cycle_is_that_of_pytorch(num_updates, expected):
     schedule = create_schedule("one_cycle", 1.0, num_updates=num_updates)
     found = {update: float(schedule(update)) for update in expected}
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_warm_up_may_begin_above_zero():
+    schedule = create_schedule("linear", 2.0, num_updates=8, warmup_updates=4, warmup_from=0.2)
+    values = [float(schedule(step)) for step in (0, 2, 4, 6, 8)]
+    np.testing.assert_allclose(values, [0.4, 1.2, 2.0, 1.0, 0.0], atol=1e-6)
 
 
 def test_one_cycle_without_a_rise_and_of_a_single_update():

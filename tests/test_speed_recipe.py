@@ -17,7 +17,7 @@ import cnn
 from cnn.config import check_config
 from cnn.experiment import create_experiment
 from cnn.steps import begin_averaging
-from tests.helpers import REPOSITORY, quick_jit
+from tests.helpers import REPOSITORY
 
 # Gradient in training, the parameter after 1 update and after 4; of the means, after 1 and 4. The
 # whitening bias is trained for 3 updates.
@@ -171,7 +171,7 @@ def recording():
 )
 def test_the_numbers_of_the_original(make, num_epochs, golden, kept, loss):
     state = begin(make(), num_epochs, golden)
-    step = quick_jit(cnn.train_step)
+    step = jax.jit(cnn.train_step)
     rows = {path: [] for path in golden}
     for number in range(1, max(kept) + 1):
         state, metrics = step(state, BATCH)

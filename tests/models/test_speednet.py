@@ -8,7 +8,6 @@ import pytest
 
 from cnn import SpeedNet, UserError
 from cnn.models.initializers import whitening_kernel
-from tests.helpers import quick_jit
 
 NARROW = {"widths": (8, 8, 16)}
 
@@ -48,7 +47,7 @@ def narrow():
     image = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
     variables = filled(model)
 
-    @quick_jit
+    @jax.jit
     def run(variables, image):
         return model.apply(variables, image, train=True, capture_intermediates=True, mutable=True)
 
@@ -103,7 +102,7 @@ def test_the_initial_parameters(is_recipe):
     """Convolutions that repeat their channels; a head and a bias as the recipe for 94 % has them."""
     fields = {"normalize_head": is_recipe, "random_whitening_bias": is_recipe}
     model = SpeedNet(10, widths=(8, 8), **fields, conv_implementation="native")
-    params = quick_jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     kernel = np.array(params["conv_1_0"]["kernel"])
     assert (kernel[1, 1] == np.eye(8)).all()
     assert np.abs(kernel).sum() == 8

@@ -7,7 +7,6 @@ import pytest
 
 from cnn import batch_sharding, data_mesh, replicated_sharding
 from cnn.ops.chunks import in_chunks
-from tests.helpers import quick_jit
 
 IMAGES = jax.random.normal(jax.random.key(0), (12, 6, 6, 3))
 KERNEL = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
@@ -19,7 +18,7 @@ def convolve(images, kernel):
     )
 
 
-@functools.partial(quick_jit, static_argnames="values")
+@functools.partial(jax.jit, static_argnames="values")
 def forward_and_gradients(images, kernel, values):
     """The result, and the gradients of images and kernel."""
     fn = convolve if values is None else functools.partial(in_chunks, convolve, values=values)
