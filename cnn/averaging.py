@@ -93,7 +93,7 @@ class Lookahead:
 
 
 def _mix(averaged: Any, current: Any, decay: AnyArray) -> Any:
-    """decay * averaged + (1 - decay) * current, in a form that keeps the bits of what is equal."""
+    """The sum of decay * averaged and (1 - decay) * current; where these are equal, their bits."""
     return jax.tree.map(
         lambda old, new: (
             (new - decay * (new - old)).astype(old.dtype)
