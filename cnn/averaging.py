@@ -9,6 +9,7 @@ predicts and is exported. A row of `AVERAGINGS` makes one known to configs.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -93,7 +94,7 @@ class Lookahead:
 
 
 def _mix(averaged: Any, current: Any, decay: AnyArray) -> Any:
-    """The sum of decay * averaged and (1 - decay) * current; where these are equal, their bits."""
+    """The weighted mean, in a form that keeps the bits of what is equal in both."""
     return jax.tree.map(
         lambda old, new: (
             (new - decay * (new - old)).astype(old.dtype)
@@ -145,9 +146,10 @@ def create_averaging(name: str, *, num_steps: int, **fields: Any) -> Averaging |
     ExponentialMovingAverage(decay=0.99)
     """
     fields = complete("averaging", averaging_schema(name), fields)
-    if name == "lookahead":
+    build = AVERAGINGS[name]
+    if "num_steps" in inspect.signature(build).parameters:
         fields["num_steps"] = num_steps
-    return AVERAGINGS[name](**fields)
+    return build(**fields)
 
 
 def evaluated_network(arrays: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

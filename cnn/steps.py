@@ -136,8 +136,8 @@ def create_train_state(
         image depends on no other image of the batch (apart from batch statistics in training); a
         CPU then trains and predicts faster, in microbatches.
       tx: any Optax optimizer; one that asks for `value`, `grad`, `value_fn`, `obj_fn` or `grad_fn`
-        is given the mean loss of the batch, its gradient, or functions of the parameters that
-        compute them.
+        is given the loss of the batch (the mean, unless the loss declares a sum), its gradient, or
+        functions of the parameters that compute them.
       key: from `jax.random.key(seed)`.
       image_shape: (H, W, C) of one image.
       loss_fn: (logits `float32[B, K]`, labels `int[B]`) -> losses `float[B]`, one for each image.

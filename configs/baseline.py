@@ -70,6 +70,8 @@ def get_config() -> ConfigDict:
     config.loss.name = "cross_entropy"
     # 0 is plain cross-entropy.
     config.loss.label_smoothing = 0.0
+    # Of the losses of a batch: "mean", or "sum", with which the gradients grow with the batch.
+    config.loss.reduction = "mean"
 
     config.optimizer = ConfigDict()
     # Of cnn/optimizers.py; its other parameters, such as b1 and b2, may be set too.
@@ -85,13 +87,16 @@ def get_config() -> ConfigDict:
     # Parameters that are not trained, by the path of a layer or a parameter, or a shell pattern of
     # one: ("Conv_0", "*/bias"). Running statistics still follow the images.
     config.optimizer.freeze = ()
+    # Groups of parameters with optimizers and rates of their own: docs/recipes.md.
 
     config.schedule = ConfigDict()
     # "cosine" and "linear" fall to final_lr_fraction of the peak. "one_cycle" rises for pct_start
     # of the run, from the peak / div_factor, and falls to that / final_div_factor.
     config.schedule.name = "constant"
-    # Linear rise from 0; fractions of an epoch are fine.
+    # Linear rise to the peak; fractions of an epoch are fine.
     config.schedule.warmup_epochs = 0.0
+    # The fraction of the peak at which it begins.
+    config.schedule.warmup_from = 0.0
     # Multiply the rate, whatever the schedule, by plateau_factor after this many epochs in a row
     # whose mean training loss is not lower than the best; 0 does not.
     config.schedule.plateau_patience = 0
@@ -99,6 +104,11 @@ def get_config() -> ConfigDict:
     config.schedule.plateau_factor = 0.1
     # The rate never falls below this fraction of the schedule's.
     config.schedule.plateau_min_scale = 0.0
+
+    config.averaging = ConfigDict()
+    # Of the weights, of cnn/averaging.py: "ema", whose average is what is scored, predicts and is
+    # exported, or "lookahead", whose average the weights move to every few steps.
+    config.averaging.name = "none"
 
     # Of the training images, by the names of cnn/augment/; False and 0 switch one off.
     config.augment = ConfigDict()

@@ -22,12 +22,14 @@ from tests.helpers import short_config
 VALUES = [np.array([3.0, -1.0]), np.array([5.0, 2.0]), np.array([-4.0, 0.5])]
 
 
-def averages(averaging, values, begin=np.array([1.0, 2.0])):
+def averages(averaging, values, begin=(1.0, 2.0)):
     """What becomes of the average and of the weights, if each update leads to one of the values."""
     averaged = {"w": jnp.asarray(begin, jnp.float32)}
     found = []
     for n, value in enumerate(values, start=1):
-        averaged, current = averaging(averaged, {"w": jnp.asarray(value, jnp.float32)}, jnp.int32(n))
+        averaged, current = averaging(
+            averaged, {"w": jnp.asarray(value, jnp.float32)}, jnp.int32(n)
+        )
         found.append((np.asarray(averaged["w"]), np.asarray(current["w"])))
     return found
 

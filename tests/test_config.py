@@ -70,6 +70,8 @@ def test_every_field_of_the_baseline_has_a_comment():
         ("dataset.normalization=none", "must be one of scale, standardize"),
         ("runtime.platform=npu", "must be one of auto, cpu, gpu, tpu"),
         ("loss.label_smoothing=1", "at least 0 and below 1"),
+        ("loss.reduction=max", "loss.reduction='max' must be one of mean, sum"),
+        ("schedule.warmup_from=2", "schedule.warmup_from=2.0 must lie between 0 and 1"),
     ],
 )
 def test_impossible_values(flag, complaint):

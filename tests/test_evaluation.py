@@ -110,7 +110,10 @@ def views(images, tta):
     """Images and the weights of their logits: beside the whole, crops of a border that mirrors."""
     wide = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     crops = [wide[:, by : by + 12, by : by + 12] for by in (0, 2)]
-    shown = {"flip": [(images, 1.0)], "flip_translate": [(images, 0.5), *((c, 0.25) for c in crops)]}
+    shown = {
+        "flip": [(images, 1.0)],
+        "flip_translate": [(images, 0.5), *((c, 0.25) for c in crops)],
+    }
     for view, weight in shown[tta]:
         yield from ((view, weight / 2), (view[:, :, ::-1], weight / 2))
 

@@ -99,9 +99,7 @@ def test_a_sum_has_the_batch_size_times_the_gradients_of_a_mean():
     mesh = cnn.data_mesh(jax.devices()[:2], 64)
     image = jax.random.normal(jax.random.key(0), (64, 32, 32, 3))
     assert MicrobatchPlan.for_batch(image) == (4, 1)
-    batch = jax.device_put(
-        {"image": image, "label": jnp.arange(64) % 4}, cnn.batch_sharding(mesh)
-    )
+    batch = jax.device_put({"image": image, "label": jnp.arange(64) % 4}, cnn.batch_sharding(mesh))
     model, found = cnn.CNN(4, features=(), hidden_features=0), {}
     with jax.set_mesh(mesh):
         assert MicrobatchPlan.for_batch(image) == (2, 2)
@@ -115,7 +113,9 @@ def test_a_sum_has_the_batch_size_times_the_gradients_of_a_mean():
             found[reduction] = jax.device_get((after.opt_state, metrics.loss))
     (mean, mean_loss), (total, total_loss) = found["mean"], found["sum"]
     assert mean_loss == total_loss == pytest.approx(mean[0], rel=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 64 * b, rtol=1e-4, atol=1e-5), total, mean)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, 64 * b, rtol=1e-4, atol=1e-5), total, mean
+    )
     assert float(np.abs(total[1]["Dense_0"]["kernel"]).max()) > 0.1
 
 

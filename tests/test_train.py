@@ -80,6 +80,14 @@ def test_help_has_sections_and_the_defaults_of_the_config(train, monkeypatch):
     assert words.count("(default: ") == len(known) + 2
 
 
+def test_help_has_the_fields_of_groups(train):
+    code, out, _ = train("--help", "--config", "speed94")
+    assert code == 0
+    words = " ".join(out.split())
+    assert "optimizer.groups.head: --config.optimizer.groups.head.name" in words
+    assert "--config.optimizer.groups.head.learning_rate X" in words
+
+
 def test_a_config_is_found_by_its_name_and_the_next_command_works(train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = train("--config", "digits.py", "--config.num_epochs=1", "--workdir", "run")

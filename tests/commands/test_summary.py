@@ -56,6 +56,25 @@ def test_nothing_is_compiled_unless_it_is_measured(command, small, monkeypatch):
     assert not list(Path.cwd().iterdir())
 
 
+def test_a_speed_recipe(command):
+    """Whitening filters that are frozen, and an average beside the weights."""
+    flags = ["dataset.name=digits", "model.widths=(8, 16)", "batch_size=96", "averaging.name=ema"]
+    flags = [f"--config.{flag}" for flag in flags]
+    code, out, err = command("summary", "speed94", *flags, "--no-measure", "--json")
+    assert (code, err) == (0, "")
+    figures = json.loads(out)
+    assert {layer["name"]: layer["output"] for layer in figures["layers"]} == {
+        "whiten": [7, 7, 8],
+        "conv_0_0": [7, 7, 8], "conv_0_1": [3, 3, 8], "norm_0_0": [3, 3, 8], "norm_0_1": [3, 3, 8],
+        "conv_1_0": [3, 3, 16], "conv_1_1": [1, 1, 16], "norm_1_0": [1, 1, 16],
+        "norm_1_1": [1, 1, 16], "head": [10],
+    }  # fmt: skip
+    size = 2 * 2 * 8 + 8 + 9 * (8 * 8 + 8 * 8 + 8 * 16 + 16 * 16) + 2 * 8 + 2 * 16 + 16 * 10
+    assert (figures["num_params"], figures["num_frozen"]) == (size, 2 * 2 * 8)
+    memory = figures["memory_bytes"]
+    assert memory["averages"] == memory["parameters"] + memory["other_collections"]
+
+
 def test_a_backend_without_an_analysis():
     class Compiled:
         def memory_analysis(self):

@@ -1,4 +1,4 @@
-"""The network of configs/speed94.py; its numbers are those of tests/test_speed_recipe.py."""
+"""The network of configs/speed94.py; its numbers are those of tests/test_recipes.py."""
 
 import flax.linen as nn
 import jax
@@ -99,7 +99,7 @@ def test_the_normalization_has_a_bias_and_no_scale(narrow):
 
 @pytest.mark.parametrize("is_recipe", [False, True])
 def test_the_initial_parameters(is_recipe):
-    """Convolutions that repeat their channels; a head and a bias as the recipe for 94 % has them."""
+    """Convolutions that repeat their channels; the head and the bias of either recipe."""
     fields = {"normalize_head": is_recipe, "random_whitening_bias": is_recipe}
     model = SpeedNet(10, widths=(8, 8), **fields, conv_implementation="native")
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]

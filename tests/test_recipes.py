@@ -1,4 +1,4 @@
-"""The recipe of configs/speed94.py, and that for 96 %, against the scripts that they come from.
+"""The recipes of configs/speed94.py and speed96.py, and the scripts that they come from.
 
 The golden numbers are those of airbench94_muon.py and airbench96.py of KellerJordan/cifar10-airbench,
 commit f1c599c: their networks, optimizers, schedules and lookahead, run in float64 with PyTorch on
@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 import cnn
 from cnn.config import check_config
 from cnn.experiment import create_experiment
+from cnn.models.initializers import whitening_kernel
 from cnn.steps import begin_averaging
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, Killed, kill_at
 
 # Gradient in training, the parameter after 1 update and after 4; of the means, after 1 and 4. The
 # whitening bias is trained for 3 updates.
@@ -96,31 +97,18 @@ def muon():
     config = cnn.load_config(REPOSITORY / "configs" / "speed94.py")
     config.model.widths = (8, 16, 16)
     config.model.logit_scale = 1 / 16  # airbench94_muon.py divides by the width
-    config.model.conv_implementation = "native"  # compiles in a tenth of the time
+    config.model.conv_implementation = "native"
     return config
 
 
 def lookahead():
-    """airbench96.py, with its learning rate and decay for batches of 1,024."""
-    config = muon()
-    config.model.depth = 3
-    config.model.logit_scale = 1 / 9
-    config.model.batch_norm_momentum = 0.9
-    scale = 1024 * (1 + 1 / (1 - 0.85))
-    rate, decay = 9.0 / scale, 0.012 * 1024 / scale
-    sgd = {"name": "sgd", "momentum": 0.85, "nesterov": True}
-
-    def section(rate, **fields):
-        return ConfigDict({**sgd, "learning_rate": rate, "weight_decay": decay / rate, **fields})
-
-    config.optimizer = section(rate, freeze=("whiten/kernel",))
-    config.optimizer.groups = ConfigDict()
-    bias = section(rate, params=("whiten/bias",), freeze_after_epochs=3.0)
-    config.optimizer.groups.whitening_bias = bias
-    config.optimizer.groups.norm_biases = section(64 * rate, params=("norm_*",))
-    config.schedule.warmup_from = 0.2
+    """That of configs/speed96.py which trains on all images: airbench96.py."""
+    config = cnn.load_config(REPOSITORY / "configs" / "speed96.py")
+    config.model.widths = (8, 16, 16)
+    config.model.conv_implementation = "native"
+    config.proxy = ConfigDict({"name": "none"})
+    config.optimizer.groups.whitening_bias.freeze_after_epochs = 3.0
     config.schedule.warmup_epochs = 1.0
-    config.averaging = ConfigDict({"name": "lookahead"})
     return config
 
 
@@ -189,3 +177,41 @@ def test_the_numbers_of_the_original(make, num_epochs, golden, kept, loss):
                 row.append(projected(tree[module][name]))
     for path, expected in golden.items():
         assert rows[path] == pytest.approx(expected, rel=1e-4, abs=2e-4), path
+
+
+def short(checkpoint_every_steps=0):
+    """A run of two epochs of 14 steps on the digits, with a lookahead as well."""
+    config = muon()
+    config.dataset.name = "digits"
+    config.model.widths = (4, 8)
+    config.batch_size, config.num_epochs = 96, 2.0
+    config.optimizer.groups.whitening_bias.update(schedule_epochs=0.5, freeze_after_epochs=0.5)
+    config.averaging = ConfigDict({"name": "lookahead"})
+    config.augment.translate = 1
+    config.evaluation.tta = "none"
+    config.runtime.num_devices = 2
+    config.runtime.checkpoint_every_steps = checkpoint_every_steps
+    return config
+
+
+def test_a_run_resumes_within_an_epoch_with_the_same_bits(digits, tmp_path, monkeypatch, capsys):
+    """With groups, one of them frozen, a lookahead and alternating flips."""
+    monkeypatch.setattr("cnn.results._draw_pictures", lambda *_, **__: None)
+    whole, result = cnn.train_and_evaluate(short(), tmp_path / "whole")
+    with pytest.raises(Killed):
+        cnn.train_and_evaluate(short(20), tmp_path / "part", writers=[kill_at(28)])
+    capsys.readouterr()
+    _, again = cnn.train_and_evaluate(short(20), tmp_path / "part")
+    assert "resuming at step 20 of 28\n" in capsys.readouterr().out
+    same = ("digest", "test_accuracy", "test_loss", "train_loss")
+    assert [again[name] for name in same] == [result[name] for name in same]
+    assert result["test_accuracy"] > 0.3
+    # The whitening filters are those of the training images, from the first step to the last.
+    first, _ = cnn.CheckpointManager(tmp_path / "part" / "checkpoints").read(14)
+    images = (digits.train.images / np.float32(255) - digits.mean) / digits.std
+    for kernel in (first["params"]["whiten"]["kernel"], whole.params["whiten"]["kernel"]):
+        np.testing.assert_allclose(kernel, whitening_kernel(images), atol=1e-4)
+    assert first["params"]["whiten"]["kernel"].tobytes() == (
+        np.asarray(whole.params["whiten"]["kernel"]).tobytes()
+    )
+    assert (first["params"]["whiten"]["bias"] != whole.params["whiten"]["bias"]).any()
