@@ -46,7 +46,7 @@ def test_the_moving_average_is_the_formula():
 
 
 def test_the_lookahead_is_the_formula_and_drops_the_last_steps():
-    """Its decay is that of Jordan 2024, decay**period * (n / T)**3."""
+    """The average has decay**period * (n / T)**3 of what it was (Jordan 2024)."""
     values = [VALUES[n % 3] + n for n in range(8)]
     found = averages(Lookahead(num_steps=8, period=3, decay=0.9), values)
     slow = np.array([1.0, 2.0])

@@ -806,7 +806,9 @@ values = st.recursive(scalars, lambda some: st.lists(some) | st.dictionaries(key
 def test_any_value_of_a_field_is_taken_or_refused(name, value):
     nested = load_config(DIGITS).to_dict()
     *sections, leaf = name.split(".")
-    functools.reduce(dict.get, sections, nested)[leaf] = value
+    functools.reduce(lambda holder, section: holder.setdefault(section, {}), sections, nested)[
+        leaf
+    ] = value
     config = ConfigDict(nested)
     if is_taken(lambda: check_config(config)):
         json.dumps(to_json_dict(config))

@@ -66,8 +66,7 @@ def test_a_group_that_is_frozen_keeps_its_bits_and_its_momentum():
     assert len(set(kernels)) == 5
     # Of the state only the momentum of the two kernels moves on.
     moved = [
-        sum(old != new for old, new in zip(*pair, strict=True))
-        for pair in itertools.pairwise(states[2:])
+        sum(a != b for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(states[2:])
     ]
     assert moved == [2, 2]
 

@@ -56,7 +56,10 @@ def test_golden_numbers_of_one_step():
     assert norm == pytest.approx(GOLDEN["param_norm"], rel=1e-5)
 
 
-def test_jit_agrees_with_eager(state, batch):
+def test_jit_agrees_with_eager(batch):
+    """One block, as each operation of an eager step is compiled by itself."""
+    model = CNN(num_classes=4, features=(4,), hidden_features=8)
+    state = create_train_state(model, optax.adam(1e-3), jax.random.key(0), SHAPE)
     plain, jitted = train_step(state, batch), jax.jit(train_step)(state, batch)
     assert_close(jitted[1], plain[1])
     assert_close(jitted[0].params, plain[0].params, atol=1e-5)
@@ -147,12 +150,13 @@ class Noisy(nn.Module):
 
 def test_batch_statistics_and_dropout_work(batch):
     state = create_train_state(Noisy(), optax.sgd(0.0), jax.random.key(0), SHAPE)
-    once, first = train_step(state, batch)
+    step = jax.jit(train_step)
+    once, first = step(state, batch)
     mean = once.model_state["batch_stats"]["BatchNorm_0"]["mean"]
     np.testing.assert_allclose(mean, 0.5 * batch["image"].mean((0, 1, 2)), atol=1e-6)
-    _, repeated = train_step(state, batch)
+    _, repeated = step(state, batch)
     assert float(repeated.loss) == float(first.loss), "the same step draws the same numbers"
-    _, later = train_step(state.replace(step=state.step + 1), batch)
+    _, later = step(state.replace(step=state.step + 1), batch)
     assert float(later.loss) != float(first.loss), "another step draws others"
     assert float(eval_step(state, batch).loss) == float(eval_step(state, batch).loss)
 

@@ -140,7 +140,8 @@ def serve_steps(
     names: dict[str, Any], block: Any, batch_size: int, answer: Callable[..., None]
 ) -> None:
     """Has the script's own loop train for as long as commands ask for steps."""
-    loader = names["CifarLoader"]
+    if (loader := names.get("CifarLoader")) is None:
+        raise SystemExit("--steps needs a script with a CifarLoader, which this one has not")
 
     class Repeated(loader):
         def __len__(self) -> int:

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -38,12 +40,13 @@ def test_any_size_and_channels_that_the_layers_allow(fields, image_shape, expect
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_logits():
     model = CNN(10, dtype=jnp.bfloat16)
     image = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-    variables = model.init(jax.random.key(0), image)
-    logits, inner = model.apply(variables, image, capture_intermediates=True, mutable=True)
+    variables = jax.jit(model.init)(jax.random.key(0), image)
+    run = functools.partial(model.apply, capture_intermediates=True, mutable=True)
+    logits, inner = jax.jit(run)(variables, image)
     assert logits.dtype == jnp.float32
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables["params"]))
     assert inner["intermediates"]["Conv_1"]["__call__"][0].dtype == jnp.bfloat16
-    exact = CNN(10).apply(variables, image)
+    exact = jax.jit(CNN(10).apply)(variables, image)
     assert not jnp.array_equal(logits, exact)
     assert jnp.allclose(logits, exact, atol=0.05)
 
@@ -55,7 +58,8 @@ def test_a_too_small_image_is_refused_with_the_ways_out(side):
 
 
 def test_the_smallest_image_works():
-    assert CNN(3).init_with_output(jax.random.key(0), jnp.zeros((1, 10, 10, 1)))[0].shape == (1, 3)
+    run = jax.jit(CNN(3).init_with_output)
+    assert run(jax.random.key(0), jnp.zeros((1, 10, 10, 1)))[0].shape == (1, 3)
 
 
 def test_a_single_image_without_batch_axis_is_refused():

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,8 +53,9 @@ def test_fewer_cosine_filters_are_the_first_of_all():
 def test_the_stem_gives_whitened_patches_of_both_signs():
     model = DctCNN(4, features=(8,), patch_size=2, patch_features=5, batch_norm=False)
     image = jax.random.normal(jax.random.key(1), (16, 8, 12, 3)) * 3 + 2
-    variables = model.init(jax.random.key(0), image)
-    _, inner = model.apply(variables, image, train=True, capture_intermediates=True, mutable=True)
+    variables = jax.jit(model.init)(jax.random.key(0), image)
+    run = functools.partial(model.apply, train=True, capture_intermediates=True, mutable=True)
+    _, inner = jax.jit(run)(variables, image)
     stem = np.asarray(inner["intermediates"]["patch_norm"]["__call__"][0])
     assert stem.shape == (16, 4, 6, 5)
     np.testing.assert_allclose(stem.mean((0, 1, 2)), 0, atol=1e-5)
@@ -68,13 +71,14 @@ def test_the_stem_gives_whitened_patches_of_both_signs():
 def test_batch_statistics_move_in_training_only():
     model = DctCNN(4, features=(8,), hidden_features=6, patch_size=2, patch_features=5)
     image = jax.random.normal(jax.random.key(1), (16, 12, 12, 3)) + 1
-    variables = model.init(jax.random.key(0), image)
+    variables = jax.jit(model.init)(jax.random.key(0), image)
     before = variables["batch_stats"]
-    _, after = model.apply(variables, image, train=True, mutable=["batch_stats"])
+    run = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    _, after = jax.jit(run)(variables, image)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after["batch_stats"])
     assert all(jax.tree.leaves(moved))
     assert set(moved) == {"patch_norm", "BatchNorm_0", "BatchNorm_1"}
-    model.apply(variables, image)  # an error if it wanted to write them
+    jax.jit(model.apply)(variables, image)  # an error if it wanted to write them
 
 
 def test_more_patch_features_than_values_are_refused():
