@@ -15,7 +15,7 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -31,6 +31,7 @@ from cnn.evaluation import evaluate
 from cnn.execution import compile_train_steps
 from cnn.experiment import SECTIONS, Experiment, create_experiment, describe
 from cnn.losses import LossFn, evaluation_loss
+from cnn.members import is_group
 from cnn.metrics import Metrics, MetricsAccumulator
 from cnn.results import epoch_record, final_result, present_result
 from cnn.resume import check_same_config, environments_of_parts, restore
@@ -86,31 +87,80 @@ def train_and_evaluate(
         run cannot be saved, or if the loss or the gradients are not finite.
       Interrupted: after Ctrl-C or SIGTERM.
     """
-    started = time.monotonic()
     config = check_config(config)
-    runtime = config.runtime
+    if is_group(config):
+        raise UserError(
+            "num_seeds and sweep make a group of runs, which train_group trains; train_and_evaluate "
+            "trains one: set num_seeds=1 and no sweep"
+        )
     given = {"model": model, "tx": tx, "loss_fn": loss_fn, "augment": augment, "dataset": dataset}
-    with RunDirectory(workdir) as run, pinned_settings(), _explained_disk_errors(run):
+    replaced = [name for name, value in given.items() if value is not None]
+
+    def create() -> Experiment:
+        return create_experiment(config, devices_of(config), **given)
+
+    return train_run(config, workdir, create, replaced=replaced, writers=writers)
+
+
+def devices_of(config: Any) -> list[Any]:
+    """The devices that a checked config names."""
+    runtime = config.runtime
+    with waiting("starting the devices"):
+        return select_devices(
+            runtime.platform, runtime.num_devices, deterministic=runtime.deterministic
+        )
+
+
+def train_run(
+    config: Any,
+    workdir: str | os.PathLike[str],
+    create: Callable[[], Experiment],
+    *,
+    replaced: Sequence[str] = (),
+    writers: Sequence[Writer] = (),
+    presents: bool = True,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Trains or resumes the run of an experiment.
+
+    Args:
+      config: of the run, checked.
+      workdir: the run directory.
+      create: makes its experiment; called when config and directory fit each other.
+      replaced: which arguments of `create_experiment` a script passes.
+      writers: of the records.
+      presents: whether experiment and result are printed, and pictures are drawn.
+
+    Returns:
+      As `train_and_evaluate`.
+
+    Raises:
+      UserError: as for `train_and_evaluate`.
+      Interrupted: after a signal.
+    """
+    started = time.monotonic()
+    runtime = config.runtime
+    with RunDirectory(workdir) as run, pinned_settings(), explained_disk_errors(run):
+        if run.is_group:
+            raise UserError(
+                f"{run.path} holds a group of runs, in {run.members}; choose another --workdir"
+            )
         finished = run.check()
         if runtime.tensorboard:
             require_tensorboard()
         # Compared before the data is loaded; objects from a script are compared below.
-        sections = [SECTIONS[name] for name, value in given.items() if value is not None]
-        sections += ["schedule"] if tx is not None else []
+        sections = [SECTIONS[name] for name in replaced]
+        sections += ["schedule"] if "tx" in replaced else []
         source = find_source(config.init_from, run)
         check_same_config(run, to_json_dict(config), but=sections)
-        with waiting("starting the devices"):
-            devices = select_devices(
-                runtime.platform, runtime.num_devices, deterministic=runtime.deterministic
-            )
-        experiment = create_experiment(config, devices, **given)
+        experiment = create()
         recorded = {**to_json_dict(config), **experiment.given}
         with compilation_cache(runtime.compilation_cache):
             with waiting("initializing the model"):
                 state, origin = experiment.initial_state(), None
             if source is not None:
                 state, origin = transfer(experiment, state, source, recorded)
-            log(describe(experiment, state.variables, len(devices), width=width()))
+            if presents:
+                log(describe(experiment, state.variables, width=width()))
             check_same_config(run, recorded)
             if finished is None:
                 run.lock()
@@ -136,7 +186,8 @@ def train_and_evaluate(
                     finished |= {"init_from": saved["init_from"]} if config.init_from else {}
                     run.write("result.json", finished)
             assert finished is not None
-            present_result(state, experiment, run, finished, is_new=not is_complete)
+            if presents:
+                present_result(state, experiment, run, finished, is_new=not is_complete)
     return state, finished
 
 
@@ -287,7 +338,7 @@ def _interrupted(signum: int, experiment: Experiment, step: int) -> Interrupted:
 
 
 @contextlib.contextmanager
-def _explained_disk_errors(run: RunDirectory) -> Iterator[None]:
+def explained_disk_errors(run: RunDirectory) -> Iterator[None]:
     """Turns errors of the disk that holds the run into one line."""
     try:
         yield

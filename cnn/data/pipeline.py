@@ -252,6 +252,18 @@ class Pipeline:
         dataset = self.dataset
         return DeviceSplit.from_split(split, where, mean=dataset.mean, std=dataset.std)
 
+    def with_seed(self, seed: int) -> Pipeline:
+        """The same images, placed once, in another order and augmented otherwise."""
+        other = dataclasses.replace(self, seed=seed)
+        other.share_images(self)
+        return other
+
+    def share_images(self, other: Pipeline) -> None:
+        """Takes the placed images of another pipeline where they are the same, on the same mesh."""
+        same = self.dataset is other.dataset and self.normalization == other.normalization
+        if same and self.mesh == other.mesh:
+            self.__dict__.update(train=other.train, test=other.test)
+
     def batches(
         self, start: int, stop: int | None = None
     ) -> Iterator[tuple[dict[str, jax.Array], int]]:

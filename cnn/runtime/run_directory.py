@@ -64,6 +64,16 @@ class RunDirectory:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def members(self) -> Path:
+        """The folder of the runs of a group, which each have a directory there."""
+        return self.path / "members"
+
+    @property
+    def is_group(self) -> bool:
+        """Whether this is the directory of a group of runs, not of one run."""
+        return self.members.is_dir()
+
     def check_writable(self) -> None:
         """Raises UserError if the folder cannot be created or written, or is a file."""
         if (error := write_error(self.path)) is None:
