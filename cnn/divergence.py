@@ -21,7 +21,8 @@ class DivergenceError(UserError):
 class DivergenceChecks:
     """Checks at the points of a run where the host already reads numbers.
 
-    Each raises a DivergenceError that names the step, the learning rate and the last good checkpoint.
+    Each raises a DivergenceError that names the step, the learning rate and the last good
+    checkpoint.
 
     Args:
       experiment: of the run.

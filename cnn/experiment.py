@@ -518,8 +518,8 @@ def describe(experiment: Experiment, variables: Any, *, width: int) -> str:
     lines += [f"{name}: {_origin(origin)}" for name, origin in experiment.given.items() if origin]
     if used < experiment.num_devices:
         lines.append(
-            f"note: batch_size={batch_size} does not divide evenly over {num_devices} devices; "
-            f"{experiment.num_devices - used} stay idle"
+            f"note: batch_size={batch_size} does not divide evenly over "
+            f"{experiment.num_devices} devices; {experiment.num_devices - used} stay idle"
         )
     lines += [f"note: {line}" for line in notes(experiment)]
     if experiment.proxy is not None:

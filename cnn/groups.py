@@ -26,12 +26,13 @@ from cnn.experiment import Experiment, create_experiment, describe, describe_giv
 from cnn.losses import LossFn
 from cnn.members import Member, group_members
 from cnn.resume import check_same_config
+from cnn.runs import explained_disk_errors, open_run
 from cnn.runtime import screen
 from cnn.runtime.compile_cache import compilation_cache
 from cnn.runtime.jax_settings import pinned_settings
 from cnn.runtime.run_directory import RunDirectory
 from cnn.runtime.signals import GracefulShutdown
-from cnn.training import devices_of, explained_disk_errors, train_run
+from cnn.training import devices_of, train_run
 
 _POLL_SECONDS = 0.2
 
@@ -214,17 +215,16 @@ class _Group:
 
         replaced = [name for name, value in self._given.items() if value is not None]
         try:
-            _, result = train_run(
-                member.config,
-                self._directory(member).path,
-                create,
-                replaced=replaced,
-                presents=False,
-            )
+            path = self._directory(member).path
+            with open_run(member.config, path, create, replaced=replaced, announces=False) as run:
+                if run.result is None:
+                    train_run(run)
+            result = run.result
         except DivergenceError as error:
             about = {"name": member.name, "seed": member.seed, "settings": member.settings}
             result = {**to_json_value(about), "error": str(error)}
         assert experiment is not None
+        assert result is not None
         return result, experiment
 
 

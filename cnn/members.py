@@ -32,18 +32,18 @@ class Member:
     config: Any
 
 
-def is_group(config: ConfigDict) -> bool:
+def is_group(config: Any) -> bool:
     """Whether a checked config asks for several runs."""
     return config.num_seeds > 1 or bool(_swept(config))
 
 
-def group_members(config: ConfigDict) -> list[Member]:
+def group_members(config: Any) -> list[Member]:
     """The runs of a config: for each point of its sweep those of all seeds, in order.
 
     The seeds are `seed`, `seed` + 1 and so on, `num_seeds` of them.
 
     Args:
-      config: checked.
+      config: a `ConfigDict` from `check_config`.
 
     Raises:
       UserError: a field has no value or twice the same, or a run's config is refused.
@@ -78,7 +78,7 @@ def group_members(config: ConfigDict) -> list[Member]:
     return members
 
 
-def _swept(config: ConfigDict) -> dict[str, tuple[Any, ...]]:
+def _swept(config: Any) -> dict[str, tuple[Any, ...]]:
     """The values of the fields that are swept, in the order of the config."""
     return {
         name.removeprefix(_SWEEP): value

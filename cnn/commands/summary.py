@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         state = experiment.initial_shapes()
         figures = _figures(experiment, state)
         if not arguments.json:
-            log(describe(experiment, state.variables, num_devices, width=width()))
+            log(describe(experiment, state.variables, width=width()))
         if not arguments.no_measure:
             figures |= _measure(experiment)
     if arguments.json:
