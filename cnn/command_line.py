@@ -23,6 +23,7 @@ from cnn.config import (
     override,
     split_settings,
 )
+from cnn.members import is_group
 from cnn.registry import REQUIRED
 from cnn.runtime.cli import Parser, shell_command
 from cnn.runtime.disk import resolve_path
@@ -52,7 +53,7 @@ class RunFlags:
       program: the words of the command before its flags.
     """
 
-    config: ConfigDict
+    config: Any
     workdir: Path
     base: ConfigDict
     name: str
@@ -60,6 +61,8 @@ class RunFlags:
 
     def next_commands(self) -> str:
         """Commands to type after the run: TensorBoard if it was written, scores, another seed."""
+        if is_group(self.config):
+            return self._next_commands_of_group()
         lines = []
         if flatten(self.config)["runtime.tensorboard"]:
             lines.append("curves of all runs beside this one:")
@@ -73,6 +76,20 @@ class RunFlags:
         lines.append("another seed shows how much the result varies:")
         lines.append(shell_command([*self.program, *changed], *flags))
         return "\n".join(lines)
+
+    def _next_commands_of_group(self) -> str:
+        more = override(self.config, [f"--config.num_seeds={2 * self.config.num_seeds}"])
+        flags = ("--config", self.name), ("--workdir", shown(self.workdir))
+        words = [*self.program, *as_flags(more, self.base)]
+        compare = [*self.program[:1], "-m", "cnn", "compare", shown(self.workdir), "OTHER"]
+        return "\n".join(
+            (
+                "more seeds, of which only the new ones are trained:",
+                shell_command(words, *flags),
+                "how sure the difference to another run or group is:",
+                shell_command(compare),
+            )
+        )
 
 
 def parse(argv: Sequence[str], description: str | None, home: Path) -> RunFlags:

@@ -27,7 +27,7 @@ from cnn.models.summary import model_summary
 from cnn.optimization import create_proxy, optimizer_arguments, run_schedule
 from cnn.optimizers import create_optimizer, frozen
 from cnn.plateau import plateau_scale, reduce_on_plateau
-from cnn.runtime.devices import data_mesh, replicated_sharding
+from cnn.runtime.devices import data_mesh, replicated_sharding, select_devices
 from cnn.runtime.provenance import describe_object
 from cnn.runtime.screen import waiting
 from cnn.selection import hardest_images
@@ -293,6 +293,15 @@ def _jit_once(
 @functools.partial(jax.jit, static_argnames="schedule")
 def _scheduled(schedule: optax.Schedule, update: jax.Array) -> jax.Array:
     return jnp.asarray(schedule(update))
+
+
+def devices_of(config: Any) -> list[Any]:
+    """The devices that a checked config names."""
+    runtime = config.runtime
+    with waiting("starting the devices"):
+        return select_devices(
+            runtime.platform, runtime.num_devices, deterministic=runtime.deterministic
+        )
 
 
 def create_experiment(

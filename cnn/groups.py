@@ -7,10 +7,14 @@ added later.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import re
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,21 +22,24 @@ import jax
 import optax
 
 from cnn.augment import Augment
-from cnn.config import check_config, config_diff, to_json_dict, to_json_value
+from cnn.config import check_config, to_json_dict
 from cnn.data import Dataset
 from cnn.divergence import DivergenceError
 from cnn.errors import Interrupted, UserError, number_of
-from cnn.experiment import Experiment, create_experiment, describe, describe_given
+from cnn.experiment import Experiment, create_experiment, describe, describe_given, devices_of
+from cnn.group_results import about, group_result, present_group
+from cnn.group_texts import member_row
 from cnn.losses import LossFn
 from cnn.members import Member, group_members
 from cnn.resume import check_same_config
-from cnn.runs import explained_disk_errors, open_run
+from cnn.runs import Run, explained_disk_errors, open_run
 from cnn.runtime import screen
 from cnn.runtime.compile_cache import compilation_cache
 from cnn.runtime.jax_settings import pinned_settings
 from cnn.runtime.run_directory import RunDirectory
 from cnn.runtime.signals import GracefulShutdown
-from cnn.training import devices_of, train_run
+from cnn.side_by_side import train_side_by_side
+from cnn.training import train_run
 
 _POLL_SECONDS = 0.2
 
@@ -75,13 +82,39 @@ def train_group(
     given = {"model": model, "tx": tx, "loss_fn": loss_fn, "augment": augment, "dataset": dataset}
     with RunDirectory(workdir) as run, pinned_settings(), explained_disk_errors(run):
         group = _Group(config, run, given)
-        group.check()
-        if group.pending:
+        finished = group.check()
+        if is_new := bool(group.pending):
             with compilation_cache(config.runtime.compilation_cache):
                 group.train()
-        result = group.result(time.monotonic() - started)
-        group.present(result)
+        seconds = time.monotonic() - started
+        result = group_result(group.members, group.outcomes, seconds)
+        if finished is not None and not is_new:  # it may have held more runs
+            result["wall_seconds"] = finished["wall_seconds"]
+        if result != finished:
+            run.write("result.json", result)
+        present_group(
+            run,
+            result,
+            title=_title(config, given),
+            label_smoothing=config.loss.get("label_smoothing", 0.0) if loss_fn is None else 0.0,
+            is_new=result != finished,
+        )
+    if not result["members"]:
+        raise UserError(
+            f"all {number_of(len(group.members), 'run')} diverged: {result['diverged'][0]['error']}"
+        )
     return result
+
+
+def _title(config: Any, given: dict[str, Any]) -> str:
+    """Of the pictures: network, dataset and seeds."""
+    model, dataset = given["model"], given["dataset"]
+    network = config.model.name if model is None else type(model).__name__
+    folder = Path(config.dataset.folder).name
+    data = (folder or config.dataset.name) if dataset is None else dataset.name
+    last = config.seed + config.num_seeds - 1
+    seeds = f"seeds {config.seed} to {last}" if last > config.seed else f"seed {last}"
+    return f"{network} on {data}, {seeds}"
 
 
 class _Group:
@@ -93,21 +126,28 @@ class _Group:
       given: what a script passes, by the name of the argument.
 
     Attributes:
-      pending: the runs to be trained, in order.
+      members: the runs, in order.
+      pending: those of them that are to be trained.
+      outcomes: by name, the result of a run, or the `error` by which it diverged.
     """
 
     def __init__(self, config: Any, run: RunDirectory, given: dict[str, Any]) -> None:
         self._config, self._run, self._given = config, run, given
-        self._members = group_members(config)
+        self.members = group_members(config)
+        self.outcomes: dict[str, dict[str, Any]] = {}
         self._described = describe_given(config, **given)
-        self._outcomes: dict[str, dict[str, Any]] = {}
         self.pending: list[Member] = []
+        self._waiting: list[Member] = []  # of these, what no thread has taken yet
+        self._header, self._best_accuracy = "", -1.0
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
         self._is_stopped = False
 
-    def check(self) -> None:
+    def check(self) -> dict[str, Any] | None:
         """Finds the runs that are finished.
+
+        Returns:
+          The result of the group, if all runs that it had before are finished.
 
         Raises:
           UserError: the directory holds something else, or cannot be written.
@@ -115,16 +155,17 @@ class _Group:
         run = self._run
         if run.config() is not None and not run.is_group:
             raise UserError(f"{run.path} holds a single run; choose another --workdir")
-        before = run.check() or {}
+        before = run.check()
         check_same_config(run, self._recorded(self._config), but=("num_seeds", "sweep"))
         if self._config.runtime.on_nonfinite == "stop":  # else they would go on
-            self._outcomes = {one["name"]: one for one in before.get("diverged", [])}
-        for member in self._members:
+            self.outcomes = {one["name"]: one for one in (before or {}).get("diverged", [])}
+        for member in self.members:
             directory = self._directory(member)
             if (result := directory.result()) is not None:
                 check_same_config(directory, self._recorded(member.config))
-                self._outcomes[member.name] = result
-        self.pending = [one for one in self._members if one.name not in self._outcomes]
+                self.outcomes[member.name] = result
+        self.pending = [one for one in self.members if one.name not in self.outcomes]
+        return before
 
     def _recorded(self, config: Any) -> dict[str, Any]:
         return {**to_json_dict(config), **self._described}
@@ -139,7 +180,10 @@ class _Group:
           UserError: a run cannot be trained or saved, for another reason than its numbers.
           Interrupted: after a signal.
         """
-        config, run, pending = self._config, self._run, list(self.pending)
+        config, run, pending = self._config, self._run, self.pending
+        self._waiting = list(pending)
+        known = (one.get("test_accuracy", -1.0) for one in self.outcomes.values())
+        self._best_accuracy = max(known, default=-1.0)
         devices = devices_of(config)
         lanes = _lanes(config.runtime.group_layout, devices, len(pending))
         first = create_experiment(pending[0].config, lanes[0], **self._given)
@@ -148,7 +192,7 @@ class _Group:
         run.members.mkdir(exist_ok=True)
         run.write("config.json", self._recorded(config))
         screen.log(describe(first, first.initial_shapes().variables, width=screen.width()))
-        screen.log(_plan(len(self._members), len(pending), lanes))
+        screen.log(_plan(len(self.members), len(pending), lanes))
         threads = [
             threading.Thread(target=self._work, args=(lane, first if lane is lanes[0] else None))
             for lane in lanes
@@ -163,7 +207,7 @@ class _Group:
         if isinstance(failure := self._failure, Interrupted):
             raise Interrupted(
                 f"stopped by {signal.Signals(failure.signal).name}: "
-                f"{len(self._outcomes):,} of {number_of(len(self._members), 'run')} are finished, "
+                f"{len(self.outcomes):,} of {number_of(len(self.members), 'run')} are finished, "
                 f"and those that were being trained are saved; the same command resumes them",
                 failure.signal,
             )
@@ -171,61 +215,102 @@ class _Group:
             raise failure
 
     def _work(self, devices: list[Any], like: Experiment | None) -> None:
-        """Trains runs, one after another, on some devices; runs in a thread."""
-        while (member := self._next()) is not None:
+        """Trains runs on some devices, until none is left; runs in a thread."""
+        while members := self._next():
             try:
-                with screen.part(member.name):
-                    outcome, like = self._train(member, devices, like)
-            except BaseException as failure:
+                if self._config.runtime.group_layout == "vmap":
+                    outcomes, like = self._train_side_by_side(members, devices, like)
+                else:
+                    (member,) = members
+                    with screen.part(member.name):
+                        outcome, like = self._train(member, devices, like)
+                    outcomes = [outcome]
+            except BaseException as failure:  # it is raised in the main thread
                 with self._lock:
                     self._failure, self._is_stopped = self._failure or failure, True
                 return
             with self._lock:
-                self._outcomes[member.name] = outcome
-                self._show(member)
+                for member, outcome in zip(members, outcomes, strict=True):
+                    self.outcomes[member.name] = outcome
+                    self._show({**about(member), **outcome})
 
-    def _show(self, member: Member) -> None:
-        screen.log(f"{member.name} {self._outcomes[member.name].get('test_accuracy')}")
+    def _show(self, outcome: dict[str, Any]) -> None:
+        """Prints the row of a run that is over."""
+        accuracy = outcome.get("test_accuracy", -1.0)
+        if is_best := accuracy > self._best_accuracy:
+            self._best_accuracy = accuracy
+        group = [about(one) for one in self.members]
+        header, row = member_row(outcome, group, is_best=is_best, width=screen.width())
+        if header != self._header:
+            screen.log(screen.styled(header, "bold"))
+            self._header = header
+        screen.log(re.sub(r"\S+ %\*", lambda mark: screen.styled(mark[0], "green"), row))
 
-    def result(self, wall_seconds: float) -> dict[str, Any]:
-        return {"members": self._outcomes}
-
-    def present(self, result: dict[str, Any]) -> None:
-        pass
-
-    def _next(self) -> Member | None:
+    def _next(self) -> list[Member]:
+        """The next run to be trained, or those that are trained side by side."""
         with self._lock:
-            return self.pending.pop(0) if self.pending and not self._is_stopped else None
+            if self._is_stopped or not self._waiting:
+                return []
+            if self._config.runtime.group_layout != "vmap":
+                return [self._waiting.pop(0)]
+            settings = self._waiting[0].settings
+            members = [one for one in self._waiting if one.settings == settings]
+            self._waiting = self._waiting[len(members) :]
+            return members
 
     def _train(
         self, member: Member, devices: list[Any], like: Experiment | None
     ) -> tuple[dict[str, Any], Experiment]:
         """The result of a run, or what made it diverge, and its experiment."""
-        experiment = like
-
-        def create() -> Experiment:
-            nonlocal experiment
-            if like is not None and config_diff(*map(_without_seed, (like.config, member.config))):
-                experiment = create_experiment(member.config, devices, **self._given, like=like)
-            elif like is not None:
-                experiment = like.with_seed(member.config)
-            else:
-                experiment = create_experiment(member.config, devices, **self._given)
-            return experiment
-
-        replaced = [name for name, value in self._given.items() if value is not None]
         try:
-            path = self._directory(member).path
-            with open_run(member.config, path, create, replaced=replaced, announces=False) as run:
+            with self._open(member, devices, like) as run:
+                like = run.experiment
                 if run.result is None:
                     train_run(run)
-            result = run.result
+                assert run.result is not None
+                return run.result, like
         except DivergenceError as error:
-            about = {"name": member.name, "seed": member.seed, "settings": member.settings}
-            result = {**to_json_value(about), "error": str(error)}
-        assert experiment is not None
-        assert result is not None
-        return result, experiment
+            assert like is not None
+            return {**about(member), "error": str(error)}, like
+
+    def _train_side_by_side(
+        self, members: list[Member], devices: list[Any], like: Experiment | None
+    ) -> tuple[list[dict[str, Any]], Experiment]:
+        """The results of runs that differ in their seeds, and the experiment of one of them."""
+        outcomes: dict[str, dict[str, Any]] = {}
+        with contextlib.ExitStack() as opened, screen.part(f"{len(members)} runs"):
+            runs: list[tuple[Member, Run]] = []
+            for member in members:
+                run = opened.enter_context(self._open(member, devices, like))
+                like = run.experiment
+                runs.append((member, run))
+            # Some may be ahead: a signal or an error came while others had been saved already.
+            pending = sorted(
+                (int(r.state.step), i) for i, (_, r) in enumerate(runs) if not r.result
+            )
+            for _, same in itertools.groupby(pending, key=lambda one: one[0]):
+                places = [i for _, i in same]
+                diverged = train_side_by_side([runs[i][1] for i in places], devices)
+                for place, error in diverged.items():
+                    member = members[places[place]]
+                    outcomes[member.name] = {**about(member), "error": str(error)}
+            results = [outcomes.get(member.name) or run.result for member, run in runs]
+        assert like is not None
+        return [result for result in results if result is not None], like
+
+    def _open(
+        self, member: Member, devices: list[Any], like: Experiment | None
+    ) -> contextlib.AbstractContextManager[Run]:
+        """Opens a run, which shares with an earlier one what is the same."""
+
+        def create() -> Experiment:
+            if like is not None and _without_seed(like.config) == _without_seed(member.config):
+                return like.with_seed(member.config)
+            return create_experiment(member.config, devices, **self._given, like=like)
+
+        replaced = [name for name, value in self._given.items() if value is not None]
+        path = self._directory(member).path
+        return open_run(member.config, path, create, replaced=replaced, announces=False)
 
 
 def _without_seed(config: Any) -> dict[str, Any]:
@@ -234,7 +319,8 @@ def _without_seed(config: Any) -> dict[str, Any]:
 
 def _lanes(layout: str, devices: list[Any], count: int) -> list[list[Any]]:
     """The devices of the runs that are trained at the same time."""
-    if layout == "in_turn" or (layout == "auto" and count == 1) or jax.process_count() > 1:
+    is_one_lane = layout in ("in_turn", "vmap") or (layout == "auto" and count == 1)
+    if is_one_lane or jax.process_count() > 1:
         return [devices]
     return [[device] for device in devices[:count]]
 

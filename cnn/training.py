@@ -20,15 +20,13 @@ from cnn.config import check_config
 from cnn.data import Dataset
 from cnn.errors import Interrupted, UserError
 from cnn.execution import compile_train_steps
-from cnn.experiment import Experiment, create_experiment
+from cnn.experiment import Experiment, create_experiment, devices_of
 from cnn.losses import LossFn
 from cnn.members import is_group
 from cnn.metrics import MetricsAccumulator
 from cnn.results import present_result
 from cnn.runs import Run, open_run
-from cnn.runtime.devices import select_devices
 from cnn.runtime.progress import Progress
-from cnn.runtime.screen import waiting
 from cnn.runtime.signals import GracefulShutdown
 from cnn.runtime.writers import Writer
 from cnn.steps import TrainState
@@ -90,15 +88,6 @@ def train_and_evaluate(
         assert run.result is not None
         present_result(run.state, run.experiment, run.directory, run.result, is_new=run.is_new)
     return run.state, run.result
-
-
-def devices_of(config: Any) -> list[Any]:
-    """The devices that a checked config names."""
-    runtime = config.runtime
-    with waiting("starting the devices"):
-        return select_devices(
-            runtime.platform, runtime.num_devices, deterministic=runtime.deterministic
-        )
 
 
 def train_run(run: Run) -> None:

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the summary."""
-    with prepared(arguments.chosen.config) as (experiment, num_devices):
+    with prepared(arguments.chosen.config) as experiment:
         state = experiment.initial_shapes()
         figures = _figures(experiment, state)
         if not arguments.json:
