@@ -15,7 +15,7 @@ from cnn.config import fields, flatten, to_json_value, used
 from cnn.errors import UserError
 from cnn.registry import REQUIRED
 from cnn.report.runs import Run
-from cnn.report.statistics import (
+from cnn.statistics import (
     Disagreement,
     PairedDifference,
     Spread,

@@ -11,7 +11,7 @@ from cnn.report.comparison import Comparison, Group, Pair, compare, differing, g
 from cnn.report.elements import Child, element, figure, section, table
 from cnn.report.figures import Curve, curve_panel, interval_panel, is_fraction
 from cnn.report.runs import Run
-from cnn.report.statistics import PairedDifference
+from cnn.statistics import PairedDifference
 from cnn.report.texts import (
     MINUS,
     interval_text,

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from cnn.report.comparison import Group
-from cnn.report.statistics import Spread
+from cnn.statistics import Spread
 from cnn.runtime import table
 
 MINUS = "\N{MINUS SIGN}"
