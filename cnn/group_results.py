@@ -109,7 +109,7 @@ def present_group(
     log(f"finished{'' if is_new else ' before'}: {group_text(result)}")
     log(f"digest: {result['digest']}")
     records = {
-        one["name"]: RunDirectory(run.members / one["name"]).records()
+        one["name"]: RunDirectory(run.members_folder / one["name"]).records()
         for one in (*result["members"], *result["diverged"])
     }
     with waiting("drawing the pictures"):

@@ -171,7 +171,7 @@ class _Group:
         return {**to_json_dict(config), **self._described}
 
     def _directory(self, member: Member) -> RunDirectory:
-        return RunDirectory(self._run.members / member.name)
+        return RunDirectory(self._run.members_folder / member.name)
 
     def train(self) -> None:
         """Trains what is pending.
@@ -189,7 +189,7 @@ class _Group:
         first = create_experiment(pending[0].config, lanes[0], **self._given)
         run.lock()
         run.delete_result()
-        run.members.mkdir(exist_ok=True)
+        run.members_folder.mkdir(exist_ok=True)
         run.write("config.json", self._recorded(config))
         screen.log(describe(first, first.initial_shapes().variables, width=screen.width()))
         screen.log(_plan(len(self.members), len(pending), lanes))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cnn.report.statistics import mcnemar, paired_difference, spread, welch_interval
+from cnn.statistics import mcnemar, paired_difference, spread, welch_interval
 
 
 def test_spread_is_mean_and_sample_deviation():
