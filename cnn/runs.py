@@ -118,8 +118,8 @@ def open_run(
     with RunDirectory(workdir) as run, pinned_settings(), explained_disk_errors(run):
         if run.is_group:
             raise UserError(
-                f"{run.path} holds a group of runs; choose another --workdir, or train more of them "
-                f"with num_seeds and sweep"
+                f"{run.path} holds a group of runs; choose another --workdir, or train more of "
+                f"them with num_seeds and sweep"
             )
         finished = run.check()
         if config.runtime.tensorboard:

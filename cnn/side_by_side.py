@@ -102,7 +102,7 @@ def train_side_by_side(runs: Sequence[Run], devices: Sequence[Any]) -> dict[int,
     stacked, copied = batch_sharding(mesh), replicated_sharding(mesh)
     train, test = jax.device_put((first.pipeline.train, first.pipeline.test), copied)
     states = jax.device_put(_stack([run.state for run in runs]), stacked)
-    keys = jax.device_put(
+    augment_keys, mix_keys = jax.device_put(
         (
             _stack([one.augment_key for one in pipelines]),
             _stack([one.mix_key for one in pipelines]),

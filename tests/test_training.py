@@ -350,7 +350,7 @@ def test_a_run_goes_on_with_other_devices(config, tmp_path, monkeypatch, capsys)
     first, lost = records_of(tmp_path)
     config.runtime.num_devices = 4
     tested = cnn.Metrics({"loss": 1.0, "accuracy": 1.0}, 1)
-    monkeypatch.setattr("cnn.training.evaluate", lambda *_, **__: tested)
+    monkeypatch.setattr("cnn.runs.evaluate", lambda *_, **__: tested)
     _, result = train_and_evaluate(config, tmp_path)
     said = capsys.readouterr().out
     assert (

@@ -398,7 +398,8 @@ def mix_batches(
       mix: how.
       sharding: of `[num_steps, batch_size]`, if there is to be one.
     """
-    mixed = jax.vmap(mix)(_step_keys(key, step, len(batches["label"])), batches)
+    keys = _step_keys(key, step, len(batches["label"]))
+    mixed: Any = jax.vmap(mix)(keys, batches)
     return mixed if sharding is None else jax.lax.with_sharding_constraint(mixed, sharding)
 
 
