@@ -319,8 +319,7 @@ def _without_seed(config: Any) -> dict[str, Any]:
 
 def _lanes(layout: str, devices: list[Any], count: int) -> list[list[Any]]:
     """The devices of the runs that are trained at the same time."""
-    is_one_lane = layout in ("in_turn", "vmap") or (layout == "auto" and count == 1)
-    if is_one_lane or jax.process_count() > 1:
+    if layout in ("in_turn", "vmap") or jax.process_count() > 1:
         return [devices]
     return [[device] for device in devices[:count]]
 

@@ -38,9 +38,9 @@ def is_group(config: Any) -> bool:
 
 
 def group_members(config: Any) -> list[Member]:
-    """The runs of a config: for each point of its sweep those of all seeds, in order.
+    """The runs of a config: for each point of its sweep those of all seeds.
 
-    The seeds are `seed`, `seed` + 1 and so on, `num_seeds` of them.
+    The fields are in alphabetical order, and the last one varies fastest. The seeds are `seed`, `seed` + 1 and so on, `num_seeds` of them.
 
     Args:
       config: a `ConfigDict` from `check_config`.
@@ -79,7 +79,7 @@ def group_members(config: Any) -> list[Member]:
 
 
 def _swept(config: Any) -> dict[str, tuple[Any, ...]]:
-    """The values of the fields that are swept, in the order of the config."""
+    """The values of the fields that are swept, in alphabetical order."""
     return {
         name.removeprefix(_SWEEP): value
         for name, value in flatten(config).items()

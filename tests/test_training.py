@@ -101,7 +101,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
 
     with monkeypatch.context() as patch:
         watch_calls(patch, before=kill)
-        patch.setattr(cnn.training, "final_result", kill_before_the_end)
+        patch.setattr(cnn.runs, "final_result", kill_before_the_end)
         with pytest.raises(Killed):
             train_and_evaluate(config, tmp_path)
     capsys.readouterr()
@@ -272,7 +272,7 @@ def unfinished(config, tmp_path, monkeypatch):
     """The directory of a run that was killed just before its end."""
     config.num_epochs = 1
     with monkeypatch.context() as patch:
-        patch.setattr(cnn.training, "final_result", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(cnn.runs, "final_result", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train_and_evaluate(config, tmp_path)
     return tmp_path
