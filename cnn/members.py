@@ -40,7 +40,8 @@ def is_group(config: Any) -> bool:
 def group_members(config: Any) -> list[Member]:
     """The runs of a config: for each point of its sweep those of all seeds.
 
-    The fields are in alphabetical order, and the last one varies fastest. The seeds are `seed`, `seed` + 1 and so on, `num_seeds` of them.
+    The fields are in alphabetical order, and the last one varies fastest. The seeds are `seed`,
+    `seed` + 1 and so on, `num_seeds` of them.
 
     Args:
       config: a `ConfigDict` from `check_config`.

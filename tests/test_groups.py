@@ -14,12 +14,7 @@ from scipy import stats
 import cnn
 from cnn import Interrupted, UserError, train_and_evaluate, train_group
 from cnn.config import override
-from tests.helpers import (
-    records_of,
-    short_config,
-    start,
-    train_command,
-)
+from tests.helpers import records_of, short_config, start, train_command, wait_for
 
 
 def group_config(*flags, layout="in_turn"):
