@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from tests.benchmarks.helpers import run_benchmark
 from tests.helpers import REPOSITORY
 
 
+@pytest.mark.slow
 def test_each_layout_is_timed_beside_processes(tmp_path):
     config = tmp_path / "tiny.py"
     config.write_text(
