@@ -138,6 +138,7 @@ class _Group:
         self._described = describe_given(config, **given)
         self.pending: list[Member] = []
         self._waiting: list[Member] = []  # of these, what no thread has taken yet
+        self._begun: list[Any] = []  # the settings of what was taken
         self._header, self._best_accuracy = "", -1.0
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
@@ -216,7 +217,9 @@ class _Group:
 
     def _work(self, devices: list[Any], like: Experiment | None) -> None:
         """Trains runs on some devices, until none is left; runs in a thread."""
-        while members := self._next():
+        settings = None
+        while members := self._next(settings):
+            settings = members[0].settings
             try:
                 if self._config.runtime.group_layout == "vmap":
                     outcomes, like = self._train_side_by_side(members, devices, like)
@@ -246,16 +249,23 @@ class _Group:
             self._header = header
         screen.log(re.sub(r"\S+ %\*", lambda mark: screen.styled(mark[0], "green"), row))
 
-    def _next(self) -> list[Member]:
-        """The next run to be trained, or those that are trained side by side."""
+    def _next(self, settings: dict[str, Any] | None) -> list[Member]:
+        """The next run to be trained, or those that are trained side by side.
+
+        Args:
+          settings: of the run before on the same devices, for which a program is compiled there.
+        """
         with self._lock:
             if self._is_stopped or not self._waiting:
                 return []
-            if self._config.runtime.group_layout != "vmap":
-                return [self._waiting.pop(0)]
-            settings = self._waiting[0].settings
+            if settings not in (own := [one.settings for one in self._waiting]):
+                fresh = [one for one in own if one not in self._begun]
+                settings = (fresh or own)[0]
+            self._begun.append(settings)
             members = [one for one in self._waiting if one.settings == settings]
-            self._waiting = self._waiting[len(members) :]
+            if self._config.runtime.group_layout != "vmap":
+                members = members[:1]
+            self._waiting = [one for one in self._waiting if one not in members]
             return members
 
     def _train(
