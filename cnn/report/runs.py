@@ -9,7 +9,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -155,7 +155,7 @@ class Run:
         return found if found and found.figures["step"] == self.last["step"] else None
 
 
-def find_runs(path: str | Path) -> list[Path]:
+def _find_runs(path: str) -> list[Path]:
     """The run directories that a path stands for.
 
     Those of a group are its members that have a result; a warning says how many have none. The path
@@ -195,20 +195,25 @@ def point_of(member: Path) -> Path:
     return member.with_name(member.name.rpartition(",seed=")[0] or member.name)
 
 
-def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Reads runs, and of each group all that `find_runs` finds.
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """Reads runs; a group, or a point of a sweep, stands for its members that have a result.
 
     Raises:
       UserError: a path is not a run directory, or is given twice; a run has no records; a file is
         damaged; a group has no finished run.
     """
-    directories = [RunDirectory(run) for path in paths for run in find_runs(path)]
-    seen: dict[Path, Path] = {}
-    for directory in directories:
-        if (place := directory.path.resolve()) in seen:
-            raise UserError(f"the run {directory.path} is given twice; give each run once")
-        seen[place] = directory.path
-    return [_read_run(directory) for directory in directories]
+    runs = [run for path in paths for run in _find_runs(path)]
+    check_distinct(runs)
+    return [_read_run(RunDirectory(run)) for run in runs]
+
+
+def check_distinct(paths: Iterable[Path]) -> None:
+    """Raises UserError if two paths are of the same run."""
+    seen: set[Path] = set()
+    for path in paths:
+        if (place := path.resolve()) in seen:
+            raise UserError(f"the run {path} is given twice; give each run once")
+        seen.add(place)
 
 
 def _read_run(directory: RunDirectory) -> Run:
