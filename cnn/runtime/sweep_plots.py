@@ -215,22 +215,14 @@ def _draw_line(
     axes: Any, line: Sequence[tuple[float, Mapping[str, Any] | None]], style: Mapping[str, Any]
 ) -> Any:
     """Draws the means of spreads at their places, and their intervals; returns the line."""
-    x = [place for place, _ in line]
-    means = [100 * spread["mean"] if spread else math.nan for _, spread in line]
-    for place, spread in line:
-        if spread and spread["interval"]:
-            low, high = (100 * end for end in spread["interval"])
-            middle = (low + high) / 2
-            axes.errorbar(
-                place,
-                middle,
-                middle - low,
-                fmt="none",
-                color=style["color"],
-                capsize=3,
-                elinewidth=1,
-            )
-    return axes.plot(x, means, **style, clip_on=False)[0]
+    x, nothing = [place for place, _ in line], math.nan
+    means = [spread["mean"] if spread else nothing for _, spread in line]
+    ends = [(spread and spread["interval"]) or (nothing, nothing) for _, spread in line]
+    low, high = 100 * np.transpose(ends)
+    bars = {"fmt": "none", "color": style["color"], "capsize": 3, "elinewidth": 1}
+    if not np.isnan(low).all():
+        axes.errorbar(x, (low + high) / 2, (high - low) / 2, **bars)
+    return axes.plot(x, 100 * np.array(means), **style, clip_on=False)[0]
 
 
 def _draw_marks(axes: Any, spots: Sequence[tuple[float, Mapping[str, Any] | None, str]]) -> None:
