@@ -53,7 +53,7 @@ def score(split: cnn.DeviceSplit, state: cnn.TrainState) -> cnn.Metrics:
 
 
 def over_seeds(layout: str, of_one: Callable[..., Any]) -> Callable[..., Any]:
-    """From a function (split, ...) of one seed to that of arguments with a leading axis of seeds."""
+    """From a function (split, ...) of one seed to that of arguments with an axis of seeds first."""
     # "vmap" makes each operation one of all seeds. That is for a GPU or TPU, which a small network
     # by itself leaves mostly idle. A CPU is busy with one seed, and only loses the nearness of its
     # caches: there "map", one seed after the other, is better. An epoch of digits with 5 seeds took
