@@ -163,7 +163,7 @@ def get_config() -> ConfigDict:
     # takes precedence.
     config.runtime.compilation_cache = True
     # Of several runs: "in_turn" trains each on all devices, as a single run; "per_device" one on
-    # each device at the same time; "vmap" all seeds as one program, stacked. "auto" is "per_device".
+    # each device at the same time; "vmap" all seeds as one stacked program. "auto" is "per_device".
     config.runtime.group_layout = "auto"
     # Also write TensorBoard event files (pip install '.[tensorboard]').
     config.runtime.tensorboard = False
