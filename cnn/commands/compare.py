@@ -10,8 +10,8 @@ test images would, too: that is what the figures on the same images say, of the 
 predictions are stored (`python -m cnn evaluate RUN`).
 
 The last line says how many seeds of each would show a true difference of --difference. It is as
-rough as the standard deviation that it rests on: that of 5 seeds may be half of the true one, or
-twice. `python -m cnn report` draws the same comparison, of any number of configs.
+rough as the standard deviation that it rests on: in 95 of 100 cases that of 5 seeds is 0.35 to 1.67
+times the true one. `python -m cnn report` draws the same comparison, of any number of configs.
 """
 
 from __future__ import annotations
