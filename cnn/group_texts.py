@@ -219,11 +219,10 @@ def _table(
     least = [max(map(len, column)) for column in zip(*map(cells, labels), strict=True)]
     sizes = [max(len(name), size) for name, size in zip(names, least, strict=True)]
     gaps = len(GAP) * len(names)  # with the one before the columns
-    label = sum(sizes)
-    if label + sum(len(GAP) + max(len(c.short), c.size) for c in columns) + gaps - len(GAP) > width:
-        label = sum(
-            max(min(size, _SHORT_NAME), few) for size, few in zip(sizes, least, strict=True)
-        )
+    beside = sum(len(GAP) + max(len(column.short), column.size) for column in columns) - len(GAP)
+    narrow = [max(min(size, _SHORT_NAME), few) for size, few in zip(sizes, least, strict=True)]
+    # Names of fields are shortened before columns are left out, and after those of the columns.
+    label = sum(sizes if sum(sizes) + gaps + beside <= width else narrow)
     tables = [table_row(columns, record, width - label - gaps) for _, record in rows]
     room = width - len(tables[0][0]) - gaps
     for floors in (least, [min(size, _SHORTEST) for size in least]):

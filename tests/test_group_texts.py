@@ -78,8 +78,8 @@ def test_a_row_for_each_member_of_a_sweep():
         "          0.1          64     1                        diverged",
     ]
     assert rows(SWEPT, 39)[:2] == [
-        "..ning_rate  batch_size  seed  accuracy",
-        "     0.0003          64     0   60.00 %*",
+        "..ing_rate  batch_size  seed  accuracy",
+        "    0.0003          64     0   60.00 %*",
     ]
 
 

@@ -125,7 +125,7 @@ def plot_mean(
     mean = np.array([np.mean(sample) for sample in samples])
     axes.plot(epochs, mean, **style)
     if len(members) > 1:
-        std = [np.std(x, ddof=1) if len(x) > 1 else np.nan for x in samples]
+        std = np.array([np.std(x, ddof=1) if len(x) > 1 else np.nan for x in samples])
         # A band of one epoch is only its edge.
         axes.fill_between(
             epochs, mean - std, mean + std, color=style["color"], alpha=0.22, linewidth=1.5

@@ -215,14 +215,15 @@ def _draw_line(
     axes: Any, line: Sequence[tuple[float, Mapping[str, Any] | None]], style: Mapping[str, Any]
 ) -> Any:
     """Draws the means of spreads at their places, and their intervals; returns the line."""
-    x, nothing = [place for place, _ in line], math.nan
-    means = [spread["mean"] if spread else nothing for _, spread in line]
-    ends = [(spread and spread["interval"]) or (nothing, nothing) for _, spread in line]
-    low, high = 100 * np.transpose(ends)
+    x, unknown = [place for place, _ in line], {"mean": math.nan, "interval": None}
+    spreads = [spread or unknown for _, spread in line]
+    means = np.array([spread["mean"] for spread in spreads])
+    ends = np.array([spread["interval"] or (math.nan, math.nan) for spread in spreads])
+    low, high = 100 * ends.T
     bars = {"fmt": "none", "color": style["color"], "capsize": 3, "elinewidth": 1}
     if not np.isnan(low).all():
         axes.errorbar(x, (low + high) / 2, (high - low) / 2, **bars)
-    return axes.plot(x, 100 * np.array(means), **style, clip_on=False)[0]
+    return axes.plot(x, 100 * means, **style, clip_on=False)[0]
 
 
 def _draw_marks(axes: Any, spots: Sequence[tuple[float, Mapping[str, Any] | None, str]]) -> None:
