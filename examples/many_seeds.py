@@ -53,12 +53,11 @@ def score(split: cnn.DeviceSplit, state: cnn.TrainState) -> cnn.Metrics:
 
 
 def over_seeds(layout: str, of_one: Callable[..., Any]) -> Callable[..., Any]:
-    """From a function (split, ...) of one seed to that of arguments with a leading axis of seeds."""
+    """From a function (split, ...) of one seed to one whose other arguments have an axis of seeds."""
     # "vmap" makes each operation one of all seeds. That is for a GPU or TPU, which a small network
-    # by itself leaves mostly idle. A CPU is busy with one seed, and only loses the nearness of its
-    # caches: there "map", one seed after the other, is better. An epoch of digits with 5 seeds took
-    # 1.25 times as much processor time with "vmap" (1.20 to 1.31, quartiles of 40 rounds in turns;
-    # 2 cores of an AMD EPYC, which were shared).
+    # by itself leaves mostly idle. A CPU is busy with one seed: there "map", one after the other,
+    # is better. An epoch of digits with 5 seeds took 1.25 times as much processor time with "vmap"
+    # (1.20 to 1.31, quartiles of 40 rounds in turns, on 2 shared cores of an AMD EPYC).
     if layout == "vmap":
         return jax.jit(lambda split, *each: jax.vmap(lambda *one: of_one(split, *one))(*each))
     return jax.jit(lambda split, *each: jax.lax.map(lambda one: of_one(split, *one), each))
@@ -88,7 +87,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num-seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument(
-        "--layout", choices=("vmap", "map"), default="vmap", help="map is faster on a CPU"
+        "--layout", choices=("vmap", "map"), default="vmap", help="choose map on a CPU"
     )
     arguments = parser.parse_args(argv)
     n = arguments.num_seeds
