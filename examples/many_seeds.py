@@ -53,7 +53,7 @@ def score(split: cnn.DeviceSplit, state: cnn.TrainState) -> cnn.Metrics:
 
 
 def over_seeds(layout: str, of_one: Callable[..., Any]) -> Callable[..., Any]:
-    """From a function (split, ...) of one seed to one whose other arguments have an axis of seeds."""
+    """From a function (split, ...) of one seed to one of arguments with a leading axis of seeds."""
     # "vmap" makes each operation one of all seeds. That is for a GPU or TPU, which a small network
     # by itself leaves mostly idle. A CPU is busy with one seed: there "map", one after the other,
     # is better. An epoch of digits with 5 seeds took 1.25 times as much processor time with "vmap"
