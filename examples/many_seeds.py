@@ -8,18 +8,16 @@ A run is a pure function of its key, which draws the weights and the order of th
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from scipy import stats
 
 import cnn
 from cnn.runtime import cli
+from cnn.statistics import spread
 
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
@@ -53,12 +51,11 @@ def score(split: cnn.DeviceSplit, state: cnn.TrainState) -> cnn.Metrics:
 
 
 def over_seeds(layout: str, of_one: Callable[..., Any]) -> Callable[..., Any]:
-    """From a function (split, ...) of one seed to that of arguments with an axis of seeds first."""
+    """From a function (split, ...) of one seed to one of arguments with a leading axis of seeds."""
     # "vmap" makes each operation one of all seeds. That is for a GPU or TPU, which a small network
-    # by itself leaves mostly idle. A CPU is busy with one seed, and only loses the nearness of its
-    # caches: there "map", one seed after the other, is better. An epoch of digits with 5 seeds took
-    # 1.25 times as much processor time with "vmap" (1.20 to 1.31, quartiles of 40 rounds in turns;
-    # 2 cores of an AMD EPYC, which were shared).
+    # by itself leaves mostly idle. A CPU is busy with one seed: there "map", one after the other,
+    # is better. An epoch of digits with 5 seeds took 1.25 times as much processor time with "vmap"
+    # (1.20 to 1.31, quartiles of 40 rounds in turns, on 2 shared cores of an AMD EPYC).
     if layout == "vmap":
         return jax.jit(lambda split, *each: jax.vmap(lambda *one: of_one(split, *one))(*each))
     return jax.jit(lambda split, *each: jax.lax.map(lambda one: of_one(split, *one), each))
@@ -88,7 +85,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num-seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument(
-        "--layout", choices=("vmap", "map"), default="vmap", help="map is faster on a CPU"
+        "--layout", choices=("vmap", "map"), default="vmap", help="choose map on a CPU"
     )
     arguments = parser.parse_args(argv)
     n = arguments.num_seeds
@@ -96,12 +93,12 @@ def main(argv: list[str]) -> None:
         parser.error("an interval needs --num-seeds of 2 or more and --epochs of 1 or more")
     data = cnn.load_dataset("digits")
     _, accuracies = train_seeds(data, range(n), arguments.epochs, arguments.layout)
-    values = accuracies.tolist()
-    mean, std = statistics.fmean(values), statistics.stdev(values)
-    radius = stats.t.ppf(0.975, n - 1) * std / math.sqrt(n)
+    found = spread(accuracies.tolist())
+    assert found.interval is not None
+    low, high = found.interval
     print(
-        f"test accuracy {mean:.2%} ± {std:.2%} ({n} seeds); "
-        f"95 % interval of the mean: {mean - radius:.2%} to {mean + radius:.2%}"
+        f"test accuracy {found.mean:.2%} ± {found.std:.2%} ({n} seeds); "
+        f"95 % interval of the mean: {low:.2%} to {high:.2%}"
     )
 
 
