@@ -38,7 +38,7 @@ examples:
   python train.py --config.batch_size=128 --config.optimizer.learning_rate=2e-3
   python train.py --config configs/digits.py --config.seed=1 --workdir runs/1
   python train.py --config digits --config.num_seeds=5 --workdir runs/five
-  python train.py --config digits --config.num_seeds=3 --workdir runs/rates \
+  python train.py --config digits --config.num_seeds=3 --workdir runs/rates \\
       --config.sweep.optimizer.learning_rate="(1e-3, 3e-3, 1e-2)"
 """
 _METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT", tuple: "TUPLE"}
