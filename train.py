@@ -13,6 +13,8 @@ if __name__ == "__main__":
             print("importing JAX ...", end="\r", flush=True)  # the first line of the run covers it
 try:
     from cnn.command_line import parse
+    from cnn.groups import train_group
+    from cnn.members import is_group
     from cnn.runtime import cli
     from cnn.runtime.screen import log
     from cnn.runtime.signals import raise_on_signals
@@ -26,10 +28,11 @@ except ValueError as error:  # JAX and others read environment variables when th
 
 
 def main(argv: list[str]) -> None:
-    """Flags -> config -> `train_and_evaluate`."""
+    """Flags -> config -> `train_and_evaluate`, or `train_group` for several seeds or a sweep."""
     raise_on_signals()
     run = parse(argv, __doc__, home=Path(__file__).resolve().parent)
-    train_and_evaluate(run.config, run.workdir)
+    train = train_group if is_group(run.config) else train_and_evaluate
+    train(run.config, run.workdir)
     log(run.next_commands())
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scipy import stats
+import cnn.statistics
 
 
 class Mean(NamedTuple):
@@ -19,8 +18,7 @@ class Mean(NamedTuple):
       n: number of samples.
       mean: of the samples.
       std: sample standard deviation (n - 1); None of one sample.
-      interval: 95 % confidence interval of the mean, by the t distribution with n - 1 degrees of
-        freedom (Student 1908, "The probable error of a mean"); None of one sample.
+      interval: 95 % confidence interval of the mean, by Student's t; None of one sample.
     """
 
     n: int
@@ -36,12 +34,8 @@ class Mean(NamedTuple):
         >>> found.n, found.mean, found.std, [round(end, 3) for end in found.interval]
         (3, 2.0, 1.0, [-0.484, 4.484])
         """
-        n, mean = len(samples), statistics.fmean(samples)
-        if n == 1:
-            return cls(n, mean, None, None)
-        std = statistics.stdev(samples)
-        radius = float(stats.t.ppf(0.975, n - 1)) * std / math.sqrt(n)
-        return cls(n, mean, std, (mean - radius, mean + radius))
+        found = cnn.statistics.spread(samples)
+        return cls(found.count, found.mean, found.std, found.interval)
 
     def cells(self, digits: int, scale: float = 1.0, unit: str = "") -> list[str]:
         """Of a Markdown table: n, mean, standard deviation, interval.

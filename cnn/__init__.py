@@ -11,6 +11,7 @@ from cnn.data.pipeline import DeviceSplit, Pipeline, epoch_permutation, normaliz
 from cnn.errors import Interrupted, UserError
 from cnn.evaluation import evaluate
 from cnn.execution import compile_train_steps
+from cnn.groups import train_group
 from cnn.inference import TrainedModel, load_run
 from cnn.losses import CrossEntropy, create_loss
 from cnn.metrics import Metrics
@@ -76,6 +77,7 @@ __all__ = [
     "replicated_sharding",
     "select_devices",
     "train_and_evaluate",
+    "train_group",
     "train_step",
     "train_steps",
     "use_all_cpu_cores",

@@ -23,6 +23,7 @@ from cnn.config import (
     override,
     split_settings,
 )
+from cnn.members import is_group
 from cnn.registry import REQUIRED
 from cnn.runtime.cli import Parser, shell_command
 from cnn.runtime.disk import resolve_path
@@ -36,6 +37,9 @@ examples:
   python train.py --config digits      under a minute, nothing to download
   python train.py --config.batch_size=128 --config.optimizer.learning_rate=2e-3
   python train.py --config configs/digits.py --config.seed=1 --workdir runs/1
+  python train.py --config digits --config.num_seeds=5 --workdir runs/five
+  python train.py --config digits --config.num_seeds=3 --workdir runs/rates \\
+      --config.sweep.optimizer.learning_rate="(1e-3, 3e-3, 1e-2)"
 """
 _METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT", tuple: "TUPLE"}
 
@@ -52,7 +56,7 @@ class RunFlags:
       program: the words of the command before its flags.
     """
 
-    config: ConfigDict
+    config: Any
     workdir: Path
     base: ConfigDict
     name: str
@@ -60,6 +64,8 @@ class RunFlags:
 
     def next_commands(self) -> str:
         """Commands to type after the run: TensorBoard if it was written, scores, another seed."""
+        if is_group(self.config):
+            return self._next_commands_of_group()
         lines = []
         if flatten(self.config)["runtime.tensorboard"]:
             lines.append("curves of all runs beside this one:")
@@ -73,6 +79,20 @@ class RunFlags:
         lines.append("another seed shows how much the result varies:")
         lines.append(shell_command([*self.program, *changed], *flags))
         return "\n".join(lines)
+
+    def _next_commands_of_group(self) -> str:
+        more = override(self.config, [f"--config.num_seeds={2 * self.config.num_seeds}"])
+        flags = ("--config", self.name), ("--workdir", shown(self.workdir))
+        words = [*self.program, *as_flags(more, self.base)]
+        compare = [*self.program[:1], "-m", "cnn", "compare", shown(self.workdir), "OTHER"]
+        return "\n".join(
+            (
+                "more seeds, of which only the new ones are trained:",
+                shell_command(words, *flags),
+                "how sure the difference to another run or group is:",
+                shell_command(compare),
+            )
+        )
 
 
 def parse(argv: Sequence[str], description: str | None, home: Path) -> RunFlags:

@@ -80,6 +80,7 @@ _RUN_FIELDS: dict[str, _RunField] = {
     "seed": _RunField(
         int, 0, valid=lambda value: 0 <= value < 2**32, must="lie between 0 and 2**32 - 1"
     ),
+    "num_seeds": _at_least(1, 1),
     "dataset.name": _RunField(str, valid=bool, must="name a dataset"),
     "dataset.folder": _RunField(str, ""),
     "dataset.image_size": _RunField(object, 0, valid=is_image_size, must=IMAGE_SIZE_MUST),
@@ -138,6 +139,7 @@ _RUN_FIELDS: dict[str, _RunField] = {
     "runtime.on_nonfinite": _choice("stop", "stop", "skip"),
     "runtime.deterministic": _RunField(bool, True),
     "runtime.compilation_cache": _RunField(bool, True),
+    "runtime.group_layout": _choice("auto", "auto", "in_turn", "per_device", "vmap"),
     "runtime.tensorboard": _RunField(bool, False),
 }
 # In the order of a config file.
@@ -164,6 +166,9 @@ _GROUP_FIELDS = {
     "schedule_epochs": _EPOCHS,
 }
 _GROUPS = "optimizer.groups"
+_SWEEP = "sweep."
+# Fields that make a group of runs, or change nothing but rounding.
+_NOT_SWEPT = ("seed", "num_seeds", "runtime", "sweep")
 
 
 def fields(config: ConfigDict) -> Schema:
@@ -190,8 +195,14 @@ def fields(config: ConfigDict) -> Schema:
         known.update({f"{title}.{key}": field for key, field in {**own, **_GROUP_FIELDS}.items()})
     augment = augment_schema() | mix_schema()
     known.update({f"augment.{key}": field for key, field in augment.items()})
-    order = ("seed", "dataset", "batch_size", "num_epochs", "metrics", "init_from", *SECTIONS[1:])
     everything = {**_RUN_FIELDS, **known}
+    for name in flat:
+        swept = everything.get(name.removeprefix(_SWEEP)) if name.startswith(_SWEEP) else None
+        if swept is not None and name.split(".")[1] not in _NOT_SWEPT:
+            entries = swept.type if swept.type in (bool, int, float, str) else None
+            everything[name] = Field(tuple, (), "Its values, one for each run.", entries)
+    order = ("seed", "num_seeds", "sweep", "dataset", "batch_size", "num_epochs", "metrics")
+    order += ("init_from", *SECTIONS[1:])
     return dict(sorted(everything.items(), key=lambda item: order.index(item[0].partition(".")[0])))
 
 
@@ -304,7 +315,8 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
                 if not key.startswith(f"{section}.")
                 or (key in known and known[key].type is before.get(key, known[key]).type)
             }
-    known = fields(_unflatten(flat))
+    swept = {name: () for name, _ in given if name.startswith(_SWEEP)}
+    known = fields(_unflatten({**swept, **flat}))
     for name, text in given:
         _check_known(name, known)
         if text is None:
@@ -530,6 +542,14 @@ def _check_built(config: Any) -> None:
 def _check_known(name: str, known: Schema) -> None:
     if name in known:
         return
+    if name.startswith(_SWEEP):
+        swept = name.removeprefix(_SWEEP)
+        if swept.split(".")[0] in _NOT_SWEPT:
+            raise UserError(
+                f"{swept} cannot be swept; num_seeds trains several seeds, and any field but those "
+                f"of runtime can be swept"
+            )
+        _check_known(swept, known)
     section, _, leaf = name.rpartition(".")
     siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
     if section and (near := difflib.get_close_matches(leaf, siblings, n=1)):

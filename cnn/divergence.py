@@ -14,10 +14,15 @@ from cnn.runtime.checkpoints import CheckpointManager
 from cnn.steps import TrainState
 
 
+class DivergenceError(UserError):
+    """A loss, gradients or parameters that are not finite ended a run."""
+
+
 class DivergenceChecks:
     """Checks at the points of a run where the host already reads numbers.
 
-    Each raises a UserError that names the step, the learning rate and the last good checkpoint.
+    Each raises a DivergenceError that names the step, the learning rate and the last good
+    checkpoint.
 
     Args:
       experiment: of the run.
@@ -55,14 +60,14 @@ class DivergenceChecks:
 
     def _error(
         self, what: str, state: TrainState, step: int | None = None, remedy: str = ""
-    ) -> UserError:
+    ) -> DivergenceError:
         """The error for a step, by default that of the state."""
         self._checkpoints.wait_until_finished()
         step = int(state.step) if step is None else step
         rate = self._experiment.learning_rate(step, state.opt_state)
         at = "" if rate is None else f", at a learning rate of {rate:g}"
         epoch = -(-step // self._experiment.steps_per_epoch)
-        return UserError(
+        return DivergenceError(
             f"{what}{at} in epoch {epoch}; the last good checkpoint is step "
             f"{self._checkpoints.latest_step()}; {remedy}lower the rate, or set "
             f"optimizer.grad_clip_norm or schedule.warmup_epochs, in another --workdir"

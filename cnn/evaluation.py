@@ -76,11 +76,37 @@ def _eval_batch(
 
     @explicit_mesh.automatic_axes(lambda mesh, *_: explicit_mesh.replicated_over(mesh))
     def run(state: TrainState, split: DeviceSplit, start: jax.Array) -> Metrics:
-        batch, mask = _batch(split, start, batch_size, mesh)
-        check_batch(batch, is_trained=False)
-        return score(state, _logits(state, batch["image"], tta), {**batch, "mask": mask})
+        return _score_batch(state, split, start, batch_size, mesh, tta)
 
     return run(state, split, start)
+
+
+def _score_batch(
+    state: TrainState,
+    split: DeviceSplit,
+    start: jax.Array,
+    batch_size: int,
+    mesh: Mesh | None = None,
+    tta: str = "none",
+) -> Metrics:
+    batch, mask = _batch(split, start, batch_size, mesh)
+    check_batch(batch, is_trained=False)
+    return score(state, _logits(state, batch["image"], tta), {**batch, "mask": mask})
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "mesh"))
+def _eval_batch_of_each(
+    states: TrainState, split: DeviceSplit, start: jax.Array, *, batch_size: int, mesh: Mesh
+) -> Metrics:
+    """`_eval_batch` for each of a stack of states, which is split over the mesh."""
+
+    def on_device(states: TrainState, split: DeviceSplit, start: jax.Array) -> Metrics:
+        return jax.vmap(lambda state: _score_batch(state, split, start, batch_size))(states)
+
+    stack, same = PartitionSpec(mesh.axis_names), PartitionSpec()
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(stack, same, same), out_specs=stack, check_vma=False
+    )(states, split, start)
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size", "mesh", "tta"))
@@ -166,6 +192,28 @@ def evaluate(
             parts.append(_eval_batch(state, split, start, batch_size=size, mesh=mesh, tta=tta))
             limit_in_flight(parts)
     return Metrics.merge(parts)
+
+
+def evaluate_each(
+    states: TrainState, split: DeviceSplit, mesh: Mesh, *, batch_size: int = 1000
+) -> list[Metrics]:
+    """`evaluate` for each of a stack of states.
+
+    Args:
+      states: with a leading axis, split over the mesh.
+      split: on every device of the mesh.
+      mesh: whose size divides the stack.
+      batch_size: images of each call.
+
+    Returns:
+      Metrics on the host, for each state.
+    """
+    parts = []
+    for start, size in _calls(states, split, batch_size):
+        parts.append(_eval_batch_of_each(states, split, start, batch_size=size, mesh=mesh))
+        limit_in_flight(parts)
+    each = zip(*map(Metrics.unstack, parts), strict=True)
+    return [Metrics.merge(parts) for parts in each]
 
 
 def predict(

@@ -27,7 +27,7 @@ from cnn.models.summary import model_summary
 from cnn.optimization import create_proxy, optimizer_arguments, run_schedule
 from cnn.optimizers import create_optimizer, frozen
 from cnn.plateau import plateau_scale, reduce_on_plateau
-from cnn.runtime.devices import data_mesh, replicated_sharding
+from cnn.runtime.devices import data_mesh, replicated_sharding, select_devices
 from cnn.runtime.provenance import describe_object
 from cnn.runtime.screen import waiting
 from cnn.selection import hardest_images
@@ -71,6 +71,7 @@ class Experiment:
       proxy: the network and the optimizer that choose which images are trained on, if any.
       num_steps: of the whole run.
       warmup_updates: during which the learning rate rises.
+      num_devices: that it may use; the mesh has those that divide the batch.
       given: by config section, a description of what a script passed in its place.
     """
 
@@ -86,6 +87,7 @@ class Experiment:
     proxy: tuple[nn.Module, optax.GradientTransformation] | None
     num_steps: int
     warmup_updates: int
+    num_devices: int
     given: dict[str, Any]
 
     @property
@@ -134,6 +136,15 @@ class Experiment:
     def num_updates(self) -> int:
         """Updates of the whole run: an optimizer that accumulates makes fewer than steps."""
         return self.num_steps // self._accumulation
+
+    def with_seed(self, config: Any) -> Experiment:
+        """The same experiment with another seed: what was compiled for this one serves it too.
+
+        Args:
+          config: checked, which differs from this one's in `seed` only.
+        """
+        pipeline = self.pipeline.with_seed(config.seed)
+        return dataclasses.replace(self, config=config, pipeline=pipeline)
 
     def epoch(self, step: int) -> int | float:
         """Passes over the training images after some steps; whole ones as an int."""
@@ -284,6 +295,15 @@ def _scheduled(schedule: optax.Schedule, update: jax.Array) -> jax.Array:
     return jnp.asarray(schedule(update))
 
 
+def devices_of(config: Any) -> list[Any]:
+    """The devices that a checked config names."""
+    runtime = config.runtime
+    with waiting("starting the devices"):
+        return select_devices(
+            runtime.platform, runtime.num_devices, deterministic=runtime.deterministic
+        )
+
+
 def create_experiment(
     config: Any,
     devices: list[Any],
@@ -293,6 +313,7 @@ def create_experiment(
     tx: optax.GradientTransformation | None = None,
     loss_fn: LossFn | None = None,
     augment: Augment | None = None,
+    like: Experiment | None = None,
 ) -> Experiment:
     """Loads the data and builds what a checked config names.
 
@@ -304,22 +325,18 @@ def create_experiment(
       tx: an optimizer.
       loss_fn: (logits `float32[B, K]`, labels `int[B]`) -> losses `float[B]`.
       augment: see `cnn.augment`.
+      like: an experiment whose images are taken, on the host and on the devices, where the configs
+        have the same dataset.
 
     Raises:
       UserError: if the dataset cannot be loaded, or is too small for the batch, the augmentation or
         the schedule.
     """
     passed = {"model": model, "tx": tx, "loss_fn": loss_fn, "augment": augment}
-    _check_passed(**passed, dataset=dataset)
-    given = {
-        SECTIONS[name]: describe_object(value)
-        for name, value in passed.items()
-        if value is not None
-    }
-    if tx is not None:
-        given["schedule"] = {}  # an optimizer has its own, if any
+    given = describe_given(config, **passed, dataset=dataset)
     if dataset is None:
-        dataset = load_config_dataset(config.to_dict())
+        is_same = like is not None and like.config.dataset == config.dataset
+        dataset = like.dataset if is_same else load_config_dataset(config.to_dict())  # type: ignore
     else:
         normalization = config.dataset.normalization
         given["dataset"] = {"object": dataset.name, "normalization": normalization}
@@ -336,6 +353,8 @@ def create_experiment(
         mesh=data_mesh(devices, config.batch_size),
         steps_per_execution=config.runtime.steps_per_execution,
     )
+    if like is not None:
+        pipeline.share_images(like.pipeline)
     num_steps = max(round(config.num_epochs * pipeline.steps_per_epoch), 1)
     if num_steps >= 2**31:
         raise UserError(
@@ -375,8 +394,33 @@ def create_experiment(
         proxy=proxy,
         num_steps=num_steps,
         warmup_updates=warmup_updates,
+        num_devices=len(devices),
         given=given,
     )
+
+
+def describe_given(config: Any, **given: Any) -> dict[str, Any]:
+    """What is recorded of the objects that a script passes, by the config section they replace.
+
+    Args:
+      config: checked.
+      **given: the arguments of `create_experiment` of these names; None where there is no object.
+
+    Raises:
+      UserError: an object is of the wrong kind.
+    """
+    _check_passed(**given)
+    described = {
+        SECTIONS[name]: describe_object(value)
+        for name, value in given.items()
+        if value is not None and name != "dataset"
+    }
+    if given["tx"] is not None:
+        described["schedule"] = {}  # an optimizer has its own, if any
+    if (dataset := given["dataset"]) is not None:
+        normalization = config.dataset.normalization
+        described["dataset"] = {"object": dataset.name, "normalization": normalization}
+    return described
 
 
 def load_config_dataset(config: Mapping[str, Any]) -> Dataset:
@@ -459,13 +503,12 @@ def _schedule_notes(experiment: Experiment) -> list[str]:
     return lines
 
 
-def describe(experiment: Experiment, variables: Any, num_devices: int, *, width: int) -> str:
+def describe(experiment: Experiment, variables: Any, *, width: int) -> str:
     """What is about to be trained: data, batches, devices, notes on settings, layers.
 
     Args:
       experiment: of the run.
       variables: the model's parameters and other collections.
-      num_devices: how many there are; the mesh may use fewer.
       width: columns that the table of layers may have.
     """
     data, used = experiment.dataset, experiment.mesh.size
@@ -482,10 +525,10 @@ def describe(experiment: Experiment, variables: Any, num_devices: int, *, width:
         f"devices: {used} x {kind}, {batch_size // used:,} images each per step",
     ]
     lines += [f"{name}: {_origin(origin)}" for name, origin in experiment.given.items() if origin]
-    if used < num_devices:
+    if used < experiment.num_devices:
         lines.append(
-            f"note: batch_size={batch_size} does not divide evenly over {num_devices} devices; "
-            f"{num_devices - used} stay idle"
+            f"note: batch_size={batch_size} does not divide evenly over "
+            f"{experiment.num_devices} devices; {experiment.num_devices - used} stay idle"
         )
     lines += [f"note: {line}" for line in notes(experiment)]
     if experiment.proxy is not None:

@@ -279,6 +279,7 @@ def find_checkpoint(run: RunDirectory, checkpoint: str | int) -> int:
     checkpoints = CheckpointManager(run.checkpoints)
     steps = checkpoints.all_steps()
     if not steps:
+        run.check_is_one()
         inside = next((p for p in run.path.parents if (p / "config.json").exists()), None)
         hint = f"did you mean {inside}?" if inside else "give the directory that train.py printed"
         raise UserError(f"{run.path} is not a run directory: no checkpoint is in it; {hint}")

@@ -142,6 +142,12 @@ class Metrics(struct.PyTreeNode):
             count=sum(int(part.count.sum()) for part in host),
         )
 
+    @classmethod
+    def unstack(cls, metrics: Metrics) -> list[Metrics]:
+        """Metrics on the host for each entry of a leading axis."""
+        host = jax.device_get(metrics)
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], host) for i in range(len(host.count))]
+
     def means(self) -> dict[str, Any]:
         """The mean over images by name: the loss in its unit, accuracies as fractions."""
         names = sorted(self.sums, key=lambda name: name != "loss")  # the loss first

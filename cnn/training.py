@@ -1,51 +1,35 @@
 """The training loop.
 
 The way to the gradient: `compile_train_steps` (execution) -> `train_steps` -> `train_step` ->
-`jax.grad` (steps).
-
-Order within an epoch: make all steps, evaluate, append the record, save the checkpoint. So every
-record that a checkpoint holds is on disk before it, and a resumed run repeats at most the steps
-after its checkpoint, with the same bits.
+`jax.grad` (steps). The way of a run around the loop: `open_run` and `Run.finish` (runs). What it
+writes at the end of an epoch: `Ledger.end_epoch` (ledger).
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
 import signal
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import optax
 
 from cnn.augment import Augment
-from cnn.config import check_config, to_json_dict
+from cnn.config import check_config
 from cnn.data import Dataset
-from cnn.divergence import DivergenceChecks
 from cnn.errors import Interrupted, UserError
-from cnn.evaluation import evaluate
 from cnn.execution import compile_train_steps
-from cnn.experiment import SECTIONS, Experiment, create_experiment, describe
-from cnn.losses import LossFn, evaluation_loss
-from cnn.metrics import Metrics, MetricsAccumulator
-from cnn.results import epoch_record, final_result, present_result
-from cnn.resume import check_same_config, environments_of_parts, restore
-from cnn.runtime.checkpoints import CheckpointManager
-from cnn.runtime.compile_cache import compilation_cache
-from cnn.runtime.devices import select_devices
-from cnn.runtime.disk import describe_disk_error, is_disk_error
-from cnn.runtime.jax_settings import pinned_settings
+from cnn.experiment import Experiment, create_experiment, devices_of
+from cnn.losses import LossFn
+from cnn.members import is_group
+from cnn.metrics import MetricsAccumulator
+from cnn.results import present_result
+from cnn.runs import Run, open_run
 from cnn.runtime.progress import Progress
-from cnn.runtime.run_directory import RunDirectory
-from cnn.runtime.screen import log, waiting, warning_on_failure, width
 from cnn.runtime.signals import GracefulShutdown
-from cnn.runtime.writers import TensorBoardWriter, Writer, require_tensorboard
+from cnn.runtime.writers import Writer
 from cnn.steps import TrainState
-from cnn.transfer import find_source, transfer
 
 
 def train_and_evaluate(
@@ -86,196 +70,74 @@ def train_and_evaluate(
         run cannot be saved, or if the loss or the gradients are not finite.
       Interrupted: after Ctrl-C or SIGTERM.
     """
-    started = time.monotonic()
     config = check_config(config)
-    runtime = config.runtime
+    if is_group(config):
+        raise UserError(
+            "num_seeds and sweep make a group of runs, which train_group trains; "
+            "train_and_evaluate trains one: set num_seeds=1 and no sweep"
+        )
     given = {"model": model, "tx": tx, "loss_fn": loss_fn, "augment": augment, "dataset": dataset}
-    with RunDirectory(workdir) as run, pinned_settings(), _explained_disk_errors(run):
-        finished = run.check()
-        if runtime.tensorboard:
-            require_tensorboard()
-        # Compared before the data is loaded; objects from a script are compared below.
-        sections = [SECTIONS[name] for name, value in given.items() if value is not None]
-        sections += ["schedule"] if tx is not None else []
-        source = find_source(config.init_from, run)
-        check_same_config(run, to_json_dict(config), but=sections)
-        with waiting("starting the devices"):
-            devices = select_devices(
-                runtime.platform, runtime.num_devices, deterministic=runtime.deterministic
-            )
-        experiment = create_experiment(config, devices, **given)
-        recorded = {**to_json_dict(config), **experiment.given}
-        with compilation_cache(runtime.compilation_cache):
-            with waiting("initializing the model"):
-                state, origin = experiment.initial_state(), None
-            if source is not None:
-                state, origin = transfer(experiment, state, source, recorded)
-            log(describe(experiment, state.variables, len(devices), width=width()))
-            check_same_config(run, recorded)
-            if finished is None:
-                run.lock()
-            with CheckpointManager(run.checkpoints) as checkpoints:
-                state, saved = restore(experiment, run, checkpoints, state, recorded)
-                # A run that stopped early has fewer steps than its config says.
-                is_complete = finished is not None and int(state.step) == finished.get("num_steps")
-                if not is_complete:
-                    run.lock()  # a finished run whose last checkpoint is damaged is trained again
-                    run.delete_result()
-                    saved |= {"config": recorded, "dataset": experiment.dataset_record}
-                    saved.setdefault("init_from", origin)
-                    saved["environments"] = environments_of_parts(
-                        experiment, int(state.step), saved
-                    )
-                    started -= saved.get("wall_seconds", 0.0)
-                    state, records = _train(
-                        experiment, run, checkpoints, state, saved, list(writers), started
-                    )
-                    augmented = _augmented_test(state, experiment)
-                    seconds = time.monotonic() - started
-                    finished = final_result(state, experiment, records, seconds) | augmented
-                    finished |= {"init_from": saved["init_from"]} if config.init_from else {}
-                    run.write("result.json", finished)
-            assert finished is not None
-            present_result(state, experiment, run, finished, is_new=not is_complete)
-    return state, finished
+    replaced = [name for name, value in given.items() if value is not None]
+
+    def create() -> Experiment:
+        return create_experiment(config, devices_of(config), **given)
+
+    with open_run(config, workdir, create, replaced=replaced, writers=writers) as run:
+        if run.result is None:
+            train_run(run)
+        assert run.result is not None
+        present_result(run.state, run.experiment, run.directory, run.result, is_new=run.is_new)
+    return run.state, run.result
 
 
-def _train(
-    experiment: Experiment,
-    run: RunDirectory,
-    checkpoints: CheckpointManager,
-    state: TrainState,
-    saved: dict[str, Any],
-    writers: list[Writer],
-    started: float,
-) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Trains from the state's step to the last, or to that of an early stop.
-
-    Args:
-      experiment: of the run.
-      run: where its files go.
-      checkpoints: where its states go.
-      state: fresh, or restored.
-      saved: what a checkpoint holds beside the state; without `records` for a fresh one.
-      writers: of the records.
-      started: when the run began, on the monotonic clock.
-
-    Returns:
-      The final state, and one record per epoch.
-    """
-    config, pipeline = experiment.config, experiment.pipeline
-    checks = DivergenceChecks(experiment, checkpoints)
-    records = list(saved.get("records", []))
-    # Of the epoch in which the checkpoint was saved; None at its beginning.
-    metrics = Metrics(**saved["epoch_metrics"]) if "epoch_metrics" in saved else None
-
-    def save(**about: Any) -> None:
-        checks.check_weights(state)
-        kept = {name: saved[name] for name in ("config", "dataset", "environments", "init_from")}
-        kept |= {"wall_seconds": time.monotonic() - started}
-        checkpoints.save(state, {**kept, "records": records, **about})
-
-    def fetch(accumulator: MetricsAccumulator, keep_newest: int = 0) -> Metrics:
-        metrics = accumulator.fetch(keep_newest)
-        checks.check_steps(state, accumulator)
-        return metrics
-
-    if "records" not in saved:
-        # Step 0 is saved before config.json exists. A directory with a config but without
-        # checkpoints has then lost them, and is not taken for a fresh one.
-        with waiting("saving the initial state"):
-            save()
-            checkpoints.wait_until_finished()
-    run.begin(saved["config"], records)
-    run.write("dataset.json", saved["dataset"])
-    with warning_on_failure("environment.json is not written"):
-        *earlier, now = saved["environments"]
-        run.write("environment.json", {**now, "earlier": earlier})
-    if config.runtime.tensorboard:
-        with warning_on_failure("no records are written for TensorBoard"):
-            writers.append(TensorBoardWriter(run.path / "tensorboard", records))
-    with waiting("copying the images to the devices"):
-        jax.block_until_ready((pipeline.train, pipeline.test))
-    train_steps = compile_train_steps(state, pipeline)
-    step = int(state.step)
+def train_run(run: Run) -> None:
+    """Trains a run that is not finished, from its state's step to the last or to an early stop."""
+    experiment, checkpoints, ledger = run.experiment, run.checkpoints, run.ledger
+    run.begin()
+    pipeline, metrics, step = experiment.pipeline, ledger.metrics, int(run.state.step)
+    train_steps = compile_train_steps(run.state, pipeline)
     progress = Progress(
         num_steps=experiment.num_steps,
         steps_per_epoch=experiment.steps_per_epoch,
-        batch_size=config.batch_size,
+        batch_size=pipeline.batch_size,
         test_count=len(experiment.dataset.test),
         start_step=step,
-        best_accuracy=max((record["test_accuracy"] for record in records), default=0.0),
+        best_accuracy=ledger.best_accuracy,
     )
     with progress, GracefulShutdown() as shutdown:
-        while step < experiment.num_steps and experiment.early_stop(records) is None:
+        while step < experiment.num_steps and experiment.early_stop(ledger.records) is None:
             if metrics is None:
                 progress.begin_epoch(step)
             accumulator, signum = MetricsAccumulator(step, metrics), None
             for batches, num_steps in pipeline.batches(step, experiment.next_stop(step)):
                 step += num_steps
                 with progress.first_time(train_steps.what_compiles(num_steps), step):
-                    state, scores = train_steps(state, batches, num_steps)
+                    run.state, scores = train_steps(run.state, batches, num_steps)
                 accumulator.add(scores, num_steps)
                 checkpoints.check_for_errors()
                 if progress.due() and len(accumulator.pending) > 1:
                     # All but the newest call: the devices compute it while the host reads.
-                    progress.show(step - num_steps, fetch(accumulator, keep_newest=1))
+                    so_far = ledger.fetch(run.state, accumulator, keep_newest=1)
+                    progress.show(step - num_steps, so_far)
                 if signum := shutdown.requested():
                     break
-            metrics = fetch(accumulator)
+            metrics = ledger.fetch(run.state, accumulator)
             if step < experiment.num_steps and step % experiment.steps_per_epoch:
                 if progress.due():
                     progress.show(step, metrics)
-                save(epoch_metrics=dataclasses.asdict(metrics))
+                ledger.save_within_epoch(run.state, metrics)
             else:
-                speed = {"images_per_second": progress.images_per_second(step)}
+                speed = progress.images_per_second(step)
                 progress.evaluating(step)
                 with progress.first_time("compiling the evaluation", step):
-                    tested = _test(state, experiment)
-                checks.check_epoch(state, metrics, tested)
-                record = epoch_record(experiment, state, metrics, tested, records) | speed
-                records.append(record)
-                run.append(record)
-                _write(record, writers)
-                save(test_accuracy=record["test_accuracy"])
-                progress.epoch(record)
+                    tested = run.test()
+                progress.epoch(ledger.end_epoch(run.state, metrics, tested, speed))
                 metrics = None
             # A preemption notice is given once, so the answer is kept.
             if signum := signum or shutdown.requested():
                 checkpoints.wait_until_finished()
                 raise _interrupted(signum, experiment, step)
-    with waiting("saving the last checkpoint"):
-        checkpoints.wait_until_finished()
-    return state, records
-
-
-def _test(state: TrainState, experiment: Experiment, tta: str = "none") -> Metrics:
-    """Scores the test images by the loss without label smoothing."""
-    return evaluate(
-        state.replace(loss_fn=evaluation_loss(experiment.loss_fn)),
-        experiment.pipeline.test,
-        batch_size=experiment.config.runtime.eval_batch_size,
-        tta=tta,
-    )
-
-
-def _augmented_test(state: TrainState, experiment: Experiment) -> dict[str, Any]:
-    """What `result.json` has of test-time augmentation; nothing if it is off."""
-    if (tta := experiment.config.evaluation.tta) == "none":
-        return {}
-    with waiting("evaluating with test-time augmentation"):
-        means = _test(state, experiment, tta).means()
-    return {f"tta_test_{name}": value for name, value in means.items()}
-
-
-def _write(record: dict[str, Any], writers: list[Writer]) -> None:
-    """Passes a record to the writers; one that fails is dropped with a warning."""
-    for writer in list(writers):
-        name = getattr(writer, "__name__", type(writer).__name__)
-        with warning_on_failure(f"the writer {name} gets no more records"):
-            writers.remove(writer)
-            writer(dict(record))  # what a writer changes is its own
-            writers.append(writer)
+    run.finish()
 
 
 def _interrupted(signum: int, experiment: Experiment, step: int) -> Interrupted:
@@ -284,17 +146,3 @@ def _interrupted(signum: int, experiment: Experiment, step: int) -> Interrupted:
         f"which is saved; the same command resumes there",
         signum,
     )
-
-
-@contextlib.contextmanager
-def _explained_disk_errors(run: RunDirectory) -> Iterator[None]:
-    """Turns errors of the disk that holds the run into one line."""
-    try:
-        yield
-    except OSError as error:
-        if not is_disk_error(error, run.path):
-            raise
-        raise UserError(
-            f"the run cannot continue: {describe_disk_error(error, run.path)}"
-            f"{CheckpointManager(run.checkpoints).resume_hint()}"
-        ) from error

@@ -54,6 +54,7 @@ def find_source(init_from: str, run: RunDirectory | None = None) -> Path | None:
         fault = "is not a folder" if os.path.exists(source) else "does not exist"
         raise UserError(f"init_from={init_from} {fault}; give the run directory of a run")
     if not CheckpointManager(source / "checkpoints").all_steps():
+        RunDirectory(source).check_is_one()
         begun = RunDirectory(source).has_begun
         fault = "holds no checkpoint" if begun else "is not a run directory"
         raise UserError(

@@ -15,6 +15,9 @@ def get_config() -> ConfigDict:
 
     # Same seed, same devices, same versions: same bits.
     config.seed = 0
+    # Of so many runs with the seeds seed, seed + 1 and so on; --config.sweep.FIELD="(A, B)" makes
+    # one for each value of a field (docs/seeds.md).
+    config.num_seeds = 1
 
     config.dataset = ConfigDict()
     # cifar10, cifar100, mnist, fashion_mnist, digits, or any TFDS image classification set.
@@ -159,6 +162,9 @@ def get_config() -> ConfigDict:
     # Cache compiled programs between runs in the user's cache folder; JAX_COMPILATION_CACHE_DIR
     # takes precedence.
     config.runtime.compilation_cache = True
+    # Of several runs: "in_turn" trains each on all devices, as a single run; "per_device" one on
+    # each device at the same time; "vmap" all seeds as one stacked program. "auto" is "per_device".
+    config.runtime.group_layout = "auto"
     # Also write TensorBoard event files (pip install '.[tensorboard]').
     config.runtime.tensorboard = False
     return config

@@ -2,14 +2,19 @@
 
 import csv
 import os
+import re
 import runpy
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import PIL.Image
 import pytest
 
+import cnn
 from tests.helpers import REPOSITORY
 
 EXAMPLES = REPOSITORY / "examples"
@@ -130,3 +135,60 @@ def test_tables_that_cannot_be_read(content, telling, run, tmp_path):
     assert err.startswith("error: ")
     assert telling in err
     assert err.count("\n") == 1
+
+
+def test_many_seeds(run):
+    flags = ("--num-seeds", 2, "--epochs", 1, "--layout", "map")
+    code, out, err = run("many_seeds.py", *flags)
+    assert code == 0, err
+    first, second, mean, std, low, high = map(float, re.findall(r"([\d.]+)%", out))
+    assert mean == pytest.approx((first + second) / 2, abs=0.1)
+    assert std == pytest.approx(abs(first - second) / 2**0.5, abs=0.1)
+    # The 97.5 % quantile of Student's t with one degree of freedom is 12.706.
+    assert (low, high) == pytest.approx((mean - 8.985 * std, mean + 8.985 * std), abs=0.1)
+
+
+def test_a_seed_beside_others_is_its_single_run():
+    digits, parts = cnn.load_dataset("digits"), []
+    for split, size in ((digits.train, 100), (digits.test, 50)):
+        parts.append(cnn.Split(split.images[:size], split.labels[:size]))
+    train, test = parts
+    few = cnn.Dataset.from_splits("few", train=train, test=test, class_names=digits.class_names)
+    script = runpy.run_path(str(EXAMPLES / "many_seeds.py"))
+    states, _ = script["train_seeds"](few, [3, 7], 2, "vmap")
+    init_key, order_key = jax.random.split(jax.random.key(7))
+    state = script["create_state"](few, 2, init_key)
+    train_epoch = jax.jit(script["train_epoch"])
+    for _ in range(2):  # epochs of three steps
+        state, _ = train_epoch(cnn.DeviceSplit.from_split(train), state, order_key)
+    logits = jax.jit(lambda state: cnn.predict_step(state, test.images / np.float32(255)))
+    other, same = (logits(jax.tree.map(lambda leaf, i=i: leaf[i], states)) for i in range(2))
+    alone = logits(state)
+    # Not the weights: where the gradient is all but 0, Adam makes a whole step of its rounding.
+    assert abs(same - alone).max() < 1e-3  # 3e-5 was seen
+    assert abs(other - alone).max() > 0.1
+
+
+def test_optuna_search(run, tmp_path):
+    """Poor trials stop early, and the same command continues the study: here it has no more."""
+    flags = ("--epochs", 3, "--study", tmp_path / "new" / "study.log")
+    code, out, err = run("optuna_search.py", "--num-trials", 4, *flags)
+    assert code == 0, err
+    found = re.match(r"4 trials, (\d) of them stopped early; the best has ([\d.]+)%", out)
+    assert 1 <= int(found[1]) < 4
+    assert float(found[2]) > 60
+    assert "--config.optimizer.learning_rate=0.0" in out
+    assert run("optuna_search.py", "--num-trials", 4, *flags)[:2] == (0, out)
+
+
+def test_the_optimizer_of_the_search_is_that_of_a_config():
+    create = runpy.run_path(str(EXAMPLES / "optuna_search.py"))["create_optimizer"]
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    schedule = cnn.create_schedule("cosine", 0.1, num_updates=3)
+    txs = create(3), cnn.create_optimizer("adamw", schedule, weight_decay=0.5)
+    chosen = {"learning_rate": jnp.float32(0.1), "weight_decay": jnp.float32(0.5)}
+    states = optax.tree.set(txs[0].init(params), **chosen), txs[1].init(params)
+    for _ in range(2):
+        steps = [tx.update(params, one, params) for tx, one in zip(txs, states, strict=True)]
+        states = [state for _, state in steps]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *(u for u, _ in steps))

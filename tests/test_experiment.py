@@ -41,7 +41,7 @@ def test_the_start_says_how_many_images_are_left_out_and_fits(config, digits):
     plan = plan_of(config, "batch_size=800")
     image = jnp.zeros((1, *digits.image_shape))
     variables = jax.eval_shape(plan.model.init, jax.random.key(0), image)
-    text = describe(plan, variables, 1, width=79)
+    text = describe(plan, variables, width=79)
     assert "batches: 1 of 800 images in each epoch; 637 images left out" in text
     assert max(map(len, text.splitlines())) <= 79
 
@@ -52,4 +52,4 @@ def test_the_start_says_how_many_parameters_are_frozen(config, digits):
     variables = jax.eval_shape(plan.model.init, jax.random.key(0), image)
     # 3*3*1*4 weights, and biases of 4, 8, 16 and 10.
     total = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    assert f"frozen: 74 of {total:,} parameters" in describe(plan, variables, 1, width=79)
+    assert f"frozen: 74 of {total:,} parameters" in describe(plan, variables, width=79)

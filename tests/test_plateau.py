@@ -78,7 +78,7 @@ def test_a_run_falls_and_stops_at_the_same_steps_after_kills(
         with pytest.raises(Killed):
             train_and_evaluate(config, again)
     with monkeypatch.context() as patch:
-        patch.setattr("cnn.training.final_result", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr("cnn.runs.final_result", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train_and_evaluate(config, again)
     assert "resuming at step 35 of 126" in capsys.readouterr().out

@@ -123,7 +123,9 @@ def test_a_run_with_a_proxy_resumes_with_the_same_bits(tmp_path):
         raise RuntimeError("stopped")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cnn.training._write", stop)  # after step 11; the checkpoint is of step 10
+        patch.setattr(
+            "cnn.ledger.Ledger._write", stop
+        )  # after step 11; the checkpoint is of step 10
         with pytest.raises(RuntimeError, match="stopped"):
             train_and_evaluate(config(), tmp_path / "part")
     resumed, again = train_and_evaluate(config(), tmp_path / "part")

@@ -131,14 +131,14 @@ def test_digits_reach_97_percent_and_the_same_command_says_finished(run_train, t
 def test_an_interrupted_run_continues_with_the_same_command(
     run_train, train, tmp_path, monkeypatch
 ):
-    import cnn.training
+    import cnn.runs
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     flags = ("--config", DIGITS, "--config.num_epochs=1", "--workdir", tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(cnn.training, "final_result", interrupt)
+        patch.setattr(cnn.runs, "final_result", interrupt)
         code, _, err = train(*flags)
     assert (code, err.count("\n")) == (130, 1)
     assert "the same command resumes the run" in err

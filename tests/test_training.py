@@ -101,7 +101,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
 
     with monkeypatch.context() as patch:
         watch_calls(patch, before=kill)
-        patch.setattr(cnn.training, "final_result", kill_before_the_end)
+        patch.setattr(cnn.runs, "final_result", kill_before_the_end)
         with pytest.raises(Killed):
             train_and_evaluate(config, tmp_path)
     capsys.readouterr()
@@ -272,7 +272,7 @@ def unfinished(config, tmp_path, monkeypatch):
     """The directory of a run that was killed just before its end."""
     config.num_epochs = 1
     with monkeypatch.context() as patch:
-        patch.setattr(cnn.training, "final_result", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(cnn.runs, "final_result", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train_and_evaluate(config, tmp_path)
     return tmp_path
@@ -350,7 +350,7 @@ def test_a_run_goes_on_with_other_devices(config, tmp_path, monkeypatch, capsys)
     first, lost = records_of(tmp_path)
     config.runtime.num_devices = 4
     tested = cnn.Metrics({"loss": 1.0, "accuracy": 1.0}, 1)
-    monkeypatch.setattr("cnn.training.evaluate", lambda *_, **__: tested)
+    monkeypatch.setattr("cnn.runs.evaluate", lambda *_, **__: tested)
     _, result = train_and_evaluate(config, tmp_path)
     said = capsys.readouterr().out
     assert (

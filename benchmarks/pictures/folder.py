@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import machine, report
 from benchmarks.command_line import Parser, positive
 from benchmarks.pictures.made import make_mixture
-from benchmarks.pictures.processes import timed
+from benchmarks.processes import timed
 from benchmarks.report import table
 from benchmarks.workers import REPOSITORY, command
 from cnn.runtime import cli

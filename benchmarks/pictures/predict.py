@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import machine, report
 from benchmarks.command_line import Parser, positive
 from benchmarks.pictures.made import make_photographs
-from benchmarks.pictures.processes import timed
+from benchmarks.processes import timed
 from benchmarks.report import Spread, table
 from benchmarks.workers import REPOSITORY, command
 from cnn import Dataset, Split, UserError, load_config, train_and_evaluate

@@ -13,6 +13,7 @@ COMMANDS: dict[str, str] = {
     "predict": "classify image files with a run",
     "export": "write a run as StableHLO, ONNX and safetensors, with a model card",
     "report": "an HTML page about one run, or a comparison of several",
+    "compare": "two configs over seeds and image by image, and the seeds that would tell",
     "summary": "layers, memory and time of a config, without training",
     "data": "list, prepare and show datasets",
     "lr-find": "suggest a learning rate for a config",

@@ -135,7 +135,7 @@ def range_test(arguments: argparse.Namespace) -> tuple[list[float], list[float]]
     """
     config, num_updates = arguments.chosen.config, _num_updates(arguments)
     source = find_source(config.init_from)
-    with prepared(config) as (experiment, _):
+    with prepared(config) as experiment:
         growth = optax.exponential_decay(
             arguments.low, num_updates - 1, arguments.high / arguments.low
         )

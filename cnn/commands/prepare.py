@@ -6,22 +6,15 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from cnn.experiment import Experiment, create_experiment
+from cnn.experiment import Experiment, create_experiment, devices_of
 from cnn.runtime.compile_cache import compilation_cache
-from cnn.runtime.devices import select_devices
 from cnn.runtime.jax_settings import pinned_settings
-from cnn.runtime.screen import waiting
 
 
 @contextlib.contextmanager
-def prepared(config: Any) -> Iterator[tuple[Experiment, int]]:
-    """The experiment of a checked config and the number of devices, with the settings of a run."""
-    runtime = config.runtime
+def prepared(config: Any) -> Iterator[Experiment]:
+    """The experiment of a checked config, with the settings of a run."""
     with pinned_settings():
-        with waiting("starting the devices"):
-            devices = select_devices(
-                runtime.platform, runtime.num_devices, deterministic=runtime.deterministic
-            )
-        experiment = create_experiment(config, devices)
-        with compilation_cache(runtime.compilation_cache):
-            yield experiment, len(devices)
+        experiment = create_experiment(config, devices_of(config))
+        with compilation_cache(config.runtime.compilation_cache):
+            yield experiment

@@ -26,7 +26,10 @@ from cnn.runtime.table import epoch_number, percent
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
     parser.add_argument(
-        "runs", metavar="RUN", nargs="+", help="run directories, such as checkpoints/baseline"
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="run directories, such as checkpoints/baseline, or directories of groups of runs",
     )
     parser.add_argument(
         "--output",
@@ -76,14 +79,16 @@ def _comparison_text(runs: list[Run]) -> list[str]:
     for group in others:
         found = compare(first, group)
         name = f"{group.letter} - {first.letter}"
-        if found.difference is None:
+        if found.means is None:
             lines.append(
                 f"{name}: not compared, as {group.letter} and {first.letter} were tested on "
                 f"different images"
             )
             continue
-        seeds = f"{interval_text(found.interval)} over seeds" if found.interval else ""
+        seeds = (
+            f"{interval_text(interval)} over seeds" if (interval := found.means.interval) else ""
+        )
         images = f"{interval_text(found.images.interval)} over images" if found.images else ""
         known = "; ".join(filter(None, (seeds, images))) or "no interval: one run in a group"
-        lines.append(f"{name}: {points(found.difference)} percentage points; 95 %: {known}")
+        lines.append(f"{name}: {points(found.means.difference)} percentage points; 95 %: {known}")
     return lines

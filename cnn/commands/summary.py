@@ -43,11 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the summary."""
-    with prepared(arguments.chosen.config) as (experiment, num_devices):
+    with prepared(arguments.chosen.config) as experiment:
         state = experiment.initial_shapes()
         figures = _figures(experiment, state)
         if not arguments.json:
-            log(describe(experiment, state.variables, num_devices, width=width()))
+            log(describe(experiment, state.variables, width=width()))
         if not arguments.no_measure:
             figures |= _measure(experiment)
     if arguments.json:

@@ -252,6 +252,18 @@ class Pipeline:
         dataset = self.dataset
         return DeviceSplit.from_split(split, where, mean=dataset.mean, std=dataset.std)
 
+    def with_seed(self, seed: int) -> Pipeline:
+        """The same images, placed once, in another order and augmented otherwise."""
+        other = dataclasses.replace(self, seed=seed)
+        other.share_images(self)
+        return other
+
+    def share_images(self, other: Pipeline) -> None:
+        """Takes the placed images of another pipeline where they are the same, on the same mesh."""
+        same = self.dataset is other.dataset and self.normalization == other.normalization
+        if same and self.mesh == other.mesh:
+            self.__dict__.update(train=other.train, test=other.test)
+
     def batches(
         self, start: int, stop: int | None = None
     ) -> Iterator[tuple[dict[str, jax.Array], int]]:
@@ -271,8 +283,7 @@ class Pipeline:
         while start < stop:
             epoch = start // per_epoch
             end = min(stop, (epoch + 1) * per_epoch)
-            order = epoch_permutation(self._shuffle_key, epoch, len(self.dataset.train))
-            order = jax.device_put(order, replicated_sharding(self.mesh))
+            order = jax.device_put(self.order(epoch), replicated_sharding(self.mesh))
             while start < end:
                 num_steps = min(self.steps_per_execution, end - start)
                 yield self._make_batches(order, start), num_steps
@@ -282,24 +293,30 @@ class Pipeline:
         """The batches of an epoch, counted from 0: see `batches`."""
         return self.batches(epoch * self.steps_per_epoch)
 
+    def order(self, epoch: int) -> jax.Array:
+        """The places of the training images in an epoch's order, `int32[N]`."""
+        return epoch_permutation(self._shuffle_key, epoch, len(self.dataset.train))
+
     @functools.cached_property
     def _shuffle_key(self) -> jax.Array:
         return stream_key(self.seed, _SHUFFLE)
 
     @functools.cached_property
-    def _augment_key(self) -> jax.Array:
+    def augment_key(self) -> jax.Array:
+        """Of the augmentation; each step is folded into it."""
         return stream_key(self.seed, _AUGMENT)
 
     @functools.cached_property
-    def _mix_key(self) -> jax.Array:
+    def mix_key(self) -> jax.Array:
+        """Of the mixing; each step is folded into it."""
         return stream_key(self.seed, _MIX)
 
     def _make_batches(self, order: AnyArray, step: int) -> dict[str, jax.Array]:
         sharding = batch_sharding(self.mesh, axis=1)
-        batches = _make_batches(
+        batches = _gather(
             self.train,
             order,
-            self._augment_key,
+            self.augment_key,
             step,
             num_steps=self.steps_per_execution,
             batch_size=self.batch_size,
@@ -308,11 +325,10 @@ class Pipeline:
         )
         if self.mix is None:
             return batches
-        return _mix_batches(batches, self._mix_key, step, mix=self.mix, sharding=sharding)
+        return _mix(batches, self.mix_key, step, mix=self.mix, sharding=sharding)
 
 
-@functools.partial(jax.jit, static_argnames=("num_steps", "batch_size", "augment", "sharding"))
-def _make_batches(
+def make_batches(
     train: DeviceSplit,
     order: AnyArray,
     key: AnyArray,
@@ -321,12 +337,9 @@ def _make_batches(
     num_steps: int,
     batch_size: int,
     augment: Augment | None,
-    sharding: NamedSharding,
+    sharding: NamedSharding | None = None,
 ) -> dict[str, jax.Array]:
     """Gathers, augments and normalizes the batches of some steps.
-
-    Compiled by itself: on a CPU, XLA would otherwise repeat it for each of the overlapping patches
-    of the first convolution.
 
     Args:
       train: the split.
@@ -336,12 +349,14 @@ def _make_batches(
       num_steps: how many batches; those beyond the end of the epoch repeat its last image.
       batch_size: images in each.
       augment: of the images, if any.
-      sharding: of `[num_steps, batch_size]`.
+      sharding: of `[num_steps, batch_size]`, if there is to be one.
     """
     steps_per_epoch = order.shape[0] // batch_size
     start = (step % steps_per_epoch) * batch_size
     index = order[jnp.minimum(start + jnp.arange(num_steps * batch_size), order.shape[0] - 1)]
-    index = jax.lax.with_sharding_constraint(index.reshape(num_steps, batch_size), sharding)
+    index = index.reshape(num_steps, batch_size)
+    if sharding is not None:
+        index = jax.lax.with_sharding_constraint(index, sharding)
     if augment is None:
         return train.get_batch(index)
 
@@ -361,28 +376,35 @@ def _make_batches(
     return train.get_batch(index, transform)
 
 
-@functools.partial(jax.jit, static_argnames=("mix", "sharding"))
-def _mix_batches(
+# Compiled by itself: on a CPU, XLA would otherwise repeat it for each of the overlapping patches of
+# the first convolution.
+_gather = jax.jit(make_batches, static_argnames=("num_steps", "batch_size", "augment", "sharding"))
+
+
+def mix_batches(
     batches: dict[str, jax.Array],
     key: AnyArray,
     step: AnyArray | int,
     *,
     mix: Mix,
-    sharding: NamedSharding,
+    sharding: NamedSharding | None = None,
 ) -> dict[str, jax.Array]:
     """Mixes the images of each batch.
 
-    Compiled by itself: on a CPU, XLA would otherwise make each image twice.
-
     Args:
-      batches: of `_make_batches`.
+      batches: of `make_batches`.
       key: of the mixing, into which each step is folded.
       step: the number of steps made before.
       mix: how.
-      sharding: of `[num_steps, batch_size]`.
+      sharding: of `[num_steps, batch_size]`, if there is to be one.
     """
-    mixed = jax.vmap(mix)(_step_keys(key, step, len(batches["label"])), batches)
-    return jax.lax.with_sharding_constraint(mixed, sharding)
+    keys = _step_keys(key, step, len(batches["label"]))
+    mixed: Any = jax.vmap(mix)(keys, batches)
+    return mixed if sharding is None else jax.lax.with_sharding_constraint(mixed, sharding)
+
+
+# Compiled by itself: on a CPU, XLA would otherwise make each image twice.
+_mix = jax.jit(mix_batches, static_argnames=("mix", "sharding"))
 
 
 def _step_keys(key: AnyArray, step: AnyArray | int, num_steps: int) -> PRNGKeyArray:

@@ -1,1 +1,1 @@
-"""Reports on runs: what their files say, the statistics that compare them, and HTML pages."""
+"""Reports on runs: what their files say, how they compare, and HTML pages."""

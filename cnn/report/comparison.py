@@ -15,14 +15,15 @@ from cnn.config import fields, flatten, to_json_value, used
 from cnn.errors import UserError
 from cnn.registry import REQUIRED
 from cnn.report.runs import Run
-from cnn.report.statistics import (
+from cnn.statistics import (
     Disagreement,
+    MeanDifference,
     PairedDifference,
     Spread,
     mcnemar,
     paired_difference,
     spread,
-    welch_interval,
+    welch_test,
 )
 
 _DATA = "dataset (fingerprint)"
@@ -80,8 +81,7 @@ class Comparison:
       second: the other one.
       same_data: whether both were tested on the same images, by the fingerprints of their datasets;
         None if one of them was not recorded. If it is False there are no differences at all.
-      difference: of the mean test accuracies; None if the images are not the same.
-      interval: its 95 % interval over seeds; None if a group has one run only.
+      means: of the test accuracies over seeds; None if the images are not the same.
       images: the difference on the same images, averaged over the runs with predictions; None if
         the groups have no predictions for the same images.
       pairs: of runs with the same seed; of the first runs with predictions if no seed is in both.
@@ -90,8 +90,7 @@ class Comparison:
     first: Group
     second: Group
     same_data: bool | None
-    difference: float | None
-    interval: tuple[float, float] | None
+    means: MeanDifference | None
     images: PairedDifference | None
     pairs: list[Pair]
 
@@ -138,13 +137,30 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             found.append(run)
     names = {name for name in differing(runs) if _is_setting(name)}
     return [
-        Group(
-            letter=letter(index),
-            runs=sorted(group, key=lambda run: run.config.get("seed", 0)),
-            settings={name: value for name, value in key.items() if name in names},
-        )
+        _group(index, group, {name: value for name, value in key.items() if name in names})
         for index, (key, group) in enumerate(members)
     ]
+
+
+def as_groups(first: Sequence[Run], second: Sequence[Run]) -> tuple[Group, Group]:
+    """Two groups that are given as such, whether or not their settings differ.
+
+    Args:
+      first: runs of one setting.
+      second: likewise.
+    """
+    sides = first, second
+    names = [name for name in differing([*first, *second]) if _is_setting(name)]
+    values = [values_of(runs[0]) for runs in sides]
+    a, b = (
+        _group(index, runs, {name: values[index][name] for name in names if name in values[index]})
+        for index, runs in enumerate(sides)
+    )
+    return a, b
+
+
+def _group(index: int, runs: Sequence[Run], settings: dict[str, Any]) -> Group:
+    return Group(letter(index), sorted(runs, key=lambda run: run.config.get("seed", 0)), settings)
 
 
 def _is_setting(name: str) -> bool:
@@ -160,21 +176,18 @@ def compare(first: Group, second: Group) -> Comparison:
     fingerprints = {first.fingerprint, second.fingerprint}
     same_data = None if None in fingerprints else len(fingerprints) == 1
     if same_data is False:
-        return Comparison(
-            first, second, same_data, difference=None, interval=None, images=None, pairs=[]
-        )
+        return Comparison(first, second, same_data, means=None, images=None, pairs=[])
     samples = [[run.accuracy for run in group.runs] for group in (first, second)]
     known = [_with_predictions(group) for group in (first, second)]
     known[1] = [run for run in known[1] if known[0] and _same_images(known[0][0], run)]
     known[0] = [run for run in known[0] if known[1] and _same_images(known[1][0], run)]
-    means = [np.mean([_correct(run) for run in runs], axis=0) for runs in known if runs]
+    rates = [np.mean([_correct(run) for run in runs], axis=0) for runs in known if runs]
     return Comparison(
         first=first,
         second=second,
         same_data=same_data,
-        difference=second.accuracy.mean - first.accuracy.mean,
-        interval=welch_interval(*samples),
-        images=paired_difference(means[0], means[1]) if len(means) == 2 else None,
+        means=welch_test(*samples),
+        images=paired_difference(*rates) if len(rates) == 2 else None,
         pairs=[_pair(*runs) for runs in _pairs(*known)],
     )
 

@@ -11,7 +11,6 @@ from cnn.report.comparison import Comparison, Group, Pair, compare, differing, g
 from cnn.report.elements import Child, element, figure, section, table
 from cnn.report.figures import Curve, curve_panel, interval_panel, is_fraction
 from cnn.report.runs import Run
-from cnn.report.statistics import PairedDifference
 from cnn.report.texts import (
     MINUS,
     interval_text,
@@ -25,6 +24,7 @@ from cnn.report.texts import (
 from cnn.runtime.environment import changes
 from cnn.runtime.progress import format_duration
 from cnn.runtime.table import epoch_number, loss
+from cnn.statistics import PairedDifference
 
 
 def comparison_sections(runs: Sequence[Run]) -> list[Child]:
@@ -124,7 +124,7 @@ def _differences(comparisons: Sequence[Comparison], names: dict[Run, str]) -> li
     return [
         summary,
         *_drawing(comparisons),
-        *_explained([c for c in comparisons if c.difference is not None]),
+        *_explained([c for c in comparisons if c.means is not None]),
         *_different_images(comparisons),
         *_pair_table(comparisons, names),
         *_missing(comparisons, names),
@@ -132,11 +132,11 @@ def _differences(comparisons: Sequence[Comparison], names: dict[Run, str]) -> li
 
 
 def _difference_cells(found: Comparison) -> tuple[str, str, str, str]:
-    if found.difference is None:
+    if found.means is None:
         return "none: different images", "", "", ""
     return (
-        points(found.difference),
-        interval_text(found.interval) if found.interval else "none: n = 1",
+        points(found.means.difference),
+        interval_text(found.means.interval) if found.means.interval else "none: n = 1",
         points(found.images.difference) if found.images else "",
         interval_text(found.images.interval) if found.images else "no predictions",
     )
@@ -146,8 +146,8 @@ def _drawing(comparisons: Sequence[Comparison]) -> list[Element]:
     rows: list[tuple[str, float, tuple[float, float] | None]] = []
     for c in comparisons:
         name = f"{c.second.letter} {MINUS} {c.first.letter}"
-        if c.difference is not None and c.interval is not None:
-            rows.append((f"{name}, seeds", c.difference, c.interval))
+        if c.means is not None and c.means.interval is not None:
+            rows.append((f"{name}, seeds", c.means.difference, c.means.interval))
         if c.images is not None:
             rows.append((f"{name}, images", c.images.difference, c.images.interval))
     if not rows:
@@ -161,7 +161,7 @@ def _drawing(comparisons: Sequence[Comparison]) -> list[Element]:
 
 
 def _different_images(comparisons: Sequence[Comparison]) -> list[Element]:
-    others = [c.second.letter for c in comparisons if c.difference is None]
+    others = [c.second.letter for c in comparisons if c.means is None]
     if not others:
         return []
     text = (
@@ -179,7 +179,7 @@ def _explained(comparisons: Sequence[Comparison]) -> list[Element]:
         "The interval over seeds says how the difference of the means would vary with other random "
         "seeds, on the same test images (Welch's t interval, unequal variances). "
     )
-    if any(c.interval is None for c in comparisons):
+    if any(c.means and c.means.interval is None for c in comparisons):
         text += "A group with one run gives none: nothing is known of how it varies. "
     if any(c.images for c in comparisons):
         text += (
@@ -221,7 +221,7 @@ def _pair_table(comparisons: Sequence[Comparison], names: dict[Run, str]) -> lis
 
 
 def _missing(comparisons: Sequence[Comparison], names: dict[Run, str]) -> list[Element]:
-    comparisons = [c for c in comparisons if c.difference is not None]
+    comparisons = [c for c in comparisons if c.means is not None]
     runs = {run: None for c in comparisons for group in (c.first, c.second) for run in group.runs}
     without = [names[run] for run in runs if run.current_evaluation is None]
     found = []
@@ -349,28 +349,35 @@ def comparison_figures(runs: Sequence[Run]) -> dict[str, Any]:
     groups = group_runs(runs)
     return {
         "runs": [run.summary() for run in runs],
-        "groups": [
-            {
-                "group": group.letter,
-                "runs": [str(run.path) for run in group.runs],
-                "settings": group.settings,
-                "count": group.accuracy.count,
-                "mean_test_accuracy": group.accuracy.mean,
-                "std_test_accuracy": group.accuracy.std,
-            }
-            for group in groups
-        ],
-        "comparisons": [_comparison_figures(compare(groups[0], group)) for group in groups[1:]],
+        "groups": [group_figures(group) for group in groups],
+        "comparisons": [difference_figures(compare(groups[0], group)) for group in groups[1:]],
     }
 
 
-def _comparison_figures(found: Comparison) -> dict[str, Any]:
+def group_figures(group: Group) -> dict[str, Any]:
+    """The accuracy of a group, as JSON values."""
+    accuracy = group.accuracy
+    return {
+        "group": group.letter,
+        "runs": [str(run.path) for run in group.runs],
+        "settings": group.settings,
+        "count": accuracy.count,
+        "mean_test_accuracy": accuracy.mean,
+        "std_test_accuracy": accuracy.std,
+        "interval_over_seeds": accuracy.interval and list(accuracy.interval),
+    }
+
+
+def difference_figures(found: Comparison) -> dict[str, Any]:
+    """How two groups differ, as JSON values."""
+    means = found.means
     return {
         "first": found.first.letter,
         "second": found.second.letter,
         "tested_on_same_images": found.same_data,
-        "difference": found.difference,
-        "interval_over_seeds": found.interval and list(found.interval),
+        "difference": means and means.difference,
+        "interval_over_seeds": means and means.interval and list(means.interval),
+        "p_value_over_seeds": means and means.p_value,
         "same_images": found.images and _image_figures(found.images),
         "pairs": [_pair_figures(pair) for pair in found.pairs],
     }

@@ -7,8 +7,9 @@ import dataclasses
 import io
 import json
 import math
+import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -16,9 +17,10 @@ import numpy as np
 import PIL.Image
 
 from cnn.config import SECTIONS
-from cnn.errors import UserError
+from cnn.errors import UserError, number_of
 from cnn.metrics import wilson_interval
 from cnn.runtime.run_directory import RunDirectory
+from cnn.runtime.screen import log_warning
 
 _EVALUATION = {"split": str, "tta": str, "step": int, "count": int, "accuracy": float,
                "loss": float, "calibration_error": float, "mean_confidence": float}  # fmt: skip
@@ -153,20 +155,65 @@ class Run:
         return found if found and found.figures["step"] == self.last["step"] else None
 
 
+def _find_runs(path: str) -> list[Path]:
+    """The run directories that a path stands for.
+
+    Those of a group are its members that have a result; a warning says how many have none. The path
+    of a member without `,seed=N` stands for all members of that point of a sweep.
+
+    Args:
+      path: of a run, which is returned as it is; of a group; or of a point,
+        GROUP/members/FIELD=VALUE.
+
+    Raises:
+      UserError: no member has a result.
+    """
+    directory = RunDirectory(path)
+    members, place = directory.members(), directory.path
+    if not members and place.parent.name == "members" and not os.path.exists(place):
+        siblings = RunDirectory(place.parent.parent).members()
+        members = [one for one in siblings if point_of(one) == place]
+    if not members:
+        return [place]
+    finished = [one for one in members if RunDirectory(one).result() is not None]
+    if not finished:
+        raise UserError(f"no member of {place} has a result: wait for one, or train on")
+    if missing := len(members) - len(finished):
+        log_warning(
+            f"{missing} of {number_of(len(members), 'member')} of {place} left out: without a "
+            f"result, as they diverged or are not finished"
+        )
+    return finished
+
+
+def point_of(member: Path) -> Path:
+    """The path of a member of a group without the seed.
+
+    >>> point_of(Path("group/members/optimizer.learning_rate=0.1,seed=3")).name
+    'optimizer.learning_rate=0.1'
+    """
+    return member.with_name(member.name.rpartition(",seed=")[0] or member.name)
+
+
 def read_runs(paths: Sequence[str]) -> list[Run]:
-    """Reads runs.
+    """Reads runs; a group, or a point of a sweep, stands for its members that have a result.
 
     Raises:
       UserError: a path is not a run directory, or is given twice; a run has no records; a file is
-        damaged.
+        damaged; a group has no finished run.
     """
-    directories = [RunDirectory(path) for path in paths]
-    seen: dict[Path, Path] = {}
-    for directory in directories:
-        if (place := directory.path.resolve()) in seen:
-            raise UserError(f"the run {directory.path} is given twice; give each run once")
-        seen[place] = directory.path
-    return [_read_run(directory) for directory in directories]
+    runs = [run for path in paths for run in _find_runs(path)]
+    check_distinct(runs)
+    return [_read_run(RunDirectory(run)) for run in runs]
+
+
+def check_distinct(paths: Iterable[Path]) -> None:
+    """Raises UserError if two paths are of the same run."""
+    seen: set[Path] = set()
+    for path in paths:
+        if (place := path.resolve()) in seen:
+            raise UserError(f"the run {path} is given twice; give each run once")
+        seen.add(place)
 
 
 def _read_run(directory: RunDirectory) -> Run:

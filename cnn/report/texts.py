@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from cnn.report.comparison import Group
-from cnn.report.statistics import Spread
 from cnn.runtime import table
+from cnn.statistics import Spread
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -24,7 +24,8 @@ def percent(fraction: float) -> str:
 def spread_text(accuracy: Spread) -> str:
     """Mean ± standard deviation, in per cent; the mean alone of one value.
 
-    >>> spread_text(Spread(3, 0.5, 0.01)).split()
+    >>> from cnn.statistics import spread
+    >>> spread_text(spread([0.49, 0.5, 0.51])).split()
     ['50.00', '±', '1.00', '%']
     """
     if accuracy.std is None:

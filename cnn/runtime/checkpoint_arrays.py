@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import tempfile
+import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ _PLAIN_DTYPES = {
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("bfloat16", "float16", "float32", "float64", "complex64", "complex128"),
 }
+# Runs of a group save from threads of their own, and Orbax does not say that it allows that.
+_one_at_a_time = threading.Lock()
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]+")
 
 
@@ -92,7 +95,7 @@ def write_arrays(folder: Path, tree: Any) -> None:
     stored = _map(put, _rename(_escape, tree))
     (folder / _FORMS).write_text(json.dumps({"format": _FORMAT, "forms": forms}))
     args, checkpointer = _orbax()
-    with _plain_path(folder) as place:
+    with _plain_path(folder) as place, _one_at_a_time:
         checkpointer.save(place / _ARRAYS, args=args.PyTreeSave(stored))
 
 
@@ -122,9 +125,10 @@ def read_arrays(folder: Path) -> Any:
             return jax.random.wrap_key_data(value, impl=form["key"])
         return value
 
-    with _plain_path(folder) as place:
+    checkpointer = _orbax()[1]
+    with _plain_path(folder) as place, _one_at_a_time:
         try:
-            stored = _orbax()[1].restore(place / _ARRAYS)
+            stored = checkpointer.restore(place / _ARRAYS)
         except Exception as error:
             if (refused := system_error(error)) is not None:
                 raise OSError(refused, os.strerror(refused), str(folder / _ARRAYS)) from error

@@ -21,6 +21,7 @@ _LIMIT = 256 << 20  # bytes; a run leaves a few hundred thousand on a CPU
 _WARNING = r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)"
 _DIRECTORY, _MIN_SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 _OWN_VARIABLE, _JAX_VARIABLE = "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"
+_is_active = False  # in this process, whose settings of JAX it changes
 _QUIET_SINCE = (0, 10, 2)  # before, XLA prints an error per entry it loads on CPUs with AVX-512
 
 
@@ -34,10 +35,26 @@ def compilation_cache(enabled: bool) -> Iterator[None]:
 
     Never raises: a folder that cannot be written costs one warning. An entry that cannot be read,
     because a process was killed or the disk was full, costs one compilation, which replaces it.
+    Within another one it does nothing: the outer one holds in all threads.
 
     Args:
       enabled: false leaves JAX's settings as they are.
     """
+    global _is_active
+    if _is_active:
+        yield
+        return
+    _is_active = True
+    try:
+        with _cache(enabled):
+            yield
+    finally:
+        _is_active = False
+
+
+@contextlib.contextmanager
+def _cache(enabled: bool) -> Iterator[None]:
+    """`compilation_cache`, which is not within another one."""
     if (chosen := getattr(jax.config, _DIRECTORY)) is not None:
         with _repair_on_warning(Path(chosen), _JAX_VARIABLE):
             yield

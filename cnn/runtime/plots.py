@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import logging
 import os
 import sys
@@ -25,15 +26,15 @@ from cnn.scores import Calibration
 
 # Blue and vermilion of Okabe & Ito's palette differ for every kind of colour vision and in
 # lightness. Line style and marker differ too, for a print in grey.
-_TRAIN = {"color": "#0072B2", "linestyle": "-", "marker": "o"}
-_TEST = {"color": "#D55E00", "linestyle": "--", "marker": "s"}
+TRAIN = {"color": "#0072B2", "linestyle": "-", "marker": "o"}
+TEST = {"color": "#D55E00", "linestyle": "--", "marker": "s"}
 _FONT = "DejaVu Sans"  # comes with matplotlib
 SAMPLE_COLUMNS = 6  # images in a row
 _LINE_LENGTH = 22  # characters that fit above an image
 
 
 def plot_curves(
-    records: Sequence[dict[str, Any]],
+    records: Sequence[Mapping[str, Any]],
     path: str | os.PathLike[str],
     *,
     title: str,
@@ -51,28 +52,84 @@ def plot_curves(
       ImportError: if matplotlib is not installed.
       OSError: if the file cannot be written.
     """
-    last = records[-1] if records else {"train_accuracy": 0.0, "train_loss": 0.0}
+    plot_group_curves([records], path, title=title, label_smoothing=label_smoothing)
+
+
+def plot_group_curves(
+    members: Sequence[Sequence[Mapping[str, Any]]],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    label_smoothing: float = 0.0,
+) -> None:
+    """Plots what `plot_curves` does, as means over runs that differ in their seed.
+
+    A band reaches one sample standard deviation to both sides. The mean of an epoch is over the
+    members that reached it; where that is one, there is no band.
+
+    Args:
+      members: the records of `metrics.jsonl` of each, in order.
+      path: the PNG file.
+      title: shown above the panels.
+      label_smoothing: named in the legend of the train loss if it is not zero.
+
+    Raises:
+      ImportError: if matplotlib is not installed.
+      OSError: if the file cannot be written.
+    """
+    trained = [records for records in members if records]
+    last = trained[0][-1] if trained else {"train_accuracy": 0.0, "train_loss": 0.0}
     names = [name.removeprefix("train_") for name in last if name.startswith("train_")]
     names.sort(key=lambda name: name == "loss")  # the loss last
-    with _figure(4.0 * len(names), 3.4, path, [title]) as figure:
+    with saved_figure(4.0 * len(names), 3.4, path, [title]) as figure:
         figure.suptitle(title, fontsize=11, parse_math=False)
         for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-            is_fraction = name.endswith("accuracy")
+            scale = 100 if name.endswith("accuracy") else 1
             smoothed = label_smoothing and name == "loss"
             train = f"train (label smoothing {label_smoothing:g})" if smoothed else "train"
-            for part, legend, style in (("train", train, _TRAIN), ("test", "test", _TEST)):
-                known = [record for record in records if f"{part}_{name}" in record]
-                epochs = [record["epoch"] for record in known]
-                values = [
-                    record[f"{part}_{name}"] * (100 if is_fraction else 1) for record in known
-                ]
-                axes.plot(epochs, values, **style, label=legend, markersize=4, linewidth=1.5)
+            for part, legend, style in (("train", train, TRAIN), ("test", "test", TEST)):
+                style = {**style, "label": legend, "markersize": 4, "linewidth": 1.5}
+                plot_mean(axes, trained, f"{part}_{name}", style, scale=scale)
             axes.set_xlabel("epoch")
-            axes.set_ylabel(name.replace("_", " ") + (" (%)" if is_fraction else ""))
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_ylabel(name.replace("_", " ") + (" (%)" if scale == 100 else ""))
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False)
+            what = f"mean ± std of {len(trained)} seeds" if len(trained) > 1 else None
+            axes.legend(frameon=False, title=what, title_fontsize="small", alignment="left")
+
+
+def plot_mean(
+    axes: Any,
+    members: Sequence[Sequence[Mapping[str, Any]]],
+    field: str,
+    style: Mapping[str, Any],
+    *,
+    scale: float = 1.0,
+) -> None:
+    """Adds a line to axes: the mean of a field at each epoch, in a band of mean ± std.
+
+    Args:
+      axes: of matplotlib.
+      members: records of each run; those without the field are left out.
+      field: of the records.
+      style: of the line, with a colour.
+      scale: multiplies the values.
+    """
+    values: dict[float, list[float]] = {}
+    for record in itertools.chain.from_iterable(members):
+        if field in record:
+            values.setdefault(record["epoch"], []).append(record[field] * scale)
+    epochs = sorted(values)
+    samples = [values[epoch] for epoch in epochs]
+    mean = np.array([np.mean(sample) for sample in samples])
+    axes.plot(epochs, mean, **style)
+    if len(members) > 1:
+        std = np.array([np.std(x, ddof=1) if len(x) > 1 else np.nan for x in samples])
+        # A band of one epoch is only its edge.
+        axes.fill_between(
+            epochs, mean - std, mean + std, color=style["color"], alpha=0.22, linewidth=1.5
+        )
 
 
 def plot_learning_rates(
@@ -98,14 +155,14 @@ def plot_learning_rates(
       ImportError: if matplotlib is not installed.
       OSError: if the file cannot be written.
     """
-    with _figure(5.5, 3.6, path, [title]) as figure:
+    with saved_figure(5.5, 3.6, path, [title]) as figure:
         figure.suptitle(title, fontsize=11, parse_math=False)
         axes = figure.subplots()
         axes.plot(rates, losses, color="#999999", linewidth=0.8, label="loss of a batch")
-        axes.plot(rates, smoothed, color=_TRAIN["color"], linewidth=1.8, label="smoothed")
+        axes.plot(rates, smoothed, color=TRAIN["color"], linewidth=1.8, label="smoothed")
         if suggestion is not None:
             label = f"suggestion: {suggestion:g}"
-            axes.axvline(suggestion, color=_TEST["color"], linestyle="--", label=label)
+            axes.axvline(suggestion, color=TEST["color"], linestyle="--", label=label)
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")
         axes.set_ylabel("train loss")
@@ -147,7 +204,7 @@ def plot_samples(
     rows = -(-len(images) // columns)
     predictions = labels if predictions is None else predictions
     shown = [class_names[int(label)] for label in (*labels, *predictions)]
-    with _figure(1.5 * columns, 1.9 * rows + 0.4, path, [title, *shown]) as figure:
+    with saved_figure(1.5 * columns, 1.9 * rows + 0.4, path, [title, *shown]) as figure:
         figure.suptitle(title, fontsize=11, parse_math=False)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes in grid:
@@ -182,7 +239,7 @@ def plot_confusion(
     number = len(class_names)
     has_text = number <= 40
     size = 3 + 0.42 * number if has_text else 8
-    with _figure(size + 0.6, size, path, [title, *class_names]) as figure:
+    with saved_figure(size + 0.6, size, path, [title, *class_names]) as figure:
         figure.suptitle(title, fontsize=11, parse_math=False)
         axes = figure.subplots()
         shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -216,14 +273,14 @@ def plot_reliability(calibration: Calibration, path: str | os.PathLike[str], *, 
     bins = len(calibration.counts)
     edges = 100 * (np.arange(bins) + 0.5) / bins
     bar = {"width": 100 / bins, "edgecolor": "white"}
-    with _figure(5.0, 5.5, path, [title]) as figure:
+    with saved_figure(5.0, 5.5, path, [title]) as figure:
         figure.suptitle(_folded(title, 60), fontsize=11, parse_math=False)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         accuracy = 100 * np.nan_to_num(calibration.accuracy)
-        upper.bar(edges, accuracy, color=_TRAIN["color"], label="accuracy", **bar)
+        upper.bar(edges, accuracy, color=TRAIN["color"], label="accuracy", **bar)
         upper.plot([0, 100], [0, 100], color="black", linestyle=":", label="perfectly calibrated")
         known = calibration.counts > 0
-        marks = {"color": _TEST["color"], "marker": "s", "linestyle": "none", "markersize": 4}
+        marks = {"color": TEST["color"], "marker": "s", "linestyle": "none", "markersize": 4}
         confidence = 100 * calibration.confidence[known]
         # Whole also at 0 and at 100 %.
         upper.plot(
@@ -266,7 +323,7 @@ def _folded(text: str, length: int = _LINE_LENGTH) -> str:
 
 
 @contextlib.contextmanager
-def _figure(
+def saved_figure(
     width: float, height: float, path: str | os.PathLike[str], texts: Sequence[str]
 ) -> Iterator[Any]:
     """Yields a figure to draw into, and saves it as a PNG file at the end.

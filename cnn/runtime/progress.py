@@ -141,8 +141,7 @@ class Progress:
             (5, f"{speed:,.0f} images/s"),
             (1, f"{format_duration(self._seconds_left(step))} left"),
         ]
-        show = screen.live if screen.is_live() else screen.log
-        show(fitted(parts, screen.width()))
+        screen.report(fitted(parts, screen.width()))
 
     def _title(self, step: int) -> str:
         return f"epoch {(step - 1) // self._steps_per_epoch + 1}/{self._num_epochs}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType, UnionType
 from typing import IO, Any
 
-from cnn.errors import UserError
+from cnn.errors import UserError, number_of
 from cnn.runtime.disk import (
     atomic_write,
     describe_disk_error,
@@ -63,6 +63,30 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def members_folder(self) -> Path:
+        """The folder of the runs of a group, which each have a directory there."""
+        return self.path / "members"
+
+    @property
+    def is_group(self) -> bool:
+        """Whether this is the directory of a group of runs, not of one run."""
+        return os.path.isdir(self.members_folder)  # Path's own raises where a name is too long
+
+    def members(self) -> list[Path]:
+        """The run directories of a group's members, by name; empty of any other directory."""
+        if not self.is_group:
+            return []
+        return sorted(path for path in self.members_folder.iterdir() if path.is_dir())
+
+    def check_is_one(self) -> None:
+        """Raises UserError if this is the directory of a group of runs."""
+        if members := self.members():
+            raise UserError(
+                f"{self.path} is a group of {number_of(len(members), 'run')}; choose one, such as "
+                f"{members[0]}"
+            )
 
     def check_writable(self) -> None:
         """Raises UserError if the folder cannot be created or written, or is a file."""

@@ -6,6 +6,7 @@ On a terminal the live line is redrawn in place. Files and pipes get plain lines
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import os
 import sys
@@ -71,14 +72,70 @@ def shown(path: Path) -> str:
     return str(path)
 
 
+@dataclasses.dataclass(eq=False)
+class _Part:
+    """One of several runs that report at the same time.
+
+    Attributes:
+      name: of the run.
+      text: where it is.
+    """
+
+    name: str
+    text: str = ""
+
+
+_parts: list[_Part] = []  # all that report now
+_part: contextvars.ContextVar[_Part | None] = contextvars.ContextVar("part", default=None)
+
+
+@contextlib.contextmanager
+def part(name: str) -> Iterator[None]:
+    """Within it, in this thread, a run is one of several that share the screen.
+
+    Its lines are not printed, but for warnings and `report`, which begin with its name. It has its
+    share of the live line.
+
+    Args:
+      name: of the run.
+    """
+    one = _Part(name)
+    _parts.append(one)
+    token = _part.set(one)
+    try:
+        yield
+    finally:
+        _part.reset(token)
+        _parts.remove(one)
+        _draw_parts()
+
+
+def _draw_parts() -> None:
+    with _lock:
+        shown = [one for one in _parts if one.text]
+        size = (width() - 3 * (len(shown) - 1)) // max(len(shown), 1)
+        _draw(" | ".join(f"{one.name}  {one.text}"[:size] for one in shown), sys.stdout)
+
+
 def log(text: str) -> None:
     """Prints lines to standard output, above the live line; a terminal gets them wrapped."""
-    _print(text, sys.stdout)
+    if _part.get() is None:
+        _print(text, sys.stdout)
+
+
+def report(text: str) -> None:
+    """Shows where a run is: by the live line, or by a line where there is none."""
+    if is_live():
+        live(text)
+    else:
+        _print(f"{one.name}  {text}" if (one := _part.get()) else text, sys.stdout)
 
 
 def log_warning(text: str) -> None:
     """Prints a warning to standard error, above the live line."""
     label = "warning:"
+    if one := _part.get():
+        label = f"{label} {one.name}:"
     _print(f"{styled(label, 'yellow') if is_live(sys.stderr) else label} {text}", sys.stderr)
 
 
@@ -100,7 +157,11 @@ def live(text: str) -> None:
 
     Does nothing if standard output is not a terminal.
     """
-    _draw(text, sys.stdout)
+    if one := _part.get():
+        one.text = text
+        _draw_parts()
+    else:
+        _draw(text, sys.stdout)
 
 
 def _draw(text: str, stream: TextIO | None) -> None:
@@ -194,6 +255,10 @@ def waiting(what: str, stream: TextIO | None = None) -> Iterator[Task]:
       stream: where it is reported, if this is the outermost task and not within
         `tasks_reported_on`; by default standard output.
     """
+    if _part.get() is not None:  # nothing but its place in the live line
+        live(f"{what} ...")
+        yield Task(what, None)
+        return
     # Read the stream now: a library may be silenced within by redirecting standard output.
     task = Task(what, _tasks[-1].stream if _tasks else _reports or stream or sys.stdout)
     over = threading.Event()

@@ -36,7 +36,8 @@ class GracefulShutdown:
     KeyboardInterrupt instead. A repeated warning does neither.
 
     A signal that was ignored before, as SIGINT is under `nohup ... &` and SIGHUP under `nohup`,
-    stays ignored. Outside the main thread, in which alone Python handles signals, nothing changes.
+    stays ignored. Outside the main thread, in which alone Python handles signals, nothing changes,
+    and `requested` returns what an object in the main thread has received.
     Where `jax.distributed` runs, JAX's preemption service handles SIGTERM, and makes all processes
     stop after the same step.
     """
@@ -54,6 +55,7 @@ class GracefulShutdown:
     def __enter__(self) -> GracefulShutdown:
         if threading.current_thread() is not threading.main_thread():
             return self
+        _in_main_thread.append(self)
         requests = [signum for signum in _REQUESTS if signum == signal.SIGINT or not self._service]
         for signum in (*requests, *_WARNINGS):
             handler = signal.getsignal(signum)
@@ -70,6 +72,8 @@ class GracefulShutdown:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self in _in_main_thread:
+            _in_main_thread.remove(self)
         for signum, handler in self._before.items():
             ends = handler is _interrupt and isinstance(error, Interrupted)
             signal.signal(signum, signal.SIG_IGN if ends else handler)
@@ -99,7 +103,12 @@ class GracefulShutdown:
             self._polls += 1
             if multihost_utils.reached_preemption_sync_point(self._polls):
                 return signal.SIGTERM
+        if threading.current_thread() is not threading.main_thread():
+            return next((one._received for one in _in_main_thread), None)
         return self._received
+
+
+_in_main_thread: list[GracefulShutdown] = []  # the outermost first
 
 
 def raise_on_signals() -> None:

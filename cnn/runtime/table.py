@@ -1,29 +1,31 @@
-"""The table of epochs that a run prints."""
+"""Tables whose columns fit the screen, and the one of epochs that a run prints."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_GAP = "  "
+GAP = "  "
 
 
 @dataclasses.dataclass(frozen=True)
-class _Column:
-    """A column of the table.
+class Column:
+    """A column of a table.
 
     Attributes:
       name: in the header.
       short: in the header of a narrow table.
-      rank: columns of a higher rank are dropped first.
-      cell: from a record, with `seconds` and `is_best`, to a text.
+      rank: columns of a higher rank are dropped first, and those of 0 and 1 never.
+      cell: from a record to a text.
+      size: the characters of the longest cell, if it may be longer than the name.
     """
 
     name: str
     short: str
     rank: int
     cell: Callable[[Mapping[str, Any]], str]
+    size: int = 0
 
 
 def percent(fraction: float) -> str:
@@ -47,6 +49,18 @@ def shortened(text: str, size: int) -> str:
     return f"{text[: kept - kept // 2]}..{text[len(text) - kept // 2 :]}"[:size]
 
 
+def value_text(value: Any) -> str:
+    """A config value as one types it.
+
+    >>> value_text(3e-4), value_text([16, 32]), value_text(["crop"]), value_text(True)
+    ('0.0003', '(16, 32)', '(crop,)', 'True')
+    """
+    if isinstance(value, list | tuple):
+        inside = ", ".join(map(value_text, value))
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    return f"{value:g}" if isinstance(value, float) else f"{value}"
+
+
 def loss(value: float) -> str:
     """A loss in at most nine characters.
 
@@ -61,26 +75,26 @@ def _whole(value: float) -> str:
     return f"{value:,.0f}" if value < 1e6 else f"{value:.0f}"
 
 
-def _columns(record: Mapping[str, Any]) -> list[_Column]:
+def _columns(record: Mapping[str, Any], num_epochs: int) -> list[Column]:
     """Of a record: loss and metrics of training, those of testing, and the speed."""
     metrics = [name.removeprefix("test_") for name in record if name.startswith("test_")]
     others = [name for name in metrics if name not in ("loss", "accuracy", "count")]
     return [
-        _Column("epoch", "epoch", 0, lambda r: epoch_number(r["epoch"])),
-        _Column("train loss", "train loss", 3, lambda r: loss(r["train_loss"])),
+        Column("epoch", "epoch", 0, lambda r: epoch_number(r["epoch"]), len(f"{num_epochs}")),
+        Column("train loss", "train loss", 3, lambda r: loss(r["train_loss"])),
         _metric_column("train", "accuracy", 4),
         *(_metric_column("train", name, 8) for name in others),
-        _Column("test loss", "test loss", 2, lambda r: loss(r["test_loss"])),
+        Column("test loss", "test loss", 2, lambda r: loss(r["test_loss"])),
         # The blank is the place of the mark.
-        _Column(
+        Column(
             "test accuracy ",
             "accuracy ",
             1,
             lambda r: percent(r["test_accuracy"]) + ("*" if r["is_best"] else " "),
         ),
         *(_metric_column("test", name, 5) for name in others),
-        _Column("images/s", "images/s", 6, lambda r: _whole(r["images_per_second"])),
-        _Column(
+        Column("images/s", "images/s", 6, lambda r: _whole(r["images_per_second"])),
+        Column(
             "seconds",
             "seconds",
             7,
@@ -98,11 +112,11 @@ def epoch_number(epoch: int | float) -> str:
     return f"{epoch}" if epoch == round(epoch) else f"{epoch:.2f}"
 
 
-def _metric_column(part: str, name: str, rank: int) -> _Column:
+def _metric_column(part: str, name: str, rank: int) -> Column:
     """A column of a metric; accuracies are shown in per cent."""
     title, field = name.replace("_", " "), f"{part}_{name}"
     show = percent if name.endswith("accuracy") else loss
-    return _Column(f"{part} {title}", title, rank, lambda r: show(r[field]))
+    return Column(f"{part} {title}", title, rank, lambda r: show(r[field]))
 
 
 def epoch_table(record: Mapping[str, Any], *, num_epochs: int, width: int) -> tuple[str, str]:
@@ -121,24 +135,32 @@ def epoch_table(record: Mapping[str, Any], *, num_epochs: int, width: int) -> tu
     Returns:
       Two lines of at most `width` characters, if it is 39 or more.
     """
-    columns = _columns(record)
-    names = {column: column.name for column in columns}
-    digits = len(f"{num_epochs}")
+    header, row = table_row(_columns(record, num_epochs), record, width)
+    return header.rstrip(), row.rstrip()
 
-    def widths() -> dict[_Column, int]:
-        return {c: max(len(name), digits if c.rank == 0 else 0) for c, name in names.items()}
+
+def table_row(columns: Sequence[Column], record: Mapping[str, Any], width: int) -> tuple[str, str]:
+    """The header and a row of a table, of the same length.
+
+    Where the width does not suffice for all columns, their names are shortened, and then columns
+    are left out.
+    """
+    names = {column: column.name for column in columns}
+
+    def widths() -> dict[Column, int]:
+        return {column: max(len(name), column.size) for column, name in names.items()}
 
     def is_too_wide() -> bool:
-        return sum(widths().values()) + len(_GAP) * (len(names) - 1) > width
+        return sum(widths().values()) + len(GAP) * (len(names) - 1) > width
 
     if is_too_wide():
         names = {column: column.short for column in columns}
-    while is_too_wide() and len(names) > 2:
-        del names[max(names, key=lambda column: column.rank)]
+    while is_too_wide() and (last := max(names, key=lambda column: column.rank)).rank > 1:
+        del names[last]
     sizes = widths()
     cells = {column: column.cell(record) for column in names}
     header, row = (
-        _GAP.join(f"{texts[column]:>{size}}" for column, size in sizes.items()).rstrip()
+        GAP.join(f"{texts[column]:>{size}}" for column, size in sizes.items())
         for texts in (names, cells)
     )
     return header, row

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from cnn.runtime.plots import plot_curves, plot_samples
+from cnn.runtime.plots import plot_curves, plot_group_curves, plot_mean, plot_samples
 
 NAMES = (
     "$$",
@@ -113,3 +113,32 @@ def test_the_legend_names_the_smoothing_of_the_train_loss(tmp_path):
         plot_curves(records(), tmp_path / "c.png", title="", label_smoothing=smoothing)
         pictures.append((tmp_path / "c.png").read_bytes())
     assert len(set(pictures)) == 3
+
+
+def curve(*accuracies):
+    return [{"epoch": e, "test_accuracy": a} for e, a in enumerate(accuracies, 1)]
+
+
+def test_a_mean_is_over_the_members_that_reached_the_epoch():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    members = [curve(0.1, 0.2, 0.3), [], curve(0.3, 0.4)]
+    plot_mean(axes, members, "test_accuracy", {"color": "red"}, scale=100)
+    x, y = axes.get_lines()[0].get_data()
+    np.testing.assert_allclose((x, y), ([1, 2, 3], [20, 30, 30]))
+    (band,) = axes.collections
+    at_1 = [y for x, y in band.get_paths()[0].vertices if x == 1]
+    std = 10 * 2**0.5  # of 10 and 30 with n - 1
+    assert (min(at_1), max(at_1)) == pytest.approx((20 - std, 20 + std))
+    assert max(x for path in band.get_paths() for x in path.vertices[:, 0]) == 2
+
+
+def test_a_group_has_a_band_and_a_group_of_one_is_the_run(tmp_path):
+    pictures = []
+    for members in ([records(), []], [records()] * 2, [records()] * 3):
+        plot_group_curves(members, tmp_path / "g.png", title="t")
+        pictures.append((tmp_path / "g.png").read_bytes())
+    plot_curves(records(), tmp_path / "c.png", title="t")
+    assert pictures[0] == (tmp_path / "c.png").read_bytes()
+    assert len(set(pictures)) == 3  # the legend has the number of seeds

@@ -208,7 +208,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(config, tmp_path, monkeypa
 
 def test_a_signal_during_the_last_evaluation(config, tmp_path, monkeypatch, whole):
     """The user saw that the run stops, so it stops before the pictures are drawn."""
-    original = cnn.training.evaluate
+    original = cnn.runs.evaluate
 
     def evaluate(state, *args, **kwargs):
         if int(state.step) == 28:
@@ -217,7 +217,7 @@ def test_a_signal_during_the_last_evaluation(config, tmp_path, monkeypatch, whol
         return original(state, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cnn.training, "evaluate", evaluate)
+        patch.setattr(cnn.runs, "evaluate", evaluate)
         with pytest.raises(Interrupted, match="stopped by SIGINT at step 28 of 28"):
             train_and_evaluate(config, tmp_path)
     assert not (tmp_path / "result.json").exists()

@@ -1,0 +1,1 @@
+"""What several seeds in one program cost, beside as many processes."""
