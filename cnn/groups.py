@@ -204,16 +204,20 @@ class _Group:
             for thread in threads:
                 while thread.is_alive():
                     thread.join(_POLL_SECONDS)
+                    if self._failure is not None:
+                        shutdown.request()
                     self._is_stopped |= shutdown.requested() is not None
-        if isinstance(failure := self._failure, Interrupted):
-            raise Interrupted(
-                f"stopped by {signal.Signals(failure.signal).name}: "
-                f"{len(self.outcomes):,} of {number_of(len(self.members), 'run')} are finished, "
-                f"and those that were being trained are saved; the same command resumes them",
-                failure.signal,
-            )
-        if failure is not None:
+            signum = shutdown.requested()
+        failure = self._failure
+        if failure is not None and not isinstance(failure, Interrupted):
             raise failure
+        if signum is not None and len(self.outcomes) < len(self.members):
+            raise Interrupted(
+                f"stopped by {signal.Signals(signum).name}: {len(self.outcomes):,} of "
+                f"{number_of(len(self.members), 'run')} are finished, and those that were being "
+                f"trained are saved; the same command resumes them",
+                signum,
+            )
 
     def _work(self, devices: list[Any], like: Experiment | None) -> None:
         """Trains runs on some devices, until none is left; runs in a thread."""

@@ -186,6 +186,38 @@ def test_a_signal_saves_the_runs_and_the_same_command_resumes_them(tmp_path, lay
     assert digests(train_group(config, tmp_path / "part")) == digests(whole)
 
 
+def test_a_signal_between_two_runs_leaves_the_second_for_later(tmp_path, monkeypatch):
+    show = cnn.groups._Group._show
+
+    def interrupting(self, outcome):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        show(self, outcome)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cnn.groups._Group, "_show", interrupting)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM: 1 of 2 runs are finished"):
+            train_group(group_config("num_seeds=2"), tmp_path)
+    assert not (tmp_path / "members" / "seed=1").exists()
+    assert len(train_group(group_config("num_seeds=2"), tmp_path)["members"]) == 2
+
+
+def test_a_run_that_cannot_be_saved_stops_the_others(tmp_path, monkeypatch):
+    end_epoch = cnn.ledger.Ledger.end_epoch
+
+    def failing(self, *args):
+        if self._experiment.config.seed == 1:
+            raise UserError("the disk is full")
+        return end_epoch(self, *args)
+
+    monkeypatch.setattr(cnn.ledger.Ledger, "end_epoch", failing)
+    config = group_config("num_seeds=2", "num_epochs=1000", layout="per_device")
+    with pytest.raises(UserError, match="the disk is full"):
+        train_group(config, tmp_path)
+    assert not (tmp_path / "members" / "seed=0" / "result.json").exists()
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_a_group_survives_sigkill_bit_for_bit(tmp_path):
     """Each run is saved at a step of its own then."""
     flags = ("--config=digits", "--config.num_seeds=3", "--config.num_epochs=6", "--workdir")

@@ -93,6 +93,10 @@ class GracefulShutdown:
                 os._exit(128 + signum)
             raise KeyboardInterrupt
 
+    def request(self) -> None:
+        """Requests the runs of other threads to stop, as SIGTERM does."""
+        self._received = self._received or signal.SIGTERM
+
     def requested(self) -> int | None:
         """The signal that requests the run to stop; None if there is none.
 
