@@ -1,6 +1,9 @@
 """94 % on CIFAR-10 in 8 epochs: the Muon form of the airbench speed recipe.
 
-python train.py --config configs/speed94.py
+    python train.py --config configs/speed94.py
+
+Test accuracy 93.99 % +- 0.11 with test-time augmentation, 93.20 % +- 0.23 without (5 seeds); half an
+hour of training on 2 cores of an AMD EPYC with AVX-512.
 """
 
 from ml_collections import ConfigDict
