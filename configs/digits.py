@@ -2,7 +2,7 @@
 
     python train.py --config configs/digits.py
 
-1,797 grey images of 8x8 pixels; 1,437 train, 360 test. Test accuracy 98.33 % +- 0.20 (5 seeds),
+1,797 grey images of 8x8 pixels; 1,437 train, 360 test. Test accuracy 98.39 % +- 0.32 (20 seeds),
 6 to 15 s on 2 cores of an AMD EPYC.
 """
 
