@@ -166,7 +166,7 @@ _GROUP_FIELDS = {
     "schedule_epochs": _EPOCHS,
 }
 _GROUPS = "optimizer.groups"
-_SWEEP = "sweep."
+SWEEP = "sweep."  # before the name of a field whose values are swept
 # Fields that make a group of runs, or change nothing but rounding.
 _NOT_SWEPT = ("seed", "num_seeds", "runtime", "sweep")
 
@@ -197,7 +197,7 @@ def fields(config: ConfigDict) -> Schema:
     known.update({f"augment.{key}": field for key, field in augment.items()})
     everything = {**_RUN_FIELDS, **known}
     for name in flat:
-        swept = everything.get(name.removeprefix(_SWEEP)) if name.startswith(_SWEEP) else None
+        swept = everything.get(name.removeprefix(SWEEP)) if name.startswith(SWEEP) else None
         if swept is not None and name.split(".")[1] not in _NOT_SWEPT:
             entries = swept.type if swept.type in (bool, int, float, str) else None
             everything[name] = Field(tuple, (), "Its values, one for each run.", entries)
@@ -315,7 +315,7 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
                 if not key.startswith(f"{section}.")
                 or (key in known and known[key].type is before.get(key, known[key]).type)
             }
-    swept = {name: () for name, _ in given if name.startswith(_SWEEP)}
+    swept = {name: () for name, _ in given if name.startswith(SWEEP)}
     known = fields(_unflatten({**swept, **flat}))
     for name, text in given:
         _check_known(name, known)
@@ -542,8 +542,8 @@ def _check_built(config: Any) -> None:
 def _check_known(name: str, known: Schema) -> None:
     if name in known:
         return
-    if name.startswith(_SWEEP):
-        swept = name.removeprefix(_SWEEP)
+    if name.startswith(SWEEP):
+        swept = name.removeprefix(SWEEP)
         if swept.split(".")[0] in _NOT_SWEPT:
             raise UserError(
                 f"{swept} cannot be swept; num_seeds trains several seeds, and any field but those "

@@ -10,7 +10,7 @@ from typing import Any
 from cnn.config import to_json_value
 from cnn.group_texts import group_text, points_table
 from cnn.members import Member
-from cnn.runtime.plots import plot_group_curves
+from cnn.runtime.plots import plot_curves
 from cnn.runtime.run_directory import RunDirectory
 from cnn.runtime.screen import log, shown, waiting, warning_on_failure, width
 from cnn.runtime.sweep_plots import plot_sweep, plot_sweep_curves
@@ -108,14 +108,10 @@ def present_group(
         log(points_table(result, width()))
     log(f"finished{'' if is_new else ' before'}: {group_text(result)}")
     log(f"digest: {result['digest']}")
-    records = {
-        one["name"]: RunDirectory(run.members_folder / one["name"]).records()
-        for one in (*result["members"], *result["diverged"])
-    }
     with waiting("drawing the pictures"):
         if is_new or not (run.path / _CURVES).exists():
             with warning_on_failure(f"{_CURVES} cannot be drawn"):
-                _draw_curves(run, result, records, title, label_smoothing)
+                _draw_curves(run, result, title, label_smoothing)
         if "best" in result and (is_new or not (run.path / _SWEEP).exists()):
             with warning_on_failure(f"{_SWEEP} cannot be drawn"):
                 plot_sweep(result["points"], run.path / _SWEEP, title=title)
@@ -126,22 +122,17 @@ def present_group(
 def _draw_curves(
     run: RunDirectory,
     result: Mapping[str, Any],
-    records: Mapping[str, list[dict[str, Any]]],
     title: str,
     label_smoothing: float,
 ) -> None:
-    path = run.path / _CURVES
-    if "best" not in result:
-        plot_group_curves(
-            list(records.values()), path, title=title, label_smoothing=label_smoothing
-        )
-        return
-    every = [*result["members"], *result["diverged"]]
-    points = [
-        (
-            point["settings"],
-            [records[one["name"]] for one in every if one["settings"] == point["settings"]],
-        )
-        for point in result["points"]
+    points: list[tuple[dict[str, Any], list[list[dict[str, Any]]]]] = [
+        (point["settings"], []) for point in result["points"]
     ]
-    plot_sweep_curves(points, path, title=title)
+    for one in (*result["members"], *result["diverged"]):
+        records = RunDirectory(run.members_folder / one["name"]).records()
+        next(own for settings, own in points if settings == one["settings"]).append(records)
+    path = run.path / _CURVES
+    if "best" in result:
+        plot_sweep_curves(points, path, title=title)
+    else:
+        plot_curves(points[0][1], path, title=title, label_smoothing=label_smoothing)

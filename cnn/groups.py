@@ -8,9 +8,7 @@ added later.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import re
 import signal
 import threading
 import time
@@ -36,6 +34,7 @@ from cnn.runs import Run, explained_disk_errors, open_run
 from cnn.runtime import screen
 from cnn.runtime.compile_cache import compilation_cache
 from cnn.runtime.jax_settings import pinned_settings
+from cnn.runtime.progress import Rows
 from cnn.runtime.run_directory import RunDirectory
 from cnn.runtime.signals import GracefulShutdown
 from cnn.side_by_side import train_side_by_side
@@ -139,7 +138,7 @@ class _Group:
         self.pending: list[Member] = []
         self._waiting: list[Member] = []  # of these, what no thread has taken yet
         self._begun: list[Any] = []  # the settings of what was taken
-        self._header, self._best_accuracy = "", -1.0
+        self._rows, self._best_accuracy = Rows(), -1.0
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
         self._is_stopped = False
@@ -247,11 +246,7 @@ class _Group:
         if is_best := accuracy > self._best_accuracy:
             self._best_accuracy = accuracy
         group = [about(one) for one in self.members]
-        header, row = member_row(outcome, group, is_best=is_best, width=screen.width())
-        if header != self._header:
-            screen.log(screen.styled(header, "bold"))
-            self._header = header
-        screen.log(re.sub(r"\S+ %\*", lambda mark: screen.styled(mark[0], "green"), row))
+        self._rows.log(*member_row(outcome, group, is_best=is_best, width=screen.width()))
 
     def _next(self, settings: dict[str, Any] | None) -> list[Member]:
         """The next run to be trained, or those that are trained side by side.
@@ -285,32 +280,28 @@ class _Group:
                 return run.result, like
         except DivergenceError as error:
             assert like is not None
-            return {**about(member), "error": str(error)}, like
+            return {"error": str(error)}, like
 
     def _train_side_by_side(
         self, members: list[Member], devices: list[Any], like: Experiment | None
     ) -> tuple[list[dict[str, Any]], Experiment]:
         """The results of runs that differ in their seeds, and the experiment of one of them."""
-        outcomes: dict[str, dict[str, Any]] = {}
         with contextlib.ExitStack() as opened, screen.part(f"{len(members)} runs"):
-            runs: list[tuple[Member, Run]] = []
+            runs: list[Run] = []
             for member in members:
-                run = opened.enter_context(self._open(member, devices, like))
-                like = run.experiment
-                runs.append((member, run))
+                runs.append(opened.enter_context(self._open(member, devices, like)))
+                like = runs[-1].experiment
+            outcomes = [run.result for run in runs]
             # Some may be ahead: a signal or an error came while others had been saved already.
-            pending = sorted(
-                (int(r.state.step), i) for i, (_, r) in enumerate(runs) if not r.result
-            )
-            for _, same in itertools.groupby(pending, key=lambda one: one[0]):
-                places = [i for _, i in same]
-                diverged = train_side_by_side([runs[i][1] for i in places], devices)
-                for place, error in diverged.items():
-                    member = members[places[place]]
-                    outcomes[member.name] = {**about(member), "error": str(error)}
-            results = [outcomes.get(member.name) or run.result for member, run in runs]
+            steps = {i: int(run.state.step) for i, run in enumerate(runs) if run.result is None}
+            for step in sorted(set(steps.values())):
+                same = [i for i in steps if steps[i] == step]
+                diverged = train_side_by_side([runs[i] for i in same], devices)
+                for place, i in enumerate(same):
+                    error = diverged.get(place)
+                    outcomes[i] = runs[i].result if error is None else {"error": str(error)}
         assert like is not None
-        return [result for result in results if result is not None], like
+        return [outcome for outcome in outcomes if outcome is not None], like
 
     def _open(
         self, member: Member, devices: list[Any], like: Experiment | None

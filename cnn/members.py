@@ -9,10 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cnn.config import check_config, flatten, override
+from cnn.config import SWEEP, check_config, flatten, override
 from cnn.errors import UserError
-
-_SWEEP = "sweep."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +56,7 @@ def group_members(config: Any) -> list[Member]:
     for name, values in swept.items():
         if not values or len({*map(str, values)}) < len(values):
             fault = "has twice the same value" if values else "has no value"
-            raise UserError(f"config field {_SWEEP}{name}={values!r} {fault}; list different ones")
+            raise UserError(f"config field {SWEEP}{name}={values!r} {fault}; list different ones")
     groups = ("num_seeds", "sweep")
     base = ConfigDict({name: one for name, one in config.to_dict().items() if name not in groups})
     members = []
@@ -82,7 +80,7 @@ def group_members(config: Any) -> list[Member]:
 def _swept(config: Any) -> dict[str, tuple[Any, ...]]:
     """The values of the fields that are swept, in alphabetical order."""
     return {
-        name.removeprefix(_SWEEP): value
+        name.removeprefix(SWEEP): value
         for name, value in flatten(config).items()
-        if name.startswith(_SWEEP)
+        if name.startswith(SWEEP)
     }

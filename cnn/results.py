@@ -211,7 +211,7 @@ def _draw(path: Path, state: TrainState, experiment: Experiment, run: RunDirecto
     title = f"{type(experiment.model).__name__} on {dataset.name}, seed {experiment.config.seed}"
     if path.name == _CURVES:
         smoothing = getattr(experiment.loss_fn, "label_smoothing", 0.0)
-        plot_curves(run.records(), path, title=title, label_smoothing=smoothing)
+        plot_curves([run.records()], path, title=title, label_smoothing=smoothing)
         return
     first = Split(dataset.test.images[:_NUM_SAMPLES], dataset.test.labels[:_NUM_SAMPLES])
     plot_samples(

@@ -28,13 +28,21 @@ from cnn.scores import Calibration
 # lightness. Line style and marker differ too, for a print in grey.
 TRAIN = {"color": "#0072B2", "linestyle": "-", "marker": "o"}
 TEST = {"color": "#D55E00", "linestyle": "--", "marker": "s"}
+LEGEND_ABOVE: dict[str, Any] = {
+    "frameon": False,
+    "loc": "lower left",
+    "bbox_to_anchor": (0, 1),
+    "ncols": 3,
+    "handlelength": 1.4,
+    "columnspacing": 1.2,
+}
 _FONT = "DejaVu Sans"  # comes with matplotlib
 SAMPLE_COLUMNS = 6  # images in a row
 _LINE_LENGTH = 22  # characters that fit above an image
 
 
 def plot_curves(
-    records: Sequence[Mapping[str, Any]],
+    members: Sequence[Sequence[Mapping[str, Any]]],
     path: str | os.PathLike[str],
     *,
     title: str,
@@ -42,30 +50,9 @@ def plot_curves(
 ) -> None:
     """Plots loss and metrics, of training and of testing, against the epoch: a panel for each.
 
-    Args:
-      records: the records of `metrics.jsonl`, in order.
-      path: the PNG file.
-      title: shown above the panels.
-      label_smoothing: named in the legend of the train loss if it is not zero.
-
-    Raises:
-      ImportError: if matplotlib is not installed.
-      OSError: if the file cannot be written.
-    """
-    plot_group_curves([records], path, title=title, label_smoothing=label_smoothing)
-
-
-def plot_group_curves(
-    members: Sequence[Sequence[Mapping[str, Any]]],
-    path: str | os.PathLike[str],
-    *,
-    title: str,
-    label_smoothing: float = 0.0,
-) -> None:
-    """Plots what `plot_curves` does, as means over runs that differ in their seed.
-
-    A band reaches one sample standard deviation to both sides. The mean of an epoch is over the
-    members that reached it; where that is one, there is no band.
+    Of several runs that differ in their seed it plots the mean. A band reaches one sample standard
+    deviation to both sides. The mean of an epoch is over the members that reached it; where that
+    is one, there is no band.
 
     Args:
       members: the records of `metrics.jsonl` of each, in order.
@@ -288,15 +275,7 @@ def plot_reliability(calibration: Calibration, path: str | os.PathLike[str], *, 
         )
         upper.set_ylabel("accuracy (%)")
         upper.set_ylim(0, 100)
-        upper.legend(
-            frameon=False,
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=3,
-            fontsize=7.5,
-            handlelength=1.4,
-            columnspacing=1.2,
-        )
+        upper.legend(**LEGEND_ABOVE, fontsize=7.5)
         lower.bar(edges, calibration.counts, color="0.6", **bar)
         lower.set_ylabel("images")
         lower.set_xlabel("confidence (%)")

@@ -22,6 +22,20 @@ _WORTH_ESTIMATING = 10.0  # seconds
 _COST_OF_EVALUATION = 1 / 3
 
 
+class Rows:
+    """Prints the rows of a table, and its header above the first and where it changes."""
+
+    def __init__(self) -> None:
+        self._header = ""
+
+    def log(self, header: str, row: str) -> None:
+        """Prints a row, in which the figure with a star is green."""
+        if header != self._header:
+            screen.log(screen.styled(header, "bold"))
+            self._header = header
+        screen.log(re.sub(r"\S+ %\*", lambda mark: screen.styled(mark[0], "green"), row))
+
+
 class Progress:
     """Prints a row per epoch, and where the run is in between.
 
@@ -54,7 +68,7 @@ class Progress:
         self._best_accuracy = best_accuracy
         self._period = _LIVE_SECONDS if screen.is_live() else _PLAIN_SECONDS
         self._is_estimated = False
-        self._header = ""
+        self._rows = Rows()
         self._rate = 0.0  # steps per second
         self._done: set[str] = set()
         self.begin_epoch(start_step)
@@ -190,10 +204,7 @@ class Progress:
             width=screen.width(),
         )
         screen.live("")
-        if header != self._header:
-            screen.log(screen.styled(header, "bold"))
-            self._header = header
-        screen.log(re.sub(r"\S+ %\*", lambda mark: screen.styled(mark[0], "green"), row))
+        self._rows.log(header, row)
         if skipped := record["skipped_steps"]:
             steps = record["step"] - self._epoch_step
             screen.log(

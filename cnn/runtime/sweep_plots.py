@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cnn.runtime.plots import TEST, TRAIN, plot_mean, saved_figure
+from cnn.runtime.plots import LEGEND_ABOVE, TEST, TRAIN, plot_mean, saved_figure
 from cnn.runtime.table import percent, shortened, value_text
 
 _WIDTH, _HEIGHT = 5.6, 3.8  # inches, without the legend of the lines
@@ -259,16 +259,7 @@ def _draw_marks(axes: Any, spots: Sequence[tuple[float, Mapping[str, Any] | None
         heights = [low + 0.04 * (high - low)] * len(diverged)
         handles += axes.plot(diverged, heights, **style, label="all diverged")
     axes.set_ylim(low, high)
-    legend = axes.legend(
-        handles=handles,
-        frameon=False,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=3,
-        fontsize=8,
-        handlelength=1.4,
-        columnspacing=1.2,
-    )
+    legend = axes.legend(**LEGEND_ABOVE, handles=handles, fontsize=8)
     for text in legend.get_texts():
         text.set_parse_math(False)
 

@@ -26,7 +26,7 @@ def test_an_address_is_no_folder(address, kind, tmp_path, monkeypatch):
         lambda: cnn.load_dataset("digits", given),
         lambda: cnn.load_config(given),
         lambda: cnn.train_and_evaluate(config, given),
-        lambda: plot_curves([], given, title=""),
+        lambda: plot_curves([[]], given, title=""),
     ):
         with pytest.raises(cnn.UserError, match="is an address, not a path of this machine"):
             take()

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from cnn.runtime.plots import plot_curves, plot_group_curves, plot_mean, plot_samples
+from cnn.runtime.plots import plot_curves, plot_mean, plot_samples
 
 NAMES = (
     "$$",
@@ -46,7 +46,7 @@ def draw():
     images = rng.integers(0, 255, (7, 8, 8, 3)).astype(np.uint8)
     predictions = np.array([0, 1, 2, 3, 4, 5, 0])
     plot_samples(images, np.arange(7), predictions, NAMES, "samples.png", title="t $_$")
-    plot_curves(records(), "curves.png", title="t $_$")
+    plot_curves([records()], "curves.png", title="t $_$")
     return [
         hashlib.sha256(Path(name).read_bytes()).hexdigest()
         for name in ("samples.png", "curves.png")
@@ -110,7 +110,7 @@ def test_images_of_any_number_of_channels_have_their_colour(tmp_path, pixel, sho
 def test_the_legend_names_the_smoothing_of_the_train_loss(tmp_path):
     pictures = []
     for smoothing in (0.0, 0.1, 0.2):
-        plot_curves(records(), tmp_path / "c.png", title="", label_smoothing=smoothing)
+        plot_curves([records()], tmp_path / "c.png", title="", label_smoothing=smoothing)
         pictures.append((tmp_path / "c.png").read_bytes())
     assert len(set(pictures)) == 3
 
@@ -137,8 +137,8 @@ def test_a_mean_is_over_the_members_that_reached_the_epoch():
 def test_a_group_has_a_band_and_a_group_of_one_is_the_run(tmp_path):
     pictures = []
     for members in ([records(), []], [records()] * 2, [records()] * 3):
-        plot_group_curves(members, tmp_path / "g.png", title="t")
+        plot_curves(members, tmp_path / "g.png", title="t")
         pictures.append((tmp_path / "g.png").read_bytes())
-    plot_curves(records(), tmp_path / "c.png", title="t")
+    plot_curves([records()], tmp_path / "c.png", title="t")
     assert pictures[0] == (tmp_path / "c.png").read_bytes()
     assert len(set(pictures)) == 3  # the legend has the number of seeds
