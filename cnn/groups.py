@@ -313,9 +313,8 @@ class _Group:
                 return like.with_seed(member.config)
             return create_experiment(member.config, devices, **self._given, like=like)
 
-        replaced = [name for name, value in self._given.items() if value is not None]
         path = self._directory(member).path
-        return open_run(member.config, path, create, replaced=replaced, announces=False)
+        return open_run(member.config, path, create, described=self._described, announces=False)
 
 
 def _without_seed(config: Any) -> dict[str, Any]:

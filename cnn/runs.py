@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax
 from cnn.config import to_json_dict
 from cnn.errors import UserError
 from cnn.evaluation import evaluate
-from cnn.experiment import SECTIONS, Experiment, describe
+from cnn.experiment import Experiment, describe
 from cnn.ledger import Ledger
 from cnn.losses import evaluation_loss
 from cnn.metrics import Metrics
@@ -95,7 +95,7 @@ def open_run(
     workdir: str | os.PathLike[str],
     create: Callable[[], Experiment],
     *,
-    replaced: Sequence[str] = (),
+    described: Mapping[str, Any],
     writers: Sequence[Writer] = (),
     announces: bool = True,
 ) -> Iterator[Run]:
@@ -107,7 +107,7 @@ def open_run(
       config: of the run, checked.
       workdir: the run directory.
       create: makes the experiment; called when config and directory fit each other.
-      replaced: which arguments of `create_experiment` a script passes.
+      described: what a script passes to `create_experiment`, from `describe_given`.
       writers: of the records.
       announces: whether data, devices and layers are printed.
 
@@ -124,13 +124,10 @@ def open_run(
         finished = run.check()
         if config.runtime.tensorboard:
             require_tensorboard()
-        # Compared before the data is loaded; objects from a script are compared below.
-        sections = [SECTIONS[name] for name in replaced]
-        sections += ["schedule"] if "tx" in replaced else []
         source = find_source(config.init_from, run)
-        check_same_config(run, to_json_dict(config), but=sections)
+        recorded = {**to_json_dict(config), **described}
+        check_same_config(run, recorded)  # before the data is loaded
         experiment = create()
-        recorded = {**to_json_dict(config), **experiment.given}
         with compilation_cache(config.runtime.compilation_cache):
             with waiting("initializing the model"):
                 state, origin = experiment.initial_state(), None
@@ -138,7 +135,6 @@ def open_run(
                 state, origin = transfer(experiment, state, source, recorded)
             if announces:
                 log(describe(experiment, state.variables, width=width()))
-            check_same_config(run, recorded)
             if finished is None:
                 run.lock()
             with CheckpointManager(run.checkpoints) as checkpoints:

@@ -20,7 +20,7 @@ from cnn.config import check_config
 from cnn.data import Dataset
 from cnn.errors import Interrupted, UserError
 from cnn.execution import compile_train_steps
-from cnn.experiment import Experiment, create_experiment, devices_of
+from cnn.experiment import Experiment, create_experiment, describe_given, devices_of
 from cnn.losses import LossFn
 from cnn.members import is_group
 from cnn.metrics import MetricsAccumulator
@@ -77,12 +77,12 @@ def train_and_evaluate(
             "train_and_evaluate trains one: set num_seeds=1 and no sweep"
         )
     given = {"model": model, "tx": tx, "loss_fn": loss_fn, "augment": augment, "dataset": dataset}
-    replaced = [name for name, value in given.items() if value is not None]
+    described = describe_given(config, **given)
 
     def create() -> Experiment:
         return create_experiment(config, devices_of(config), **given)
 
-    with open_run(config, workdir, create, replaced=replaced, writers=writers) as run:
+    with open_run(config, workdir, create, described=described, writers=writers) as run:
         if run.result is None:
             train_run(run)
         assert run.result is not None
