@@ -1,6 +1,7 @@
 """Every test and doctest: four fake devices, no broadcasting by accident, a home of its own."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -38,6 +39,19 @@ def own_home(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
         patch.setenv("TFDS_DATA_DIR", str(home / "tfds"))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Drops the compiled programs of a process that has many.
+
+    Linux gives a process 65,530 mappings. XLA makes several for each program, and dies at the
+    limit.
+    """
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 def pytest_configure(config):

@@ -41,6 +41,9 @@ from cnn.side_by_side import train_side_by_side
 from cnn.training import train_run
 
 _POLL_SECONDS = 0.2
+# Points of a sweep after which all compiled programs are dropped. Those of a point take some 550 of
+# the 65,530 mappings that Linux gives a process, and XLA dies at the limit.
+_POINTS_KEPT = 16
 
 
 def train_group(
@@ -260,7 +263,10 @@ class _Group:
             if settings not in (own := [one.settings for one in self._waiting]):
                 fresh = [one for one in own if one not in self._begun]
                 settings = (fresh or own)[0]
-            self._begun.append(settings)
+            if settings not in self._begun:
+                if len(self._begun) % _POINTS_KEPT == _POINTS_KEPT - 1:
+                    jax.clear_caches()
+                self._begun.append(settings)
             members = [one for one in self._waiting if one.settings == settings]
             if self._config.runtime.group_layout != "vmap":
                 members = members[:1]

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -131,6 +132,20 @@ def test_a_sweep_compares_its_points(tmp_path, capsys):
     grown = train_group(group_config(*wider, layout="per_device"), tmp_path)
     assert grown["points"][:2] == result["points"]
     assert len(grown["members"]) == 6
+
+
+def test_the_programs_of_earlier_points_are_dropped(tmp_path, monkeypatch):
+    """While the other thread trains: else a sweep of a hundred points would end in a crash."""
+    flags = ("sweep.optimizer.learning_rate=(1e-4, 1e-3, 1e-2)", "num_seeds=2")
+    config = group_config(*flags, layout="per_device")
+    whole = train_group(config, tmp_path / "whole")
+    calls, clear = [], jax.clear_caches
+    with monkeypatch.context() as patch:
+        patch.setattr(cnn.groups, "_POINTS_KEPT", 1)
+        patch.setattr(jax, "clear_caches", lambda: (calls.append(None), clear()))
+        again = train_group(config, tmp_path / "again")
+    assert len(calls) == 3
+    assert digests(again) == digests(whole)
 
 
 @pytest.mark.parametrize("layout", ["in_turn", "vmap"])
