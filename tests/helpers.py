@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+
 import cnn
 from cnn.execution import TrainSteps
 
@@ -15,7 +17,9 @@ ENDLESS = (f"--config={REPOSITORY / 'configs' / 'digits.py'}", "--config.num_epo
 
 # For `jax.jit` where what matters is the bits of what a user's process compiles: XLA's defaults,
 # which the processes of the tests do without (see `conftest.py`).
-OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+OPTIMIZED: dict[str, int | bool] = {"xla_backend_optimization_level": 3}
+if jax.__version_info__ < (0, 12):  # later versions know no other way
+    OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 
 
 def short_config():

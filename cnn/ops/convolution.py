@@ -1,6 +1,7 @@
 """Convolution, max pooling and dense products, computed well on every backend.
 
-GPU and TPU have fast native convolutions. XLA's convolutions on a CPU are slow, and so are the
+GPU and TPU have fast native convolutions; the gradient of XLA's max pooling is slow on a GPU, where
+`cnn.ops.pooling.indexed_max_pool` replaces it. XLA's convolutions on a CPU are slow, and so are the
 gradients of its convolutions and of max pooling; there the same sums are computed as matrix
 products:
 
@@ -148,7 +149,9 @@ def conv_general_dilated(
                     lambda x, w: winograd.convolve(x, w, pads, precision, pool), lhs, rhs
                 )
     y = native(lhs, rhs)
-    return y if pool == 1 else nn.max_pool(y, (2, 2), (2, 2))
+    if pool == 1:
+        return y
+    return max_pool(y, (2, 2), (2, 2), implementation="native" if _is_for_cpu() else implementation)
 
 
 def max_pool(
@@ -159,7 +162,7 @@ def max_pool(
     *,
     implementation: str = "auto",
 ) -> jax.Array:
-    """`nn.max_pool`, with a gradient that is cheap on a CPU where windows do not overlap.
+    """`nn.max_pool`, with a gradient that is cheap on a CPU or GPU where windows do not overlap.
 
     The arguments up to `padding` and the errors for wrong ones are those of `nn.max_pool`. Of equal
     elements the first in row-major order gets the gradient, as with `nn.max_pool`.
@@ -170,20 +173,24 @@ def max_pool(
       strides: native unless equal to the window.
       padding: native unless "VALID".
       implementation: "native", or any other of `IMPLEMENTATIONS`, which all pool in the same way.
+        "auto" is native on a TPU.
 
     Raises:
       ValueError: `implementation` is unknown.
     """
     # Flax accepts more paddings than its annotation states.
     arguments = window_shape, strides, cast(Any, padding)
-    if _resolve(implementation) != "native":
+    own = None if _resolve(implementation) == "native" else pooling.max_pool
+    if implementation == "auto" and jax.default_backend() == "gpu" and not _natively.get():
+        own = pooling.indexed_max_pool
+    if own is not None:
         result = jax.eval_shape(lambda x: nn.max_pool(x, *arguments), inputs)
         is_valid = isinstance(padding, str) and padding.upper() == "VALID"
         non_overlapping = strides is not None and tuple(strides) == tuple(window_shape)
         use_own = inputs.ndim == 4 and len(window_shape) == 2 and inputs.dtype in DTYPES
         use_own &= is_valid and non_overlapping and 0 not in result.shape
         if use_own and not _are_explicitly_sharded(inputs):
-            return pooling.max_pool(inputs, (window_shape[0], window_shape[1]))
+            return own(inputs, (window_shape[0], window_shape[1]))
     return nn.max_pool(inputs, *arguments)
 
 
