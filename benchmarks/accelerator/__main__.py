@@ -11,7 +11,8 @@ loads what the config names. Results are written after each part. Fields of the 
 for train.py.
 
 --original SCRIPT runs an original airbench script, given by its path, between two halves of our
-runs. --quick tries the benchmark out on any machine, with a narrow network and few images.
+runs. --runs-only leaves out the parts of a run. --quick tries the benchmark out on any machine,
+with a narrow network and few images.
 """
 
 from __future__ import annotations
@@ -63,21 +64,27 @@ class Settings:
     """What to run, from the flags.
 
     Attributes:
+      name: of the config.
       config: checked.
       data: an archive, "tfds", or "" for noise.
       dtypes: in turn; the first is compared with the original.
       seeds: warm runs.
       script: of the original, if any.
+      original_runs: how many of the original's.
+      runs_only: whether to leave out the parts.
       quick: whether to use few images.
       out: for the results.
       line: the command.
     """
 
+    name: str
     config: Any
     data: str
     dtypes: list[str]
     seeds: int
     script: Path | None
+    original_runs: int
+    runs_only: bool
     quick: bool
     out: Path
     line: str
@@ -91,21 +98,28 @@ def _settings(argv: Sequence[str]) -> Settings:
     add("--seeds", type=positive(int), metavar="N", help="warm runs of each precision (5)")
     add("--dtypes", type=names, default=list(_DTYPES), metavar="A,B", help=",".join(_DTYPES))
     add("--original", metavar="SCRIPT", help="path of an airbench script to run between ours")
+    add("--original-runs", type=positive(int), metavar="N", help="(as many as ours)")
+    add("--runs-only", action="store_true", help="whole runs, without the parts of one")
     add("--quick", action="store_true", help="seconds instead of minutes; the figures mean little")
     fields, words = split_settings(argv)
     flags = parser.parse_args(words)
     for dtype in flags.dtypes:
         if dtype not in _DTYPES:
             parser.error(f"unknown precision {dtype!r} in --dtypes; known: {', '.join(_DTYPES)}")
-    config = load_config(find_config(flags.config, REPOSITORY / "configs"))
+    path = find_config(flags.config, REPOSITORY / "configs")
+    config = load_config(path)
     quick = _QUICK if flags.quick else ()
     line = command(_MODULE, [_named(word) for word in argv])
+    seeds = flags.seeds or (2 if flags.quick else 5)
     return Settings(
+        name=Path(path).stem,
         config=check_config(override(config, [*quick, *fields])),
         data=flags.data,
         dtypes=flags.dtypes,
-        seeds=flags.seeds or (2 if flags.quick else 5),
+        seeds=seeds,
         script=original.check_script(flags.original) if flags.original else None,
+        original_runs=flags.original_runs or seeds,
+        runs_only=flags.runs_only,
         quick=flags.quick,
         out=flags.out,
         line=line,
@@ -152,6 +166,8 @@ def _measure(
             log(f"{dtype}, seed {seed}: {one.warm[-1].seconds:.3f} s")
         one.again = timed_run(experiment, one.warm[0].seed)
         write()
+    if settings.runs_only:
+        return
     for one in sitting.precisions:
         log(f"{one.dtype}: parts of a run")
         one.parts = profile(experiments[one.dtype])
@@ -166,14 +182,14 @@ def _measure(
 
 def _add_original(settings: Settings, devices: list[Any], data: Dataset, sitting: Sitting) -> None:
     assert settings.script
-    log(f"{settings.script.name}: {settings.seeds} runs")
+    log(f"{settings.script.name}: {settings.original_runs} runs")
     variant = "gpu" if devices[0].platform == "gpu" else "channels_last"
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch) / "images.npz"
         arrays.write_arrays(archive, data)
         sitting.script = settings.script.name
         sitting.originals = original.run(
-            settings.script, archive, variant=variant, seed=0, runs=settings.seeds
+            settings.script, archive, variant=variant, seed=0, runs=settings.original_runs
         )
 
 
@@ -200,7 +216,7 @@ def main(argv: Sequence[str]) -> None:
 
         def write() -> str:
             text = markdown(sitting, settings.line, machine.sentence(about))
-            name = "accelerator_" + re.sub(r"\W+", "_", kind.lower()).strip("_")
+            name = re.sub(r"\W+", "_", f"{settings.name}_{kind}".lower()).strip("_")
             found = {"command": settings.line, "machine": about, **record(sitting)}
             report.write(settings.out, name, text, found)
             return text

@@ -17,7 +17,7 @@ _WORKER = "benchmarks.speedrun.original_worker"
 # The scripts call the same figure by two names.
 _SECONDS = ("time_seconds", "total_time_seconds")
 _ENV = {
-    # Compile in the worker itself: a pool of compiling processes would disturb the others.
+    # On a CPU, compile in the worker itself: a pool of processes would disturb the others.
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
 
@@ -60,9 +60,9 @@ def command(script: Path, data: Path, variant: str, *flags: object) -> list[str]
     return workers.command(_WORKER, script, f"--data={data}", f"--variant={variant}", *flags)
 
 
-def environment() -> dict[str, str]:
+def environment(variant: str = "") -> dict[str, str]:
     """The environment of a worker."""
-    return workers.environment(_ENV)
+    return workers.environment({} if variant == "gpu" else _ENV)
 
 
 def run(script: Path, data: Path, *, variant: str, seed: int, runs: int = 1) -> list[OriginalRun]:
@@ -79,7 +79,7 @@ def run(script: Path, data: Path, *, variant: str, seed: int, runs: int = 1) -> 
       UserError: the process fails, or prints another table.
     """
     words = command(script, data, variant, f"--seed={seed}", f"--runs={runs}")
-    done = subprocess.run(words, capture_output=True, text=True, env=environment())
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(variant))
     if done.returncode:
         raise UserError(f"{script.name} failed: {workers.last_line(done.stderr)}")
     found = list(read_table(done.stdout.splitlines(), seed, variant))

@@ -15,10 +15,10 @@ from cnn import UserError
 def test_quick_form_writes_runs_parts_and_lengths(tmp_path, capsys):
     flags = ["--quick", "--seeds=1", "--dtypes=float32", "--out", str(tmp_path)]
     accelerator.main([*flags, "--config.runtime.num_devices=1"])
-    text = (tmp_path / "accelerator_cpu.md").read_text()
+    text = (tmp_path / "speed94_cpu.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
     assert "accuracy was not measured" in text
-    record = json.loads((tmp_path / "accelerator_cpu.json").read_text())
+    record = json.loads((tmp_path / "speed94_cpu.json").read_text())
     (one,) = record["precisions"]
     assert one["again"]["digest"] == one["warm"][0]["digest"] != one["cold"]["digest"]
     assert one["cold"]["seconds"] > one["warm"][0]["seconds"] > 0
