@@ -2,8 +2,9 @@
 
     python -m benchmarks.accuracy_by_cost
 
-It trains nothing: the figures are those that `benchmarks.speedrun` and, for configs that it has not
-measured, `benchmarks.whole_runs` have kept, beside published ones (`benchmarks/published.py`).
+It trains nothing: the figures are those that `benchmarks.speedrun`, `benchmarks.accelerator` and,
+for configs that speedrun has not measured, `benchmarks.whole_runs` have kept, beside published ones
+(`benchmarks/published.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from cnn.runtime import cli
 
 _MODULE = "benchmarks.accuracy_by_cost"
 _SPEEDRUNS = REPOSITORY / "benchmarks" / "speedrun" / "results"
+_ACCELERATORS = REPOSITORY / "benchmarks" / "accelerator" / "results"
 _WHOLE_RUNS = REPOSITORY / "benchmarks" / "whole_runs" / "results" / "whole_runs.json"
 _CIFAR10 = {
     "class_names": list(range(10)),
@@ -59,6 +61,7 @@ class Method:
       path: (seconds, PFLOP, test accuracy) after each epoch.
       is_ours: or published by others.
       is_whole: whether the seconds are those of whole processes, with start and compilation.
+      is_accelerated: whether the device is a GPU or a TPU.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Method:
     path: list[tuple[float, float, float]]
     is_ours: bool
     is_whole: bool = False
+    is_accelerated: bool = False
 
 
 def speedrun_method(found: Mapping[str, Any]) -> Method:
@@ -135,6 +139,23 @@ def whole_run_methods(found: Mapping[str, Any], skip: Sequence[str]) -> list[Met
     return methods
 
 
+def accelerator_method(found: Mapping[str, Any]) -> Method:
+    """From a record of `benchmarks.accelerator`: its last precision, without compilation."""
+    one = found["precisions"][-1]
+    accuracy = Mean.of([run["accuracy"] for run in one["warm"]])
+    return Method(
+        name=found["config"],
+        device=f"{found['num_devices']} x {found['device']}",
+        accuracy=accuracy.mean,
+        error=_half(accuracy),
+        seconds=float(np.median([run["seconds"] for run in one["warm"]])),
+        pflop=sum(one["flop"].values()) / 1e15,
+        path=[],
+        is_ours=True,
+        is_accelerated=True,
+    )
+
+
 def published_methods() -> list[Method]:
     """Those of `benchmarks/published.py`."""
     return [
@@ -153,7 +174,8 @@ def draw(methods: Sequence[Method], path: Path) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     ours = sorted((one for one in methods if one.is_ours), key=lambda one: one.accuracy)
     others = sorted((one for one in methods if not one.is_ours), key=lambda one: one.seconds)
-    colours = {one.name: _COLOURS[i % len(_COLOURS)] for i, one in enumerate(ours)}
+    names = list(dict.fromkeys(one.name for one in ours))
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
     letters = {one.name: string.ascii_uppercase[i] for i, one in enumerate(others)}
     for axis, cost, unit in zip(axes, ("seconds", "pflop"), ("seconds", "PFLOP"), strict=True):
         _axes(axis, methods)
@@ -162,10 +184,14 @@ def draw(methods: Sequence[Method], path: Path) -> None:
         axis.set_xlabel(f"{unit} of a run", color=_INK)
         axis.margins(x=0.2)
     axes[0].set_ylabel("test accuracy on CIFAR-10", color=_INK)
-    devices = ", ".join(dict.fromkeys(method.device for method in ours))
-    title = f"Circles: the configs of this repository, on {devices}"
+    marks = []
+    for mark, is_accelerated in (("circles", False), ("squares", True)):
+        found = [one.device for one in ours if one.is_accelerated == is_accelerated]
+        if found:
+            marks.append(f"{mark} on {', '.join(dict.fromkeys(found))}")
+    title = f"The configs of this repository: {'; '.join(marks)}"
     if any(one.is_whole for one in ours):
-        title += " (*: whole processes, with start and compilation)"
+        title += "\n*: whole processes, with start and compilation"
     figure.suptitle(title, color=_INK)
     handles = [
         Line2D([], [], linestyle="", marker=f"${letters[one.name]}$", color=_FAINT, markersize=7)
@@ -223,17 +249,22 @@ def _draw_others(
 def _draw_ours(
     axis: Axes, methods: Sequence[Method], cost: str, colours: Mapping[str, str]
 ) -> None:
-    """Circles with the interval of the mean, the way to them, and their names."""
-    for turn, method in enumerate(methods):
+    """The means with their intervals, the way to them, and their names."""
+    named: set[str] = set()
+    for method in methods:
         colour, x = colours[method.name], getattr(method, cost)
         column = 0 if cost == "seconds" else 1
         points = [(one[column], one[2]) for one in method.path] + [(x, method.accuracy)]
         axis.plot(*zip(*points, strict=True), "-", color=colour, alpha=0.45, linewidth=1.5)
+        mark = "s" if method.is_accelerated else "o"
         axis.errorbar(
-            x, method.accuracy, yerr=method.error, fmt="o", color=colour, markersize=7, capsize=3
+            x, method.accuracy, yerr=method.error, fmt=mark, color=colour, markersize=7, capsize=3
         )
+        if cost == "pflop" and method.name in named:
+            continue  # the same work on another device
+        named.add(method.name)
         # Beside the published points there is room on the left only.
-        is_beside, up = method.accuracy > 0.9, turn % 2
+        is_beside, up = method.accuracy > 0.9, list(colours).index(method.name) % 2
         text = axis.annotate(
             f"{method.name}{'*' * method.is_whole}  {100 * method.accuracy:.2f} %",
             (x, method.accuracy),
@@ -265,6 +296,8 @@ def main(argv: Sequence[str]) -> None:
     if _WHOLE_RUNS.exists():
         names = [method.name for method in methods]
         methods = whole_run_methods(json.loads(_WHOLE_RUNS.read_text()), names) + methods
+    accelerated = sorted(_ACCELERATORS.glob("*.json"))
+    methods += [accelerator_method(json.loads(file.read_text())) for file in accelerated]
     if not methods:
         raise UserError("there are no results yet; python -m benchmarks.speedrun makes some")
     methods.sort(key=lambda method: method.accuracy)

@@ -2,8 +2,8 @@
 
     python train.py --config configs/speed94.py
 
-Test accuracy 93.99 % +- 0.11 with test-time augmentation, 93.20 % +- 0.23 without (5 seeds); half
-an hour of training on 2 cores of an AMD EPYC with AVX-512.
+Test accuracy 93.99 % +- 0.12 with test-time augmentation (100 seeds); 1.7 s of training on an H100
+with --config.model.dtype=bfloat16, half an hour on 2 cores of an AMD EPYC with AVX-512.
 """
 
 from ml_collections import ConfigDict

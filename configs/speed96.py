@@ -2,6 +2,9 @@
 
     python train.py --config configs/speed96.py
 
+Test accuracy 96.01 % +- 0.17 with test-time augmentation (20 seeds); 14.2 s of training on an H100
+with --config.model.dtype=bfloat16 --config.proxy.dtype=bfloat16.
+
 `--config.proxy.name=none --config.num_epochs=37` is the older form, which trains on all of them.
 """
 

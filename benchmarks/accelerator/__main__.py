@@ -217,7 +217,12 @@ def main(argv: Sequence[str]) -> None:
         def write() -> str:
             text = markdown(sitting, settings.line, machine.sentence(about))
             name = re.sub(r"\W+", "_", f"{settings.name}_{kind}".lower()).strip("_")
-            found = {"command": settings.line, "machine": about, **record(sitting)}
+            found = {
+                "config": settings.name,
+                "command": settings.line,
+                "machine": about,
+                **record(sitting),
+            }
             report.write(settings.out, name, text, found)
             return text
 

@@ -29,6 +29,24 @@ def test_a_speed_run_ends_with_its_last_evaluation():
     assert (plain.accuracy, plain.seconds) == (0.93, 20.0)
 
 
+def test_a_run_on_a_gpu_is_a_square_at_its_median(tmp_path, monkeypatch, capsys):
+    warm = [{"seconds": seconds, "accuracy": 0.96} for seconds in (14.0, 15.0, 30.0)]
+    flop = {"training": 3e15, "evaluation": 1e15}
+    record = {
+        "config": "speed96",
+        "device": "NVIDIA H100",
+        "num_devices": 1,
+        "precisions": [{"warm": warm, "flop": flop}],
+    }
+    one = picture.accelerator_method(record)
+    assert (one.name, one.seconds, one.pflop) == ("speed96", 15.0, 4.0)
+    assert one.accuracy == pytest.approx(0.96)
+    (tmp_path / "speed96_gpu.json").write_text(json.dumps(record))
+    monkeypatch.setattr(picture, "_ACCELERATORS", tmp_path)
+    picture.main(["--out", str(tmp_path / "docs")])
+    assert "speed94, speed96" in capsys.readouterr().out
+
+
 def test_it_is_drawn_from_kept_results(tmp_path, monkeypatch, capsys):
     """Those of whole runs, for configs that have no speed run."""
     (tmp_path / "speedrun_speed94.json").write_text(
@@ -36,6 +54,7 @@ def test_it_is_drawn_from_kept_results(tmp_path, monkeypatch, capsys):
     )
     (tmp_path / "speedrun_speed94_steps.json").write_text("{}")
     monkeypatch.setattr(picture, "_SPEEDRUNS", tmp_path)
+    monkeypatch.setattr(picture, "_ACCELERATORS", tmp_path / "none")
     picture.main(["--out", str(tmp_path / "docs")])
     assert "fast_cpu, baseline, speed94" in capsys.readouterr().out
     with PIL.Image.open(tmp_path / "docs" / "speed.png") as image:
