@@ -16,6 +16,7 @@ from cnn.inference import TrainedModel, load_run
 from cnn.losses import CrossEntropy, create_loss
 from cnn.metrics import Metrics
 from cnn.models import CNN, SpeedNet, create_model
+from cnn.ops.fast_cpu import fast_cpu
 from cnn.optimizers import create_optimizer, create_schedule
 from cnn.runtime.checkpoints import CheckpointManager, digest
 from cnn.runtime.devices import (
@@ -66,6 +67,7 @@ __all__ = [
     "epoch_permutation",
     "eval_step",
     "evaluate",
+    "fast_cpu",
     "limit_in_flight",
     "load_config",
     "load_dataset",

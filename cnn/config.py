@@ -138,6 +138,7 @@ _RUN_FIELDS: dict[str, _RunField] = {
     "runtime.checkpoint_every_steps": _at_least(0, 0),
     "runtime.on_nonfinite": _choice("stop", "stop", "skip"),
     "runtime.deterministic": _RunField(bool, True),
+    "runtime.fast_cpu": _RunField(bool, False),
     "runtime.compilation_cache": _RunField(bool, True),
     "runtime.group_layout": _choice("auto", "auto", "in_turn", "per_device", "vmap"),
     "runtime.tensorboard": _RunField(bool, False),

@@ -24,6 +24,7 @@ from cnn.losses import LossFn, create_loss
 from cnn.metrics import MetricFn, find_metrics
 from cnn.models import create_model
 from cnn.models.summary import model_summary
+from cnn.ops.fast_cpu import fast_cpu
 from cnn.optimization import create_proxy, optimizer_arguments, run_schedule
 from cnn.optimizers import create_optimizer, frozen
 from cnn.plateau import plateau_scale, reduce_on_plateau
@@ -222,7 +223,7 @@ class Experiment:
         return state.replace(selection=selection, proxy=proxy)
 
     def _static_arguments(self) -> dict[str, Any]:
-        return static_arguments(
+        found = static_arguments(
             self.model,
             self.tx,
             self.dataset.image_shape,
@@ -230,6 +231,9 @@ class Experiment:
             self.metric_fns,
             self.averaging,
         )
+        if self.config.runtime.fast_cpu:
+            found["apply_fn"] = fast_cpu(found["apply_fn"])
+        return found
 
     def _check_batch_size(self, state: TrainState) -> None:
         if "batch_stats" in state.model_state and self.config.batch_size == 1:

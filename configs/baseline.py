@@ -159,6 +159,9 @@ def get_config() -> ConfigDict:
     config.runtime.on_nonfinite = "stop"
     # The same bits each time on a GPU too, where the fastest kernels do not promise it.
     config.runtime.deterministic = True
+    # Compute the plain layers of a model of your own well on a CPU too (cnn/ops/fast_cpu.py); the
+    # models of this repository need it not.
+    config.runtime.fast_cpu = False
     # Cache compiled programs between runs in the user's cache folder; JAX_COMPILATION_CACHE_DIR
     # takes precedence.
     config.runtime.compilation_cache = True

@@ -12,6 +12,7 @@ import pytest
 
 import cnn
 from cnn import UserError, digest, train_and_evaluate
+from cnn.steps import has_native_convolution
 from tests.helpers import Killed, kill_at, records_of
 
 
@@ -198,6 +199,26 @@ def test_a_model_without_train(config, tmp_path, digits, model):
     config.num_epochs = 0.1
     state, _ = train_and_evaluate(config, tmp_path, model=model)
     assert int(state.step) == 1
+
+
+class PlainLayers(nn.Module):
+    @nn.compact
+    def __call__(self, image, train=False):
+        x = nn.max_pool(nn.relu(nn.Conv(4, (3, 3))(image)), (2, 2), (2, 2))
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+def test_plain_layers_train_alike_and_fast_on_a_cpu(config, tmp_path, digits):
+    config.num_epochs = 0.2
+    ends = {}
+    for name in ("plain", "fast"):
+        config.runtime.fast_cpu = name == "fast"
+        state, result = train_and_evaluate(config, tmp_path / name, model=PlainLayers())
+        assert has_native_convolution(state, (1, 8, 8, 1)) == (name == "plain")
+        ends[name] = state.params
+        assert train_and_evaluate(config, tmp_path / name, model=PlainLayers())[1] == result
+    for fast, plain in zip(*(jax.tree.leaves(ends[name]) for name in ends), strict=True):
+        np.testing.assert_allclose(fast, plain, atol=1e-4)
 
 
 def mean_loss(logits, labels):

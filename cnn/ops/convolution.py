@@ -12,6 +12,8 @@ products:
   decimal digit, turns gradients that are exactly zero into rounding noise, which sign-based
   optimizers notice, and spreads NaN and infinity to neighbouring pixels. See `cnn.ops.winograd`.
 
+A depthwise convolution is a sum of shifted images with either: see `cnn.ops.depthwise`.
+
 All implementations are the same function of the same parameters, to rounding, and are
 differentiable to any order in any mode. `implementation=` chooses one; "auto" chooses by backend
 and shape.
@@ -30,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cnn.ops import im2col, pooling, winograd
+from cnn.ops import depthwise, im2col, pooling, winograd
 from cnn.ops.chunks import in_chunks
 from cnn.ops.layout import unstack
 from cnn.ops.linear_map import bilinear
@@ -95,9 +97,9 @@ def conv_general_dilated(
     `float[B, H', W', K]`. `implementation` is one of `IMPLEMENTATIONS`.
 
     The convolution is native, whatever `implementation` is, unless it is two-dimensional, has the
-    layouts NHWC and HWIO and no dilation or groups, its operands and its result have one dtype out
-    of `DTYPES`, and they are not sharded over explicit mesh axes. "winograd" is native too unless
-    the kernel is 3x3, the strides are 1 and the dtype is float32.
+    layouts NHWC and HWIO, no dilation, and no groups or one for each channel, its operands and its
+    result have one dtype out of `DTYPES`, and they are not sharded over explicit mesh axes.
+    "winograd" is native too unless the kernel is 3x3, the strides are 1 and the dtype is float32.
 
     `pool=2` max-pools the result with 2x2 windows, stride 2 and no padding; outputs that the
     pooling drops are not computed. Bias and relu should follow the pooling: relu(pool(x) + b)
@@ -127,12 +129,16 @@ def conv_general_dilated(
     choice = _resolve(implementation)
     if choice != "native":
         result = jax.eval_shape(native, lhs, rhs)  # raises the errors of lax for wrong arguments
-        use_own = feature_group_count == batch_group_count == 1 and out_sharding is None
+        is_depthwise = feature_group_count == lhs.shape[-1] == rhs.shape[-1] != 1 and pool == 1
+        use_own = feature_group_count == 1 or is_depthwise
+        use_own &= batch_group_count == 1 and out_sharding is None
         use_own &= not _are_explicitly_sharded(lhs, rhs)
         use_own &= all(d is None or tuple(d) == (1, 1) for d in (lhs_dilation, rhs_dilation))
         if use_own and _is_covered(lhs, rhs, result, dimension_numbers, pool):
             strides = window_strides[0], window_strides[1]
             pads = _pads(lhs, rhs, strides, padding)
+            if is_depthwise:
+                return in_chunks(lambda x, w: depthwise.convolve(x, w, strides, pads), lhs, rhs)
             # Winograd's transforms need the digits of float32.
             fits_winograd = (
                 strides == (1, 1) and rhs.shape[:2] == (3, 3) and lhs.dtype == jnp.float32
