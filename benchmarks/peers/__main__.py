@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks import machine, report
 from benchmarks.command_line import Parser, command, items, log, names, positive
+from benchmarks.peers.contenders.plain import PLAIN
 from benchmarks.peers.contenders.problem import NETWORKS
 from benchmarks.peers.lineup import GROUPS, MATMUL, REFERENCE, Contender, choose
 from benchmarks.peers.rotation import Series, run_block
@@ -33,6 +34,7 @@ _ROWS = {
     "baseline": {"train": (32, 128, 512), "infer": (512, 1000)},
     "net94": {"train": (128,), "infer": (512,)},
     "resnet18": {"train": (32, 128)},
+    **{name: {"train": (32, 128)} for name in PLAIN},
 }
 _DEFAULT_NETWORKS = ("baseline", "net94")
 

@@ -16,11 +16,11 @@ from jax import lax
 from cnn.ops.layout import pad
 from cnn.ops.linear_map import bilinear
 
-# Images whose gradients are added before the pixels are: fewer reads of the sums, which a CPU
-# reduces slowly.
-_ADDED_IMAGES = 4
-# More are computed in a loop: the program of all of them is faster, but takes long to compile.
+# The gradients of so many weights are one program; of more, a loop, which is slower but compiles in a
+# quarter of the time for 7x7 weights.
 _FEW_WEIGHTS = 9
+# Images whose gradients are added before their pixels are, in that program and in the loop.
+_ADDED_IMAGES = 8, 16
 
 
 def convolve(
@@ -70,7 +70,8 @@ def _product_with(strides: tuple[int, int]) -> Any:
         kh, kw = (
             n - (m - 1) * s for n, m, s in zip(x.shape[1:3], g.shape[1:3], strides, strict=True)
         )
-        added = next(n for n in range(_ADDED_IMAGES, 0, -1) if batch % n == 0)
+        is_loop = kh * kw > _FEW_WEIGHTS
+        added = next(n for n in range(_ADDED_IMAGES[is_loop], 0, -1) if batch % n == 0)
         x, g = (one.reshape(-1, added, *one.shape[1:]) for one in (x, g))
         height = (g.shape[2] - 1) * strides[0] + 1
         ones = jnp.ones((1, g[:, 0, ..., 0].size), g.dtype)
@@ -82,9 +83,9 @@ def _product_with(strides: tuple[int, int]) -> Any:
             taps = [jnp.reshape(one, (-1, channels)) for one in terms]
             return jnp.concatenate([ones @ lax.optimization_barrier(one) for one in taps])
 
-        if kh * kw <= _FEW_WEIGHTS:
-            return jnp.stack([row(jnp.int32(i)) for i in range(kh)])
-        return lax.map(row, jnp.arange(kh))
+        if is_loop:
+            return lax.map(row, jnp.arange(kh))
+        return jnp.stack([row(jnp.int32(i)) for i in range(kh)])
 
     return bilinear(product, gradient_x, gradient_w)
 

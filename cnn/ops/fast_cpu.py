@@ -169,7 +169,18 @@ def _convolution(one: _Equation, images: Any, kernel: Any) -> jax.Array:
 
 
 def _product(one: _Equation, left: Any, right: Any) -> jax.Array:
-    return convolution.dot_general(left, right, **one.params)
+    """A product of the last axis with a matrix is one of two matrices."""
+    last = left.ndim - 1
+    if right.ndim != 2 or last < 2 or 0 in left.shape or not _is_layer(one.params, last):
+        return convolution.dot_general(left, right, **one.params)
+    rows = left.reshape(-1, left.shape[last])
+    numbers = (((1,), (0,)), ((), ()))
+    product = convolution.dot_general(rows, right, **{**one.params, "dimension_numbers": numbers})
+    return product.reshape(*left.shape[:last], right.shape[1])
+
+
+def _is_layer(params: dict[str, Any], last: int) -> bool:
+    return params["dimension_numbers"] == (((last,), (0,)), ((), ())) and not params["out_sharding"]
 
 
 def _pooling_window(one: _Equation, images: Any) -> tuple[int, int] | None:

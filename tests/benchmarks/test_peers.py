@@ -3,12 +3,13 @@
 import importlib.util
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import benchmarks.peers.__main__ as peers
 from benchmarks.peers import lineup
-from benchmarks.peers.contenders import flax_networks, ours
+from benchmarks.peers.contenders import flax_networks, ours, plain
 from benchmarks.peers.contenders.problem import make_problem
 from benchmarks.peers.rotation import Series, WorkerProcess, check_agreement
 from benchmarks.peers.tables import all_variants, best, comparison, matmul_share, ratio
@@ -104,6 +105,15 @@ def test_shared_weights_fit_any_resnet18():
         ours.place(weights, flax_networks.Net94())
 
 
+@pytest.mark.parametrize("network", plain.PLAIN)
+def test_shared_weights_fit_the_networks_of_plain_layers(network):
+    weights = make_problem(network, 1).weights
+    model = flax_networks.textbook_model(network)
+    variables = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), "f"))
+    shapes = jax.tree.map(lambda leaf: leaf.shape, dict(variables["params"]))
+    assert shapes == jax.tree.map(np.shape, weights)
+
+
 def test_absent_peers_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"torch, keras, .*pip install -e '\.\[bench\]'"):
@@ -116,7 +126,7 @@ def test_absent_peers_are_named(monkeypatch):
         (["--rounds=0"], "--rounds"),
         (["--seconds=soon"], "--seconds"),
         (["--batches=32,x"], "--batches"),
-        (["--networks=resnet"], "unknown network 'resnet'; known: baseline, net94, resnet18"),
+        (["--networks=resnet"], "unknown network 'resnet'; known: baseline, net94, resnet18, vgg"),
         (["--contenders=mxnet"], "unknown contender 'mxnet'"),
         (["--contenders=matmul-numpy"], "none of these --contenders runs baseline; add textbook"),
         (["--networks=resnet18", "--contenders=matmul-numpy"], "none of .* runs resnet18"),

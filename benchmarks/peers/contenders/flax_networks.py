@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.peers.contenders import plain
 from benchmarks.peers.contenders import problem as shared
 
 
@@ -131,13 +132,82 @@ class ResNet18(nn.Module):
         return nn.Dense(shared.NUM_CLASSES, name="head")(x.mean(axis=(1, 2)))
 
 
+class Plain(nn.Module):
+    """A network of `plain.PLAIN`, as people write it in Flax.
+
+    Attributes:
+      network: its name.
+    """
+
+    network: str
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        """`float[B, 32, 32, 3]` -> `float[B, 10]`."""
+        names = (one.name for one in plain.sized_layers(self.network))
+        layers = plain.PLAIN[self.network]
+        return self._apply(layers, image, names, train)
+
+    def _apply(
+        self, layers: Sequence[plain.Layer], x: jax.Array, names: Iterator[str], train: bool
+    ) -> jax.Array:
+        bias = plain.has_bias(self.network)
+        for kind, *sizes in layers:
+            if kind == "residual":
+                x = x + self._apply(sizes[0], x, names, train)
+            elif kind == "conv":
+                features, size, stride = sizes
+                padding = size // 2 if size % 2 else 0
+                x = nn.Conv(
+                    features, (size, size), stride, padding, use_bias=bias, name=next(names)
+                )(x)
+            elif kind == "depthwise":
+                (size, stride), groups = sizes, x.shape[-1]
+                x = nn.Conv(
+                    groups, (size, size), stride, size // 2, feature_group_count=groups,
+                    use_bias=bias, name=next(names),
+                )(x)  # fmt: skip
+            elif kind == "norm":
+                x = nn.BatchNorm(
+                    use_running_average=not train,
+                    momentum=shared.RESNET_DECAY,
+                    epsilon=shared.RESNET_EPSILON,
+                    name=next(names),
+                )(x)
+            elif kind == "layer_norm":
+                x = nn.LayerNorm(epsilon=shared.RESNET_EPSILON, name=next(names))(x)
+            elif kind == "dense":
+                x = nn.Dense(sizes[0], use_bias=bias, name=next(names))(x)
+            else:
+                x = _UNSIZED[kind](x)
+        return x
+
+
+_UNSIZED: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "gelu": nn.gelu,
+    "pool": lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)),
+    "mean": lambda x: x.mean(axis=(1, 2)),
+}
+
+
+def textbook_model(network: str) -> nn.Module:
+    """A network, in plain layers."""
+    named: dict[str, type[nn.Module]] = {
+        "baseline": Baseline,
+        "net94": Net94,
+        "resnet18": ResNet18,
+    }
+    return named[network]() if network in named else Plain(network)
+
+
 def optimizer(network: str) -> optax.GradientTransformation:
     """Adam for the baseline, else SGD; that of net94 leaves the whitening kernel unchanged."""
     rate = shared.LEARNING_RATE[network]
     if network == "baseline":
         return optax.adam(rate, eps=shared.ADAM_EPSILON)
     sgd = optax.sgd(rate, momentum=shared.MOMENTUM[network], nesterov=network == "net94")
-    if network == "resnet18":
+    if network != "net94":
         return sgd
 
     def labels(params: Any) -> Any:

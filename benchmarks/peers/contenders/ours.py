@@ -13,15 +13,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import cnn
 from benchmarks.peers.contenders import problem as shared
-from benchmarks.peers.contenders.flax_networks import JaxProgram, Net94, optimizer
+from benchmarks.peers.contenders.flax_networks import (
+    JaxProgram,
+    Net94,
+    optimizer,
+    textbook_model,
+)
 from cnn.ops import convolution
 
 
 def _model(network: str) -> nn.Module:
     if network == "baseline":
         return cnn.CNN(shared.NUM_CLASSES)
-    if network == "resnet18":
-        return cnn.create_model("resnet18", num_classes=shared.NUM_CLASSES)
+    if network != "net94":
+        return textbook_model(network)  # with `fast_cpu`
     return Net94(
         conv=convolution.conv_general_dilated,
         conv_max_pool=functools.partial(convolution.conv_general_dilated, pool=2),
@@ -47,6 +52,8 @@ def program(problem: shared.Problem, variant: str) -> JaxProgram:
         shared.IMAGE_SHAPE,
     )
     state = state.replace(params=place(problem.weights, model))
+    if problem.network not in ("baseline", "net94"):
+        state = state.replace(apply_fn=cnn.fast_cpu(state.apply_fn))
     train_step = jax.jit(cnn.train_step, donate_argnums=0)
 
     def step(

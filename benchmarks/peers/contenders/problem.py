@@ -8,16 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.peers.contenders import plain
+
 IMAGE_SHAPE = (32, 32, 3)
 NUM_CLASSES = 10
 
 # At 1e-2 two updates of resnet18 turn rounding into 1e-3 of the loss, at 1e-3 into 1e-5.
-LEARNING_RATE = {"baseline": 1e-3, "net94": 1e-2, "resnet18": 1e-3}
+LEARNING_RATE = {"baseline": 1e-3, "net94": 1e-2, "resnet18": 1e-3} | dict.fromkeys(
+    plain.PLAIN, 1e-3
+)
 # The baseline trains with Adam. Keras adds epsilon before the bias correction, the others after it:
 # at the usual 1e-8 that changes the fifth digit of the loss after three steps, at 1e-10 none.
 ADAM_EPSILON = 1e-10
-# The others train with SGD: net94 with Nesterov momentum, resnet18 with plain momentum.
-MOMENTUM = {"net94": 0.85, "resnet18": 0.9}
+# The others train with SGD: net94 with Nesterov momentum, the rest with plain momentum.
+MOMENTUM = {"net94": 0.85, "resnet18": 0.9} | dict.fromkeys(plain.PLAIN, 0.9)
 
 # The 94 % network.
 GROUPS = (64, 256, 256)
@@ -43,8 +47,8 @@ FLOP = {
     ("net94", "infer"): 236e6,
     ("net94", "train"): 709e6,
     ("resnet18", "train"): 3.329e9,
-}
-NETWORKS = ("baseline", "net94", "resnet18")
+} | {(name, phase): flop for name in plain.PLAIN for phase, flop in plain.flop(name).items()}
+NETWORKS = ("baseline", "net94", "resnet18", *plain.PLAIN)
 
 # Enough different images that a sample neither overfits them (gradients so small that some
 # processors slow down) nor finds them in the cache.
@@ -77,8 +81,8 @@ def make_problem(network: str, batch_size: int) -> Problem:
         "baseline": _baseline_weights,
         "net94": _net94_weights,
         "resnet18": _resnet18_weights,
-    }[network]
-    weights = draw(rng)
+    }
+    weights = draw[network](rng) if network in draw else _plain_weights(rng, network)
     count = max(_MIN_BATCHES, math.ceil(_MIN_IMAGES / batch_size))
     return Problem(
         network=network,
@@ -138,4 +142,15 @@ def _resnet18_weights(rng: np.random.Generator) -> dict[str, Any]:
                 add(f"{stage}_{block}_project", 1, channels, width)
             channels = width
     weights["head"] = _layer(rng, channels, NUM_CLASSES, bias=True)
+    return weights
+
+
+def _plain_weights(rng: np.random.Generator, network: str) -> dict[str, Any]:
+    weights: dict[str, Any] = {}
+    for one in plain.sized_layers(network):
+        if one.kernel:
+            weights[one.name] = _layer(rng, *one.kernel, bias=plain.has_bias(network))
+        else:
+            scale, bias = np.ones(one.channels, np.float32), np.zeros(one.channels, np.float32)
+            weights[one.name] = {"scale": scale, "bias": bias}
     return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.peers.contenders import plain
 from benchmarks.peers.contenders import problem as shared
 
 
@@ -107,6 +109,64 @@ def _resnet18() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
+class _LastAxis(nn.Module):
+    """Applies a layer to the channels of `[B, C, H, W]`, together in channels-last memory."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim != 4:
+            return self.layer(x)
+        return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class _Residual(nn.Module):
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.body(x)
+
+
+def _plain(network: str) -> nn.Sequential:
+    bias = plain.has_bias(network)
+    sized = iter(plain.sized_layers(network))
+
+    def build(layers: tuple[plain.Layer, ...]) -> list[nn.Module]:
+        return [layer for one in layers for layer in build_one(*one)]
+
+    def build_one(kind: str, *sizes: Any) -> list[nn.Module]:
+        if kind == "residual":
+            return [_Residual(build(sizes[0]))]
+        if kind in _UNSIZED:
+            return _UNSIZED[kind]()
+        channels, kernel = (one := next(sized)).channels, one.kernel
+        if kind == "norm":
+            momentum = 1 - shared.RESNET_DECAY
+            return [nn.BatchNorm2d(channels, shared.RESNET_EPSILON, momentum)]
+        if kind == "layer_norm":
+            return [_LastAxis(nn.LayerNorm(channels, shared.RESNET_EPSILON))]
+        if kind == "dense":
+            return [_LastAxis(nn.Linear(*kernel, bias=bias))]
+        size, stride = kernel[0], sizes[-1]
+        groups, padding = channels if kind == "depthwise" else 1, size // 2 if size % 2 else 0
+        inputs = groups * kernel[2]
+        return [nn.Conv2d(inputs, channels, size, stride, padding, groups=groups, bias=bias)]
+
+    return nn.Sequential(*build(plain.PLAIN[network]))
+
+
+_UNSIZED: dict[str, Callable[[], list[nn.Module]]] = {
+    "relu": lambda: [nn.ReLU()],
+    "gelu": lambda: [nn.GELU(approximate="tanh")],
+    "pool": lambda: [nn.MaxPool2d(2)],
+    "mean": lambda: [nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+}
+
+
 class TorchProgram:
     """A module, its fused optimizer and the batches.
 
@@ -118,7 +178,8 @@ class TorchProgram:
         mode, layout = variant.split("-")
         memory: Any = torch.channels_last if layout == "nhwc" else torch.contiguous_format
         self._network = problem.network
-        build = {"baseline": _baseline, "net94": _net94, "resnet18": _resnet18}[problem.network]
+        named = {"baseline": _baseline, "net94": _net94, "resnet18": _resnet18}
+        build = named.get(problem.network, functools.partial(_plain, problem.network))
         self._module = build().to(memory_format=memory)
         self._load(problem)
         self._initial = {name: array.clone() for name, array in self._module.state_dict().items()}

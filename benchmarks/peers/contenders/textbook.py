@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
 from benchmarks.peers.contenders import problem as shared
-from benchmarks.peers.contenders.flax_networks import (
-    Baseline,
-    JaxProgram,
-    Net94,
-    ResNet18,
-    optimizer,
-)
+from benchmarks.peers.contenders.flax_networks import JaxProgram, optimizer, textbook_model
 
 
 class _State(train_state.TrainState):
@@ -28,9 +21,7 @@ class _State(train_state.TrainState):
 
 def program(problem: shared.Problem) -> JaxProgram:
     """JAX without settings: one CPU device, on which XLA uses its own thread pool."""
-    model: nn.Module = {"baseline": Baseline, "net94": Net94, "resnet18": ResNet18}[
-        problem.network
-    ]()
+    model = textbook_model(problem.network)
     variables = model.init(jax.random.key(0), jnp.zeros((1, *shared.IMAGE_SHAPE)))
     state = _State.create(
         apply_fn=model.apply,
