@@ -16,8 +16,8 @@ from jax import lax
 from cnn.ops.layout import pad
 from cnn.ops.linear_map import bilinear
 
-# The gradients of so many weights are one program; of more, a loop, which is slower but compiles in a
-# quarter of the time for 7x7 weights.
+# The gradients of so many weights are one program; of more, a loop, which is slower but compiles in
+# a quarter of the time for 7x7 weights.
 _FEW_WEIGHTS = 9
 # Images whose gradients are added before their pixels are, in that program and in the loop.
 _ADDED_IMAGES = 8, 16
