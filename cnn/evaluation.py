@@ -194,15 +194,6 @@ def evaluate(
     return Metrics.merge(parts)
 
 
-def compile_evaluate(state: TrainState, split: DeviceSplit, *, batch_size: int = 1000) -> None:
-    """Compiles what `evaluate` calls for the same arguments, by scoring a batch of each size."""
-    mesh = _mesh(split)
-    starts = {size: start for start, size in _calls(state, split, batch_size)}
-    with _within(mesh):
-        for size, start in starts.items():
-            _eval_batch(state, split, start, batch_size=size, mesh=mesh, tta="none")
-
-
 def evaluate_each(
     states: TrainState, split: DeviceSplit, mesh: Mesh, *, batch_size: int = 1000
 ) -> list[Metrics]:

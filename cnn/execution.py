@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cnn.data.pipeline import Pipeline
 from cnn.errors import UserError
 from cnn.metrics import Metrics
 from cnn.runtime.devices import limit_in_flight, replicated_sharding
-from cnn.runtime.jax_settings import pinned_settings
 from cnn.steps import Batch, TrainState, has_native_convolution, train_step, train_steps
 
 _train_steps = jax.jit(train_steps, donate_argnames="state")
@@ -33,43 +28,13 @@ class TrainSteps:
     """`train_steps`, compiled for a state and a pipeline: see `compile_train_steps`."""
 
     def __init__(self, state: TrainState, pipeline: Pipeline) -> None:
-        self._pipeline, self._mesh = pipeline, pipeline.mesh
+        self._mesh = pipeline.mesh
         on_cpu = self._mesh.devices.flat[0].platform == "cpu"
         shape = (pipeline.batch_size, *pipeline.dataset.image_shape)
         # A native convolution is slow in a loop on a CPU: see `cnn.ops.microbatch`.
         self._is_looped = not (on_cpu and has_native_convolution(state, shape))
         self._compiles_each_length = self._is_looped and not on_cpu
         self._in_flight: list[Any] = []
-        self._ahead: concurrent.futures.Future[None] | None = None
-
-    @contextlib.contextmanager
-    def compiling(self, state: TrainState) -> Iterator[None]:
-        """Within it, a thread compiles, so that its caller does other things before the first call.
-
-        The first call waits for the thread, and raises its error; so does the end of the context,
-        without the error. Only a program of any number of steps is compiled ahead: the thread calls
-        it for no steps, after which it is in JAX's own memory of compiled functions.
-
-        Args:
-          state: of the first call, or its shapes and dtypes.
-        """
-        with concurrent.futures.ThreadPoolExecutor(1, "compile") as thread:
-            if self._is_looped and not self._compiles_each_length:
-                self._ahead = thread.submit(self._compile, state)
-            yield
-
-    def is_compiling(self, patience: float) -> bool:
-        """Whether the thread of `compiling` is at work, after a number of seconds if need be."""
-        running = [] if self._ahead is None else [self._ahead]
-        return bool(concurrent.futures.wait(running, patience).not_done)
-
-    def _compile(self, state: TrainState) -> None:
-        with pinned_settings(), jax.set_mesh(self._mesh):  # of this thread
-            shapes = state.replace(key=None)  # NumPy has no such dtype
-            zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-            state = zeros.replace(key=self._pipeline.augment_key)
-            state = jax.device_put(state, replicated_sharding(self._mesh))
-            _train_steps(state, self._pipeline.first_images(), 0)
 
     def what_compiles(self, num_steps: int) -> str:
         """What the first call with `num_steps` compiles, for the screen."""
@@ -84,9 +49,6 @@ class TrainSteps:
         Returns:
           The state, and metrics with leaves `[num_steps]` or longer; those beyond are zeros.
         """
-        if self._ahead is not None:
-            self._ahead.result()
-            self._ahead = None
         num_steps = min(num_steps, batches["label"].shape[0])
         if num_steps < 1:
             raise UserError(f"num_steps={num_steps} must be 1 or more")

@@ -178,25 +178,20 @@ class Experiment:
             state = self._with_proxy(state, *self.proxy)
         self._check_batch_size(state)
         self._check_step(state)
-        state = state.replace(skip_nonfinite=self._skips_nonfinite)
+        state = state.replace(skip_nonfinite=self.config.runtime.on_nonfinite == "skip")
         return jax.device_put(state, replicated_sharding(self.mesh))
 
     def initial_shapes(self) -> TrainState:
-        """Shapes and dtypes of the state without a proxy, of which nothing is compiled or computed.
+        """Shapes and dtypes of the state, of which nothing is compiled or computed.
 
         Raises:
           UserError: as for `initial_state`.
         """
         static = self._static_arguments()
-        # Traced as by `initial_state`, which need not do it again.
-        state = self.jit_once(initialize, tuple(static)).eval_shape(self._initial_key, **static)
+        state = jax.eval_shape(functools.partial(initialize, **static), self._initial_key)
         self._check_batch_size(state)
         self._check_step(state)
-        return state.replace(skip_nonfinite=self._skips_nonfinite)
-
-    @property
-    def _skips_nonfinite(self) -> bool:
-        return self.config.runtime.on_nonfinite == "skip"
+        return state
 
     @property
     def _initial_key(self) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 
 from cnn.config import to_json_dict
 from cnn.errors import UserError
-from cnn.evaluation import compile_evaluate, evaluate
+from cnn.evaluation import evaluate
 from cnn.experiment import Experiment, describe
 from cnn.ledger import Ledger
 from cnn.losses import evaluation_loss
@@ -64,19 +64,12 @@ class Run:
 
     def test(self, tta: str = "none") -> Metrics:
         """Scores the test images by the loss without label smoothing."""
-        return evaluate(self._scored, self.experiment.pipeline.test, tta=tta, **self._eval_batch)
-
-    def compile_test(self) -> None:
-        """Compiles what `test` calls."""
-        compile_evaluate(self._scored, self.experiment.pipeline.test, **self._eval_batch)
-
-    @property
-    def _scored(self) -> TrainState:
-        return self.state.replace(loss_fn=evaluation_loss(self.experiment.loss_fn))
-
-    @property
-    def _eval_batch(self) -> dict[str, int]:
-        return {"batch_size": self.experiment.config.runtime.eval_batch_size}
+        return evaluate(
+            self.state.replace(loss_fn=evaluation_loss(self.experiment.loss_fn)),
+            self.experiment.pipeline.test,
+            batch_size=self.experiment.config.runtime.eval_batch_size,
+            tta=tta,
+        )
 
     def finish(self) -> dict[str, Any]:
         """Waits for the last checkpoint, and writes the result."""
@@ -105,7 +98,6 @@ def open_run(
     described: Mapping[str, Any],
     writers: Sequence[Writer] = (),
     announces: bool = True,
-    compiling: Callable[[Experiment], contextlib.AbstractContextManager[object]] | None = None,
 ) -> Iterator[Run]:
     """Opens a run directory, and restores the latest state.
 
@@ -118,8 +110,6 @@ def open_run(
       described: what a script passes to `create_experiment`, from `describe_given`.
       writers: of the records.
       announces: whether data, devices and layers are printed.
-      compiling: makes a context in which an experiment that is to be trained is compiled, while its
-        initial state is made and saved.
 
     Raises:
       UserError: as for `train_and_evaluate`.
@@ -138,13 +128,8 @@ def open_run(
         recorded = {**to_json_dict(config), **described}
         check_same_config(run, recorded)  # before the data is loaded
         experiment = create()
-        with (
-            compilation_cache(config.runtime.compilation_cache),
-            contextlib.ExitStack() as compilation,
-        ):
+        with compilation_cache(config.runtime.compilation_cache):
             with waiting("initializing the model"):
-                if compiling is not None and finished is None:
-                    compilation.enter_context(compiling(experiment))
                 state, origin = experiment.initial_state(), None
             if source is not None:
                 state, origin = transfer(experiment, state, source, recorded)

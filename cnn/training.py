@@ -7,7 +7,6 @@ writes at the end of an epoch: `Ledger.end_epoch` (ledger).
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from cnn.augment import Augment
 from cnn.config import check_config
 from cnn.data import Dataset
 from cnn.errors import Interrupted, UserError
-from cnn.execution import TrainSteps, compile_train_steps
+from cnn.execution import compile_train_steps
 from cnn.experiment import Experiment, create_experiment, describe_given, devices_of
 from cnn.losses import LossFn
 from cnn.members import is_group
@@ -31,10 +30,6 @@ from cnn.runtime.progress import Progress
 from cnn.runtime.signals import GracefulShutdown
 from cnn.runtime.writers import Writer
 from cnn.steps import TrainState
-
-_EVALUATION = "compiling the evaluation"
-# Seconds: the training step takes fewer where an earlier process has compiled it.
-_PATIENCE = 0.3
 
 
 def train_and_evaluate(
@@ -87,37 +82,20 @@ def train_and_evaluate(
     def create() -> Experiment:
         return create_experiment(config, devices_of(config), **given)
 
-    train_steps: TrainSteps | None = None
-
-    def compiling(experiment: Experiment) -> contextlib.AbstractContextManager[None]:
-        nonlocal train_steps
-        shapes = experiment.initial_shapes()
-        if experiment.proxy is not None:  # whose shapes are not known
-            return contextlib.nullcontext()
-        train_steps = compile_train_steps(shapes, experiment.pipeline)
-        return train_steps.compiling(shapes)
-
-    with open_run(
-        config, workdir, create, described=described, writers=writers, compiling=compiling
-    ) as run:
+    with open_run(config, workdir, create, described=described, writers=writers) as run:
         if run.result is None:
-            train_run(run, train_steps)
+            train_run(run)
         assert run.result is not None
         present_result(run.state, run.experiment, run.directory, run.result, is_new=run.is_new)
     return run.state, run.result
 
 
-def train_run(run: Run, train_steps: TrainSteps | None = None) -> None:
-    """Trains a run that is not finished, from its state's step to the last or to an early stop.
-
-    Args:
-      run: to be trained.
-      train_steps: for its state, where it is being compiled.
-    """
+def train_run(run: Run) -> None:
+    """Trains a run that is not finished, from its state's step to the last or to an early stop."""
     experiment, checkpoints, ledger = run.experiment, run.checkpoints, run.ledger
     run.begin()
     pipeline, metrics, step = experiment.pipeline, ledger.metrics, int(run.state.step)
-    train_steps = train_steps or compile_train_steps(run.state, pipeline)
+    train_steps = compile_train_steps(run.state, pipeline)
     progress = Progress(
         num_steps=experiment.num_steps,
         steps_per_epoch=experiment.steps_per_epoch,
@@ -133,9 +111,6 @@ def train_run(run: Run, train_steps: TrainSteps | None = None) -> None:
             accumulator, signum = MetricsAccumulator(step, metrics), None
             for batches, num_steps in pipeline.batches(step, experiment.next_stop(step)):
                 step += num_steps
-                if train_steps.is_compiling(_PATIENCE):
-                    with progress.first_time(_EVALUATION, step):
-                        run.compile_test()
                 with progress.first_time(train_steps.what_compiles(num_steps), step):
                     run.state, scores = train_steps(run.state, batches, num_steps)
                 accumulator.add(scores, num_steps)
@@ -154,7 +129,7 @@ def train_run(run: Run, train_steps: TrainSteps | None = None) -> None:
             else:
                 speed = progress.images_per_second(step)
                 progress.evaluating(step)
-                with progress.first_time(_EVALUATION, step):
+                with progress.first_time("compiling the evaluation", step):
                     tested = run.test()
                 progress.epoch(ledger.end_epoch(run.state, metrics, tested, speed))
                 metrics = None

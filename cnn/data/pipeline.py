@@ -293,11 +293,6 @@ class Pipeline:
         """The batches of an epoch, counted from 0: see `batches`."""
         return self.batches(epoch * self.steps_per_epoch)
 
-    def first_images(self) -> dict[str, jax.Array]:
-        """What `batches` yields, of the first images in no order: for those who need the shapes."""
-        order = np.arange(len(self.dataset.train), dtype=np.int32)
-        return self._make_batches(jax.device_put(order, replicated_sharding(self.mesh)), 0)
-
     def order(self, epoch: int) -> jax.Array:
         """The places of the training images in an epoch's order, `int32[N]`."""
         return epoch_permutation(self._shuffle_key, epoch, len(self.dataset.train))
