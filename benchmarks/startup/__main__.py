@@ -1,12 +1,12 @@
-"""Times the first seconds of `train.py`: to its first line, to "data:", and to its first steps.
+"""Times the first seconds of `train.py`: to its first line, and by part to its first steps.
 
     python -m benchmarks.startup
 
-Each round starts whole processes for each config, one at a time: one without compiled programs, and
-one with those of a start before. The images have been decoded before. The first lines are those of
-`train.py` on a terminal. The parts are timed in a process of its own, which runs the same functions
-up to the end of the first call of the training step: one step or several, which the call makes.
-Linux only, where XDG_CACHE_HOME moves the cache.
+Each round makes three processes for each config, one after the other: `train.py` on a terminal, to
+its first line; a start with an empty cache of compiled programs; and one with what that left there.
+The two starts run the functions of `train.py` up to the end of the first call of the training step,
+which makes one step or several, and say when each part was over. The images have been decoded
+before. Linux only, where XDG_CACHE_HOME moves the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,6 @@ from cnn.runtime.disk import cache_directory
 
 _MODULE = "benchmarks.startup"
 _RESULTS = Path(__file__).resolve().parent / "results"
-_CACHES = ("empty", "warm")
-_FACTS = b"data:"
 
 
 def _flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -50,12 +48,8 @@ def _flags(argv: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
-def first_lines(config: str, place: Path) -> dict[str, float]:
-    """Seconds until `train.py` shows anything on a terminal, and until it shows "data:".
-
-    Raises:
-      UserError: it ends before.
-    """
+def first_line(config: str, place: Path) -> float:
+    """Seconds until `train.py` shows anything on a terminal; it is stopped then."""
     words = [sys.executable, str(workers.REPOSITORY / "train.py"), *_arguments(config, place)]
     reader, terminal = pty.openpty()
     begun = time.monotonic()
@@ -63,16 +57,9 @@ def first_lines(config: str, place: Path) -> dict[str, float]:
         words, stdin=terminal, stdout=terminal, stderr=terminal, env=_environment(place)
     )
     os.close(terminal)
-    text, first = b"", 0.0
     try:
-        while _FACTS not in text:
-            with contextlib.suppress(OSError):  # the end of a terminal
-                part = os.read(reader, 4096)
-                first = first or time.monotonic() - begun
-                text += part
-                continue
-            raise UserError(f"train.py failed: {workers.last_line(text.decode())}")
-        return {"first line": first, "data": time.monotonic() - begun}
+        os.read(reader, 1)
+        return time.monotonic() - begun
     finally:
         process.kill()
         process.wait()
@@ -104,11 +91,12 @@ def _arguments(config: str, place: Path) -> list[str]:
 
 
 def _environment(place: Path) -> dict[str, str]:
-    return workers.environment({"XDG_CACHE_HOME": str(place), "JAX_COMPILATION_CACHE_DIR": None})
+    changes = {"XDG_CACHE_HOME": str(place), "JAX_COMPILATION_CACHE_DIR": None}
+    return workers.environment({**changes, "PYTHONDONTWRITEBYTECODE": None})  # as for most users
 
 
 @contextlib.contextmanager
-def _cache() -> Any:
+def _cache() -> Iterator[Path]:
     """A cache without compiled programs, with the decoded images of the user's own."""
     own = cache_directory()
     (own / "decoded").mkdir(parents=True, exist_ok=True)
@@ -119,24 +107,22 @@ def _cache() -> Any:
         yield place
 
 
-def measure(config: str, place: Path) -> dict[str, Any]:
-    """A start with the compiled programs in a cache, which another start follows."""
-    found = parts(config, place)
-    return {**found, "lines": first_lines(config, place)}
-
-
 def _summary(starts: Sequence[dict[str, Any]]) -> str:
-    head = ["config", "compiled before", "n", "first line", '"data:"', "first steps"]
-    head += ["CPU seconds", *PARTS]
+    head = ["config", "compiled before", "n", "first line", "first steps", "CPU seconds", *PARTS]
     rows = []
-    for config, cache in dict.fromkeys((one["config"], one["cache"]) for one in starts):
-        same = [one for one in starts if (one["config"], one["cache"]) == (config, cache)]
-        samples = [[one["lines"]["first line"] for one in same]]
-        samples += [[one["lines"]["data"] for one in same]]
-        samples += [[sum(one["parts"].values()) for one in same], [one["cpu"] for one in same]]
-        spreads = [Spread.of(sample).text(2) for sample in samples]
-        medians = [f"{Spread.of([one['parts'][name] for one in same]).median:.2f}" for name in PARTS]
-        rows.append([config, "no" if cache == "empty" else "yes", str(len(same)), *spreads, *medians])
+    for config, compiled in dict.fromkeys((one["config"], one["compiled"]) for one in starts):
+        same = [one for one in starts if (one["config"], one["compiled"]) == (config, compiled)]
+        spreads = [
+            Spread.of(samples).text(2)
+            for samples in (
+                [one["first_line"] for one in same],
+                [sum(one["parts"].values()) for one in same],
+                [one["cpu"] for one in same],
+            )
+        ]
+        medians = [Spread.of([one["parts"][name] for one in same]).median for name in PARTS]
+        cells = [config, "yes" if compiled else "no", str(len(same)), *spreads]
+        rows.append([*cells, *(f"{median:.2f}" for median in medians)])
     return table(head, rows)
 
 
@@ -159,19 +145,19 @@ def main(argv: Sequence[str]) -> None:
     """Makes the rounds, and writes the table after each."""
     flags = _flags(argv)
     about, starts, text = machine.describe(), [], ""
-    with contextlib.ExitStack() as opened:
-        warm = {config: opened.enter_context(_cache()) for config in flags.configs}
-        for config, place in warm.items():
-            parts(config, place)  # decodes the images and compiles
-        for number in range(flags.rounds):
-            for config in flags.configs:
-                for cache in _CACHES:
-                    with _cache() as empty:
-                        found = measure(config, empty if cache == "empty" else warm[config])
-                    starts.append({"config": config, "cache": cache, **found})
-                    seconds = sum(found["parts"].values())
-                    log(f"round {number + 1}, {config}, {cache}: {seconds:.2f} s")
-            text = _write(flags, argv, about, starts)
+    for config in () if flags.quick else flags.configs:
+        with _cache() as place:
+            parts(config, place)  # decodes the images
+    for number in range(flags.rounds):
+        for config in flags.configs:
+            with _cache() as place:
+                seconds = first_line(config, place)
+                for compiled in (False, True):
+                    start = {"config": config, "compiled": compiled, "first_line": seconds}
+                    starts.append({**start, **parts(config, place)})
+            whole = [f"{sum(one['parts'].values()):.2f} s" for one in starts[-2:]]
+            log(f"round {number + 1}, {config}: {', then '.join(whole)}")
+        text = _write(flags, argv, about, starts)
     print(text)
 
 

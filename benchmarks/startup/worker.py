@@ -1,13 +1,14 @@
 """One start of `train.py`, timed from within, for `benchmarks.startup`.
 
-It is given the monotonic clock at its command and the flags of `train.py`. It runs the same functions,
-and ends after the first call of the training step with a line of JSON: seconds by part, in order.
+It is given the monotonic clock at its command and the flags of `train.py`. It runs the same
+functions, and ends after the first call of the training step with a line of JSON: seconds by part.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import json
 import os
 import sys
@@ -67,10 +68,10 @@ def main() -> None:
         setattr(place, name, timed)
 
     def report() -> None:
-        seconds = [end - start for start, end in zip(marks, marks[1:], strict=False)]
+        seconds = [end - start for start, end in itertools.pairwise(marks)]
         found = {"parts": dict(zip(PARTS, seconds, strict=True)), "cpu": time.process_time()}
         os.write(2, f"\n{json.dumps(found)}\n".encode())
-        os._exit(0)  # threads may be compiling
+        os._exit(0)  # without the rest of the run
 
     marked(cnn.training, "devices_of")
     marked(cnn.training, "create_experiment")
