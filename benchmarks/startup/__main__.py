@@ -131,8 +131,9 @@ def _write(flags: argparse.Namespace, argv: Sequence[str], about: Any, starts: A
         [
             f"`{command(_MODULE, argv)}`\n",
             f"{machine.sentence(about)}.\n",
-            "Seconds since the command: median (lowest to highest), of the parts the median. The "
-            "images were decoded before.\n",
+            "Seconds since the command, and of CPU: median (lowest to highest), of the parts the "
+            "median. The images were decoded before. The load average was "
+            f"{about['load_average_at_start']:.1f} at the start.\n",
             f"{_summary(starts)}\n",
         ]
     )
