@@ -4,6 +4,7 @@ Run from the root of the clone; each takes `--help` and writes into the `results
 
     python -m benchmarks.peers                  training and inference beside other frameworks
     python -m benchmarks.whole_runs             whole processes, beside a Keras script
+    python -m benchmarks.startup                the first seconds of a run, by part
     python -m benchmarks.speedrun               seeds of a speed recipe, beside its original script
     python -m benchmarks.accelerator            such a recipe on GPUs and TPUs, and where time goes
     python -m benchmarks.accuracy_by_cost       a picture of what these have kept: docs/speed.png
