@@ -134,19 +134,20 @@ def conv_general_dilated(
             strides = window_strides[0], window_strides[1]
             pads = _pads(lhs, rhs, strides, padding)
             # Winograd's transforms need the digits of float32.
-            fits_winograd = (
-                strides == (1, 1) and rhs.shape[:2] == (3, 3) and lhs.dtype == jnp.float32
-            )
+            dtype = lhs.dtype
+            wide = jnp.promote_types(dtype, jnp.float32)
+            rhs = rhs.astype(wide)
+            fits_winograd = strides == (1, 1) and rhs.shape[:2] == (3, 3) and wide == jnp.float32
             if choice == "auto":
                 use_winograd = fits_winograd and lhs.shape[-1] > _FEW_CHANNELS
                 choice = "winograd" if use_winograd else "patches"
             if choice == "patches":
                 return in_chunks(
-                    lambda x, w: im2col.convolve(x, w, strides, pads, precision, pool), lhs, rhs
+                    lambda x, w: im2col.convolve(x.astype(wide), w, strides, pads, precision, pool).astype(dtype), lhs, rhs
                 )
             if fits_winograd:
                 return in_chunks(
-                    lambda x, w: winograd.convolve(x, w, pads, precision, pool), lhs, rhs
+                    lambda x, w: winograd.convolve(x.astype(wide), w, pads, precision, pool).astype(dtype), lhs, rhs
                 )
     y = native(lhs, rhs)
     if pool == 1:
