@@ -14,4 +14,7 @@ def gelu(x: jax.Array) -> jax.Array:
     approximation by default, and otherwise uses erfc, which a CPU computes in several times the
     time of erf; what erfc adds is digits of values near 0 for x below -3.
     """
+    import os, jax.numpy as jnp
+    if x.dtype == jnp.bfloat16 and not os.environ.get("GELU16"):
+        return gelu(x.astype(jnp.float32)).astype(jnp.bfloat16)
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))

@@ -138,6 +138,8 @@ def conv_general_dilated(
             wide = jnp.promote_types(dtype, jnp.float32)
             rhs = rhs.astype(wide)
             fits_winograd = strides == (1, 1) and rhs.shape[:2] == (3, 3) and wide == jnp.float32
+            import os
+            rounded = dtype == jnp.bfloat16 and min(rhs.shape[2:]) >= int(os.environ.get("MINC", "64")) and rhs.shape[2]*rhs.shape[3]>=int(os.environ.get("MINCK", "1"))
             if choice == "auto":
                 use_winograd = fits_winograd and lhs.shape[-1] > _FEW_CHANNELS
                 choice = "winograd" if use_winograd else "patches"
@@ -147,7 +149,7 @@ def conv_general_dilated(
                 )
             if fits_winograd:
                 return in_chunks(
-                    lambda x, w: winograd.convolve(x.astype(wide), w, pads, precision, pool).astype(dtype), lhs, rhs
+                    lambda x, w: winograd.convolve(x.astype(wide), w, pads, precision, pool, round_products=rounded).astype(dtype), lhs, rhs
                 )
     y = native(lhs, rhs)
     if pool == 1:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cnn.ops.layout import batched_matmul, hwnc_to_nhwc, nhwc_to_hwnc, pad, unstack
+from cnn.ops.layout import rounded_matmul, batched_matmul, hwnc_to_nhwc, nhwc_to_hwnc, pad, unstack
 from cnn.ops.linear_map import linear_map
 from cnn.ops.pooling import tournament_max
 
@@ -51,6 +51,8 @@ def convolve(
     padding: tuple[tuple[int, int], ...],
     precision: Any,
     pool: int = 1,
+    *,
+    round_products: bool = False,
 ) -> jax.Array:
     """Convolution, then max pooling over `pool` x `pool` windows that do not overlap.
 
@@ -69,8 +71,10 @@ def convolve(
     x = pad(nhwc_to_hwnc(images), padding)
     height, width = ((n - 2) // pool for n in x.shape[:2])
     m = min(_OUTPUT, key=lambda m: _num_products(m, height * pool, width * pool))
+    if round_products:
+        m = 2
     tiles = -(-height * pool // m), -(-width * pool // m)
-    y: Any = _pooled_output_transform(_products(x, kernel, precision, m, tiles), m, pool)
+    y: Any = _pooled_output_transform(_products(x, kernel, precision, m, tiles, round_products), m, pool)
     # From [pooling windows of a tile, tiles down, tiles across, B, K] to the plane of outputs.
     windows = m // pool
     y = y.reshape(windows, windows, *y.shape[1:]).transpose(2, 0, 3, 1, 4, 5)
@@ -84,7 +88,7 @@ def _num_products(m: int, height: int, width: int) -> int:
 
 
 def _products(
-    x: jax.Array, kernel: jax.Array, precision: Any, m: int, tiles: tuple[int, int]
+    x: jax.Array, kernel: jax.Array, precision: Any, m: int, tiles: tuple[int, int], round_products: bool
 ) -> jax.Array:
     """(G g G^T) * (B^T d B), summed over C: `[(m + 2)**2 (column, row), *tiles, B, K]`."""
     (down, across), (_, _, batch, channels) = tiles, x.shape
@@ -97,6 +101,9 @@ def _products(
     x = _input_transform(unstack(x, 3), axis=2)
     x = x.reshape(-1, down, across, batch, channels)
     kernel = _kernel_transform(kernel.reshape(9, -1), m)
+    if round_products:
+        x, kernel = x.astype(jnp.bfloat16), kernel.reshape(x.shape[0], channels, -1)
+        return rounded_matmul(x, kernel, precision)
     return batched_matmul(x, kernel.reshape(x.shape[0], channels, -1), precision)
 
 
