@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -13,8 +14,11 @@ def gelu(x: jax.Array) -> jax.Array:
     Hendrycks & Gimpel 2016, "Gaussian Error Linear Units", eq. 2. `jax.nn.gelu` is the tanh
     approximation by default, and otherwise uses erfc, which a CPU computes in several times the
     time of erf; what erfc adds is digits of values near 0 for x below -3.
+
+    On a CPU bfloat16 and float16 are computed in float32 and rounded once: XLA would convert and
+    round at each operation there.
     """
-    import os, jax.numpy as jnp
-    if x.dtype == jnp.bfloat16 and not os.environ.get("GELU16"):
-        return gelu(x.astype(jnp.float32)).astype(jnp.bfloat16)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    if x.dtype != wide and jax.default_backend() == "cpu":
+        return gelu(x.astype(wide)).astype(x.dtype)
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))

@@ -12,6 +12,12 @@ products:
   decimal digit, turns gradients that are exactly zero into rounding noise, which sign-based
   optimizers notice, and spreads NaN and infinity to neighbouring pixels. See `cnn.ops.winograd`.
 
+bfloat16 and float16 mean there what they mean on a GPU: the operands of a product are rounded, its
+sums are float32, and the result is rounded, or kept in float32 where XLA fuses it with what follows.
+They are convolved in float32, as XLA computes little else fast on a CPU. Processors with AVX512-BF16
+or AMX multiply bfloat16 twice as fast; there dense products have operands of bfloat16, and so have
+those of "winograd" with many channels, which rounds its transformed operands too.
+
 All implementations are the same function of the same parameters, to rounding, and are
 differentiable to any order in any mode. `implementation=` chooses one; "auto" chooses by backend
 and shape.
@@ -22,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -34,6 +41,7 @@ from cnn.ops import im2col, pooling, winograd
 from cnn.ops.chunks import in_chunks
 from cnn.ops.layout import unstack
 from cnn.ops.linear_map import bilinear
+from cnn.ops.processor import has_bfloat16_products
 
 IMPLEMENTATIONS = ("auto", "native", "patches", "winograd")
 # Arrays of other dtypes are always convolved and pooled natively.
@@ -44,6 +52,9 @@ _natively = contextvars.ContextVar("natively", default=False)
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Up to this number of input channels the products of "winograd" are too thin to be fast.
 _FEW_CHANNELS = 3
+# With so many pairs of an input and an output channel, products of bfloat16 save more than the
+# smaller tiles of "winograd" cost that they need (benchmarks/NOTES.md).
+_MANY_PAIRS = 128 * 128
 # Flattening more pixels one by one takes long to compile.
 _FEW_PIXELS = 64
 
@@ -97,13 +108,16 @@ def conv_general_dilated(
     The convolution is native, whatever `implementation` is, unless it is two-dimensional, has the
     layouts NHWC and HWIO and no dilation or groups, its operands and its result have one dtype out
     of `DTYPES`, and they are not sharded over explicit mesh axes. "winograd" is native too unless
-    the kernel is 3x3, the strides are 1 and the dtype is float32.
+    the kernel is 3x3, the strides are 1 and the dtype is not float64. Both compute bfloat16 and
+    float16 in float32, and round the result. "winograd" also rounds the factors of its products to
+    bfloat16 where the operands are bfloat16, `precision` is None, the kernel has 128 x 128 pairs of
+    channels or more and the processor has such products.
 
     `pool=2` max-pools the result with 2x2 windows, stride 2 and no padding; outputs that the
     pooling drops are not computed. Bias and relu should follow the pooling: relu(pool(x) + b)
     equals pool(relu(x + b)) for a quarter of the work. Of equal elements in a window the first in
     row-major order gets the gradient, as with `nn.max_pool`, but here that is decided before the
-    relu: a window without a positive element passes no gradient back. "winograd" may round equal
+    relu, and before bfloat16 and float16 are rounded: a window without a positive element passes no gradient back. "winograd" may round equal
     elements apart, though not on a flat part of an image.
 
     Raises:
@@ -133,23 +147,24 @@ def conv_general_dilated(
         if use_own and _is_covered(lhs, rhs, result, dimension_numbers, pool):
             strides = window_strides[0], window_strides[1]
             pads = _pads(lhs, rhs, strides, padding)
-            # Winograd's transforms need the digits of float32.
-            dtype = lhs.dtype
-            wide = jnp.promote_types(dtype, jnp.float32)
-            rhs = rhs.astype(wide)
+            dtype, wide = lhs.dtype, jnp.promote_types(lhs.dtype, jnp.float32)
             fits_winograd = strides == (1, 1) and rhs.shape[:2] == (3, 3) and wide == jnp.float32
-            import os
-            rounded = dtype == jnp.bfloat16 and min(rhs.shape[2:]) >= int(os.environ.get("MINC", "64")) and rhs.shape[2]*rhs.shape[3]>=int(os.environ.get("MINCK", "1"))
             if choice == "auto":
                 use_winograd = fits_winograd and lhs.shape[-1] > _FEW_CHANNELS
                 choice = "winograd" if use_winograd else "patches"
+            own = None
             if choice == "patches":
+                own = functools.partial(im2col.convolve, strides=strides)
+            elif fits_winograd:
+                round_factors = precision is None and _is_fast_in_bfloat16(rhs)
+                own = functools.partial(winograd.convolve, round_factors=round_factors)
+            if own is not None:
+                fields = {"padding": pads, "precision": precision, "pool": pool}
+                # The gradients of the kernel are summed over the chunks in float32.
                 return in_chunks(
-                    lambda x, w: im2col.convolve(x.astype(wide), w, strides, pads, precision, pool).astype(dtype), lhs, rhs
-                )
-            if fits_winograd:
-                return in_chunks(
-                    lambda x, w: winograd.convolve(x.astype(wide), w, pads, precision, pool, round_products=rounded).astype(dtype), lhs, rhs
+                    lambda x, w: own(x.astype(wide), w, **fields).astype(dtype),
+                    lhs,
+                    rhs.astype(wide),
                 )
     y = native(lhs, rhs)
     if pool == 1:
@@ -206,11 +221,12 @@ def dot_general(
     *,
     out_sharding: Any = None,
 ) -> jax.Array:
-    """`jax.lax.dot_general`, with faster gradients of weights on a CPU.
+    """`jax.lax.dot_general`, with faster products of 16 bits and gradients of weights on a CPU.
 
     It can be passed as `nn.Dense(dot_general=...)`; arguments and errors are those of
     `lax.dot_general`. On a CPU the gradient of a weight matrix is computed in the layout in which
-    it is stored; the gradient that JAX derives is transposed.
+    it is stored; the gradient that JAX derives is transposed. Products of bfloat16 and float16
+    have float32 sums there, which are rounded.
     """
     native = functools.partial(
         lax.dot_general,
@@ -227,17 +243,26 @@ def dot_general(
     return native(lhs, rhs)
 
 
+def _contract(x: jax.Array, w: jax.Array, axis: int, precision: Any) -> jax.Array:
+    """The product over `axis` of x and the first axis of w, with sums of at least float32."""
+    dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
+    if dtype != jnp.bfloat16 or not has_bfloat16_products():
+        x, w = x.astype(wide), w.astype(wide)
+    numbers = ((axis,), (0,)), ((), ())
+    return lax.dot_general(x, w, numbers, precision, preferred_element_type=wide).astype(dtype)
+
+
 def _product(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
     """`[B, C]` times `[C, K]` -> `[B, K]`."""
-    return jnp.matmul(x, w, precision=precision)
+    return _contract(x, w, 1, precision)
 
 
 def _gradient_x(g: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
-    return jnp.matmul(g, w.T, precision=precision)
+    return _contract(g, w.T, 1, precision)
 
 
 def _gradient_w(g: jax.Array, x: jax.Array, precision: Any) -> jax.Array:
-    return lax.dot_general(x, g, (((0,), (0,)), ((), ())), precision)
+    return _contract(x, g, 0, precision)
 
 
 _matmul = bilinear(_product, _gradient_x, _gradient_w)
@@ -271,6 +296,12 @@ def _is_covered(lhs: jax.Array, rhs: jax.Array, result: Any, numbers: Any, pool:
         return False
     layout, nhwc = (lax.conv_dimension_numbers(lhs.shape, rhs.shape, n) for n in (numbers, _LAYOUT))
     return layout == nhwc and min(result.shape[1:3]) >= pool
+
+
+def _is_fast_in_bfloat16(kernel: jax.Array) -> bool:
+    """Whether "winograd" is faster with factors that are rounded to bfloat16."""
+    is_bfloat16 = kernel.dtype == jnp.bfloat16
+    return is_bfloat16 and has_bfloat16_products() and math.prod(kernel.shape[2:]) >= _MANY_PAIRS
 
 
 def _have_one_dtype(*arrays: Any) -> bool:

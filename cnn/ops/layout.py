@@ -40,17 +40,13 @@ def unstack(x: jax.Array, axis: int) -> list[jax.Array]:
     return [part.squeeze(axis) for part in lax.split(x, [1] * x.shape[axis], axis)]
 
 
-def _sums(dtype: Any) -> Any:
-    """The dtype of sums of products of bfloat16; None for the operands' own."""
-    return jnp.float32 if dtype == jnp.bfloat16 else None
-
-
 def _contract(
     x: jax.Array, w: jax.Array, x_axes: Sequence[int], w_axes: Sequence[int], precision: Any
 ) -> jax.Array:
     # jnp.einsum would reorder the axes, which costs a copy.
     numbers = (tuple(x_axes), tuple(w_axes)), ((0,), (0,))
-    return lax.dot_general(x, w, numbers, precision, preferred_element_type=_sums(x.dtype))
+    sums = jnp.promote_types(x.dtype, jnp.float32)
+    return lax.dot_general(x, w, numbers, precision, preferred_element_type=sums)
 
 
 def _product(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
@@ -77,8 +73,8 @@ def _rounded(x: jax.Array) -> jax.Array:
     return x.astype(jnp.bfloat16)
 
 
-# `bfloat16[N, ..., C]` times `float32[N, C, K]` -> `float32[N, ..., K]`: operands of products are
-# rounded to bfloat16, sums are float32.
+# `bfloat16[N, ..., C]` times `float32[N, C, K]` -> `float32[N, ..., K]`; in both passes the factors
+# are rounded to bfloat16 and the sums are float32.
 rounded_matmul = bilinear(
     lambda x, w, precision: _product(x, _rounded(w), precision),
     lambda g, w, precision: _rounded(_gradient_x(_rounded(g), _rounded(w), precision)),

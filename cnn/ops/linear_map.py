@@ -44,8 +44,8 @@ def linear_map(
     def system(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         a, b = pair
         zero = _zero(residual)
-        added = [_zero(each) * zero.astype(each.dtype) for each in pair]
-        return a + added[0], b + added[1] - forward(residual, a)
+        zero_a, zero_b = (zero.astype(each.dtype) * _zero(each) for each in pair)
+        return a + zero_a, b + zero_b - forward(residual, a)
 
     def solve(_: Any, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         a, b = pair
