@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.numpy as jnp
+
+from cnn.ops.precision import widened
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -15,10 +16,7 @@ def gelu(x: jax.Array) -> jax.Array:
     approximation by default, and otherwise uses erfc, which a CPU computes in several times the
     time of erf; what erfc adds is digits of values near 0 for x below -3.
 
-    On a CPU bfloat16 and float16 are computed in float32 and rounded once: XLA would convert and
-    round at each operation there.
+    On a CPU bfloat16 and float16 are computed in float32, and rounded once.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    if x.dtype != wide and jax.default_backend() == "cpu":
-        return gelu(x.astype(wide)).astype(x.dtype)
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+    x, dtype = widened(x), x.dtype
+    return (0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))).astype(dtype)

@@ -13,10 +13,10 @@ products:
   optimizers notice, and spreads NaN and infinity to neighbouring pixels. See `cnn.ops.winograd`.
 
 bfloat16 and float16 mean there what they mean on a GPU: the operands of a product are rounded, its
-sums are float32, and the result is rounded, or kept in float32 where XLA fuses it with what follows.
-They are convolved in float32, as XLA computes little else fast on a CPU. Processors with AVX512-BF16
-or AMX multiply bfloat16 twice as fast; there dense products have operands of bfloat16, and so have
-those of "winograd" with many channels, which rounds its transformed operands too.
+sums are float32, and the result is rounded, unless XLA fuses it with what follows. They are
+convolved in float32, as XLA computes little else fast on a CPU. Processors with AVX512-BF16 or AMX
+multiply bfloat16 twice as fast; there dense products have operands of bfloat16, and so have those
+of "winograd" with many channels, which rounds its transformed operands too.
 
 All implementations are the same function of the same parameters, to rounding, and are
 differentiable to any order in any mode. `implementation=` chooses one; "auto" chooses by backend
@@ -41,7 +41,7 @@ from cnn.ops import im2col, pooling, winograd
 from cnn.ops.chunks import in_chunks
 from cnn.ops.layout import unstack
 from cnn.ops.linear_map import bilinear
-from cnn.ops.processor import has_bfloat16_products
+from cnn.ops.precision import has_bfloat16_products, widened
 
 IMPLEMENTATIONS = ("auto", "native", "patches", "winograd")
 # Arrays of other dtypes are always convolved and pooled natively.
@@ -117,8 +117,8 @@ def conv_general_dilated(
     pooling drops are not computed. Bias and relu should follow the pooling: relu(pool(x) + b)
     equals pool(relu(x + b)) for a quarter of the work. Of equal elements in a window the first in
     row-major order gets the gradient, as with `nn.max_pool`, but here that is decided before the
-    relu, and before bfloat16 and float16 are rounded: a window without a positive element passes no gradient back. "winograd" may round equal
-    elements apart, though not on a flat part of an image.
+    relu, and before bfloat16 and float16 are rounded: a window without a positive element passes no
+    gradient back. "winograd" may round equal elements apart, though not on a flat part of an image.
 
     Raises:
       ValueError: `implementation` is unknown, or `pool` is neither 1 nor 2.
@@ -266,6 +266,15 @@ def _gradient_w(g: jax.Array, x: jax.Array, precision: Any) -> jax.Array:
 
 
 _matmul = bilinear(_product, _gradient_x, _gradient_w)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """`float[..., C]` and `float[C]`, rounded to the dtype of x -> their sum, in the dtype of x.
+
+    On a CPU the sum of bfloat16 and float16 is computed in float32, and so is the bias's gradient.
+    """
+    bias = widened(bias.astype(x.dtype)).reshape(*[1] * (x.ndim - 1), -1)
+    return (widened(x) + bias).astype(x.dtype)
 
 
 def flatten(images: jax.Array) -> jax.Array:

@@ -1,12 +1,26 @@
-"""What the processor multiplies fast: a fact about the machine, as `jax.default_backend()` is."""
+"""Which dtype a CPU computes fast in, for networks of 16-bit numbers."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 # As Linux names them.
 _BFLOAT16_PRODUCTS = frozenset(("avx512_bf16", "amx_bf16"))
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """On a CPU bfloat16 and float16 as float32; anything else, and on other backends, as it is.
+
+    XLA's CPU compiler computes other operations than products in float32 anyway, but rounds after
+    each, and sums in 16 bits.
+    """
+    if jax.default_backend() == "cpu" and x.dtype in (jnp.bfloat16, jnp.float16):
+        return x.astype(jnp.float32)
+    return x
 
 
 @functools.cache
