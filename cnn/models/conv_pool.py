@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cnn.ops.convolution import conv_general_dilated
+from cnn.ops.convolution import add_bias, conv_general_dilated
 
 
 class ConvPool(nn.Module):
@@ -51,7 +51,7 @@ class ConvPool(nn.Module):
         )
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-            y += bias.astype(self.dtype).reshape(1, 1, 1, -1)
+            y = add_bias(y, bias)
         return y
 
     def convolved_shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from cnn.models.checks import check_fields, check_image_rank
 from cnn.models.conv_pool import ConvPool
 from cnn.models.initializers import identity_first, uniform_fan_in, unit_std, whitening_kernel
 from cnn.ops.activations import gelu
-from cnn.ops.convolution import conv_general_dilated, max_pool
+from cnn.ops.convolution import add_bias, conv_general_dilated, max_pool
 from cnn.registry import shown
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -204,7 +204,7 @@ class _Whiten(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             implementation=self.implementation,
         )
-        return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        return add_bias(y, bias)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

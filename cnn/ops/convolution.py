@@ -14,6 +14,12 @@ products:
 
 A depthwise convolution is a sum of shifted images with either: see `cnn.ops.depthwise`.
 
+bfloat16 and float16 mean there what they mean on a GPU: the operands of a product are rounded, its
+sums are float32, and the result is rounded, unless XLA fuses it with what follows. They are
+convolved in float32, as XLA computes little else fast on a CPU. Processors with AVX512-BF16 or AMX
+multiply bfloat16 twice as fast; there dense products have operands of bfloat16, and so have those
+of "winograd" with many channels, which rounds its transformed operands too.
+
 All implementations are the same function of the same parameters, to rounding, and are
 differentiable to any order in any mode. `implementation=` chooses one; "auto" chooses by backend
 and shape.
@@ -24,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -36,6 +43,7 @@ from cnn.ops import depthwise, im2col, pooling, winograd
 from cnn.ops.chunks import in_chunks
 from cnn.ops.layout import unstack
 from cnn.ops.linear_map import bilinear
+from cnn.ops.precision import has_bfloat16_products, widened
 
 IMPLEMENTATIONS = ("auto", "native", "patches", "winograd")
 # Arrays of other dtypes are always convolved and pooled natively.
@@ -46,6 +54,9 @@ _natively = contextvars.ContextVar("natively", default=False)
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Up to this number of input channels the products of "winograd" are too thin to be fast.
 _FEW_CHANNELS = 3
+# With so many pairs of an input and an output channel, products of bfloat16 save more than the
+# smaller tiles of "winograd" cost that they need (benchmarks/NOTES.md).
+_MANY_PAIRS = 128 * 128
 # Flattening more pixels one by one takes long to compile.
 _FEW_PIXELS = 64
 
@@ -99,14 +110,17 @@ def conv_general_dilated(
     The convolution is native, whatever `implementation` is, unless it is two-dimensional, has the
     layouts NHWC and HWIO, no dilation, and no groups or one for each channel, its operands and its
     result have one dtype out of `DTYPES`, and they are not sharded over explicit mesh axes.
-    "winograd" is native too unless the kernel is 3x3, the strides are 1 and the dtype is float32.
+    "winograd" is native too unless the kernel is 3x3, the strides are 1 and the dtype is not
+    float64. Both compute bfloat16 and float16 in float32, and round the result. "winograd" also
+    rounds the factors of its products to bfloat16 where the operands are bfloat16, `precision` is
+    None, the kernel has 128 x 128 pairs of channels or more and the processor has such products.
 
     `pool=2` max-pools the result with 2x2 windows, stride 2 and no padding; outputs that the
     pooling drops are not computed. Bias and relu should follow the pooling: relu(pool(x) + b)
     equals pool(relu(x + b)) for a quarter of the work. Of equal elements in a window the first in
     row-major order gets the gradient, as with `nn.max_pool`, but here that is decided before the
-    relu: a window without a positive element passes no gradient back. "winograd" may round equal
-    elements apart, though not on a flat part of an image.
+    relu, and before bfloat16 and float16 are rounded: a window without a positive element passes no
+    gradient back. "winograd" may round equal elements apart, though not on a flat part of an image.
 
     Raises:
       ValueError: `implementation` is unknown, or `pool` is neither 1 nor 2.
@@ -137,22 +151,24 @@ def conv_general_dilated(
         if use_own and _is_covered(lhs, rhs, result, dimension_numbers, pool):
             strides = window_strides[0], window_strides[1]
             pads = _pads(lhs, rhs, strides, padding)
-            if is_depthwise:
-                return in_chunks(lambda x, w: depthwise.convolve(x, w, strides, pads), lhs, rhs)
-            # Winograd's transforms need the digits of float32.
-            fits_winograd = (
-                strides == (1, 1) and rhs.shape[:2] == (3, 3) and lhs.dtype == jnp.float32
-            )
+            dtype, wide = lhs.dtype, jnp.promote_types(lhs.dtype, jnp.float32)
+            fits_winograd = strides == (1, 1) and rhs.shape[:2] == (3, 3) and wide == jnp.float32
             if choice == "auto":
                 use_winograd = fits_winograd and lhs.shape[-1] > _FEW_CHANNELS
                 choice = "winograd" if use_winograd else "patches"
-            if choice == "patches":
+            fields = {"padding": pads, "precision": precision, "pool": pool}
+            own: Any = None
+            if is_depthwise:
+                own = functools.partial(depthwise.convolve, strides=strides, padding=pads)
+            elif choice == "patches":
+                own = functools.partial(im2col.convolve, strides=strides, **fields)
+            elif fits_winograd:
+                fields["round_factors"] = precision is None and _is_fast_in_bfloat16(rhs)
+                own = functools.partial(winograd.convolve, **fields)
+            if own is not None:
+                # The gradients of the kernel are summed over the chunks in float32.
                 return in_chunks(
-                    lambda x, w: im2col.convolve(x, w, strides, pads, precision, pool), lhs, rhs
-                )
-            if fits_winograd:
-                return in_chunks(
-                    lambda x, w: winograd.convolve(x, w, pads, precision, pool), lhs, rhs
+                    lambda x, w: own(x.astype(wide), w).astype(dtype), lhs, rhs.astype(wide)
                 )
     y = native(lhs, rhs)
     if pool == 1:
@@ -209,11 +225,12 @@ def dot_general(
     *,
     out_sharding: Any = None,
 ) -> jax.Array:
-    """`jax.lax.dot_general`, with faster gradients of weights on a CPU.
+    """`jax.lax.dot_general`, with faster products of 16 bits and gradients of weights on a CPU.
 
     It can be passed as `nn.Dense(dot_general=...)`; arguments and errors are those of
     `lax.dot_general`. On a CPU the gradient of a weight matrix is computed in the layout in which
-    it is stored; the gradient that JAX derives is transposed.
+    it is stored; the gradient that JAX derives is transposed. Products of bfloat16 and float16
+    have float32 sums there, which are rounded.
     """
     native = functools.partial(
         lax.dot_general,
@@ -230,20 +247,38 @@ def dot_general(
     return native(lhs, rhs)
 
 
+def _contract(x: jax.Array, w: jax.Array, axis: int, precision: Any) -> jax.Array:
+    """The product over `axis` of x and the first axis of w, with sums of at least float32."""
+    dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
+    if dtype != jnp.bfloat16 or not has_bfloat16_products():
+        x, w = x.astype(wide), w.astype(wide)
+    numbers = ((axis,), (0,)), ((), ())
+    return lax.dot_general(x, w, numbers, precision, preferred_element_type=wide).astype(dtype)
+
+
 def _product(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
     """`[B, C]` times `[C, K]` -> `[B, K]`."""
-    return jnp.matmul(x, w, precision=precision)
+    return _contract(x, w, 1, precision)
 
 
 def _gradient_x(g: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
-    return jnp.matmul(g, w.T, precision=precision)
+    return _contract(g, w.T, 1, precision)
 
 
 def _gradient_w(g: jax.Array, x: jax.Array, precision: Any) -> jax.Array:
-    return lax.dot_general(x, g, (((0,), (0,)), ((), ())), precision)
+    return _contract(x, g, 0, precision)
 
 
 _matmul = bilinear(_product, _gradient_x, _gradient_w)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """`float[..., C]` and `float[C]`, rounded to the dtype of x -> their sum, in the dtype of x.
+
+    On a CPU the sum of bfloat16 and float16 is computed in float32, and so is the bias's gradient.
+    """
+    bias = widened(bias.astype(x.dtype)).reshape(*[1] * (x.ndim - 1), -1)
+    return (widened(x) + bias).astype(x.dtype)
 
 
 def flatten(images: jax.Array) -> jax.Array:
@@ -274,6 +309,12 @@ def _is_covered(lhs: jax.Array, rhs: jax.Array, result: Any, numbers: Any, pool:
         return False
     layout, nhwc = (lax.conv_dimension_numbers(lhs.shape, rhs.shape, n) for n in (numbers, _LAYOUT))
     return layout == nhwc and min(result.shape[1:3]) >= pool
+
+
+def _is_fast_in_bfloat16(kernel: jax.Array) -> bool:
+    """Whether "winograd" is faster with factors that are rounded to bfloat16."""
+    is_bfloat16 = kernel.dtype == jnp.bfloat16
+    return is_bfloat16 and has_bfloat16_products() and math.prod(kernel.shape[2:]) >= _MANY_PAIRS
 
 
 def _have_one_dtype(*arrays: Any) -> bool:

@@ -44,7 +44,9 @@ def _contract(
     x: jax.Array, w: jax.Array, x_axes: Sequence[int], w_axes: Sequence[int], precision: Any
 ) -> jax.Array:
     # jnp.einsum would reorder the axes, which costs a copy.
-    return lax.dot_general(x, w, ((tuple(x_axes), tuple(w_axes)), ((0,), (0,))), precision)
+    numbers = (tuple(x_axes), tuple(w_axes)), ((0,), (0,))
+    sums = jnp.promote_types(x.dtype, jnp.float32)
+    return lax.dot_general(x, w, numbers, precision, preferred_element_type=sums)
 
 
 def _product(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
@@ -65,3 +67,16 @@ def _gradient_w(g: jax.Array, x: jax.Array, precision: Any) -> jax.Array:
 
 
 batched_matmul = bilinear(_product, _gradient_x, _gradient_w)
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16)
+
+
+# `bfloat16[N, ..., C]` times `float32[N, C, K]` -> `float32[N, ..., K]`; in both passes the factors
+# are rounded to bfloat16 and the sums are float32.
+rounded_matmul = bilinear(
+    lambda x, w, precision: _product(x, _rounded(w), precision),
+    lambda g, w, precision: _rounded(_gradient_x(_rounded(g), _rounded(w), precision)),
+    lambda g, x, precision: _gradient_w(_rounded(g), x, precision),
+)

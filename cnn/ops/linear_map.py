@@ -44,7 +44,8 @@ def linear_map(
     def system(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         a, b = pair
         zero = _zero(residual)
-        return a + zero * _zero(a), b + zero * _zero(b) - forward(residual, a)
+        zero_a, zero_b = (zero.astype(each.dtype) * _zero(each) for each in pair)
+        return a + zero_a, b + zero_b - forward(residual, a)
 
     def solve(_: Any, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         a, b = pair
@@ -55,9 +56,9 @@ def linear_map(
         return a + transpose(residual, b), b
 
     result = jax.eval_shape(forward, residual, x)
-    right = x, jnp.broadcast_to(_zero(x), result.shape)
+    right = x, jnp.broadcast_to(_zero(x).astype(result.dtype), result.shape)
     a, b = lax.custom_linear_solve(system, right, solve, solve_transposed)
-    return b + _zero(a)
+    return b + _zero(a).astype(b.dtype)
 
 
 def bilinear(product: Product, gradient_x: Product, gradient_w: Product) -> Product:

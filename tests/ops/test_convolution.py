@@ -16,8 +16,8 @@ from cnn.ops import convolution
 # of magnitudes of the products that make up a number: rounding grows with that, and the number
 # itself may be near zero. Measured over 70 random shapes, of up to 200 channels, on x86: 2e-7 in
 # float32 for "patches", 2.3e-6 for "winograd", which adds up multiples of its inputs. In bfloat16
-# 7e-3: the image gradient of "patches" rounds each of kh * kw terms.
-BOUNDS = {"patches": 5e-7, "winograd": 5e-6, "bfloat16": 2**-6}
+# both may round to the other neighbour.
+BOUNDS = {"patches": 5e-7, "winograd": 5e-6, "bfloat16": 2**-8}
 
 # Kernels and gradients that are multiples of this keep all sums of "winograd" whole.
 WHOLE = 24**2
@@ -146,8 +146,9 @@ def test_every_implementation_agrees_with_the_native_one(fn, kind, data):
     x, w, g = whole(image, kernel, out, dtype=dtype)
     scale = WHOLE if dtype == "float32" else 1
     results, _ = run(x, scale * w, scale * g)
-    for result in results.values():
-        assert_equal(result, results["native"])
+    for name, result in results.items():
+        if (name, dtype) != ("winograd", "bfloat16"):  # computes fractions of such small kernels
+            assert_equal(result, results["native"])
 
 
 @each_function
@@ -483,14 +484,17 @@ def test_native_operators_are_those_of_a_gpu_on_any_backend():
     assert program(network) == here
 
 
-def test_winograd_is_for_float32_and_3x3_kernels_without_strides():
+def test_winograd_is_for_3x3_kernels_without_strides_and_up_to_float32():
     x, w = normal((1, 8, 8, 3), (3, 3, 3, 4))
     own = functools.partial(apply, conv_max_pool, implementation="winograd")
     assert "conv_general_dilated" not in operators(own, x, w)
     strided = functools.partial(own, window_strides=(2, 1))
-    other = (x.astype("bfloat16"), w.astype("bfloat16")), (x, w[:2])
+    narrow = x.astype("bfloat16"), w.astype("bfloat16")
+    assert "conv_general_dilated" not in operators(own, *narrow)
     assert "conv_general_dilated" in operators(strided, x, w)
-    assert all("conv_general_dilated" in operators(own, *operands) for operands in other)
+    assert "conv_general_dilated" in operators(own, x, w[:2])
+    with jax.enable_x64(True):
+        assert "conv_general_dilated" in operators(own, np.float64(x), np.float64(w))
 
 
 @pytest.mark.parametrize(
