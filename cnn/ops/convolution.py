@@ -228,8 +228,9 @@ def dot_general(
     """`jax.lax.dot_general`, with faster products of 16 bits and gradients of weights on a CPU.
 
     It can be passed as `nn.Dense(dot_general=...)`; arguments and errors are those of
-    `lax.dot_general`. On a CPU the gradient of a weight matrix is computed in the layout in which
-    it is stored; the gradient that JAX derives is transposed. Products of bfloat16 and float16
+    `lax.dot_general`. On a CPU a product of the last axis with a matrix is one of two matrices, and
+    the gradient of a weight matrix is computed in the layout in which it is stored; the gradient
+    that JAX derives is transposed. Products of bfloat16 and float16
     have float32 sums there, which are rounded.
     """
     native = functools.partial(
@@ -239,11 +240,16 @@ def dot_general(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     )
-    if _is_for_cpu() and dimension_numbers == (((1,), (0,)), ((), ())) and out_sharding is None:
+    last = jnp.ndim(lhs) - 1
+    if _is_for_cpu() and dimension_numbers == (((last,), (0,)), ((), ())) and out_sharding is None:
         result = jax.eval_shape(native, lhs, rhs)
-        use_own = jnp.ndim(lhs) == jnp.ndim(rhs) == 2 and _have_one_dtype(lhs, rhs, result)
+        use_own = last >= 1 and jnp.ndim(rhs) == 2 and _have_one_dtype(lhs, rhs, result)
+        # The rows of no elements could not be counted.
+        use_own &= last == 1 or 0 not in jnp.shape(lhs)
         if use_own and not _are_explicitly_sharded(lhs, rhs):
-            return _matmul(lhs, rhs, precision)
+            rows = lhs if last == 1 else lhs.reshape(-1, lhs.shape[last])
+            product = _matmul(rows, rhs, precision)
+            return product if last == 1 else product.reshape(result.shape)
     return native(lhs, rhs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,39 +11,31 @@ import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives
 
-from cnn.ops import convolution
+from cnn.ops import convolution, pooling
 
 _Arrays = Sequence[Any]
 
 
+@dataclasses.dataclass(frozen=True)
 class FastCpu:
     """A function whose convolutions, poolings and products are those of `cnn.ops.convolution`.
 
     It is traced, and each native operator that `cnn.ops.convolution` has in a form for a CPU is
-    replaced before anything is differentiated: convolutions without groups and dilation, max and
-    average pooling over windows that do not overlap, products with a matrix. What else the function
-    does stays as it is, also within `jax.custom_jvp` and `jax.custom_vjp`, whose gradient is their
-    author's. So the result is the same function up to rounding; what "winograd" does to digits,
-    zeros and NaN is in `cnn.ops.convolution`. On other backends nothing is replaced.
+    replaced before anything is differentiated: convolutions without dilation and without groups or
+    with one for each channel, max and average pooling over windows that do not overlap, products
+    with a matrix. What else the function does stays as it is, also within `jax.custom_jvp` and
+    `jax.custom_vjp`, whose gradient is their author's. So the result is the same function up to
+    rounding; what "winograd" does to digits, zeros and NaN is in `cnn.ops.convolution`. On other
+    backends nothing is replaced.
 
     Equal functions make equal objects, so that `jit` compiles them once. Attributes of the function
     are reached through this object.
 
-    Args:
-      fn: a pure function of pytrees of arrays, which may hold other values too, such as flags.
-
     Attributes:
-      fn: as given.
+      fn: a pure function of pytrees of arrays, which may hold other values too, such as flags.
     """
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self.fn = fn
-
-    def __hash__(self) -> int:
-        return hash((FastCpu, self.fn))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, FastCpu) and self.fn == other.fn
+    fn: Callable[..., Any]
 
     def __getattr__(self, name: str) -> Any:
         if name == "fn":  # of an object that is not made yet, as `copy` makes them
@@ -169,18 +162,7 @@ def _convolution(one: _Equation, images: Any, kernel: Any) -> jax.Array:
 
 
 def _product(one: _Equation, left: Any, right: Any) -> jax.Array:
-    """A product of the last axis with a matrix is one of two matrices."""
-    last = left.ndim - 1
-    if right.ndim != 2 or last < 2 or 0 in left.shape or not _is_layer(one.params, last):
-        return convolution.dot_general(left, right, **one.params)
-    rows = left.reshape(-1, left.shape[last])
-    numbers = (((1,), (0,)), ((), ()))
-    product = convolution.dot_general(rows, right, **{**one.params, "dimension_numbers": numbers})
-    return product.reshape(*left.shape[:last], right.shape[1])
-
-
-def _is_layer(params: dict[str, Any], last: int) -> bool:
-    return params["dimension_numbers"] == (((last,), (0,)), ((), ())) and not params["out_sharding"]
+    return convolution.dot_general(left, right, **one.params)
 
 
 def _pooling_window(one: _Equation, images: Any) -> tuple[int, int] | None:
@@ -204,10 +186,7 @@ def _sum_pooling(one: _Equation, images: Any) -> jax.Array:
     window = _pooling_window(one, images)
     if window is None:
         return one.unchanged(images)
-    (h, w), (batch, height, width, channels) = window, images.shape
-    rows, columns = height // h, width // w
-    x = images[:, : rows * h, : columns * w].reshape(batch, rows, h, columns, w, channels)
-    return x.sum((2, 4))
+    return pooling.windows_apart(images, window).sum((2, 4))
 
 
 _REPLACEMENTS: dict[Any, Callable[..., Any]] = {

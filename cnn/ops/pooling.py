@@ -29,10 +29,15 @@ def indexed_max_pool(images: jax.Array, window: tuple[int, int]) -> jax.Array:
 
     The gradient of XLA's own pooling there is a scatter, which takes longer than a convolution.
     """
+    return _max_of_windows(windows_apart(images, window))
+
+
+def windows_apart(images: jax.Array, window: tuple[int, int]) -> jax.Array:
+    """`[B, H, W, C]` -> `[B, H // h, h, W // w, w, C]`; what is left over is dropped."""
     batch, height, width, channels = images.shape
     (h, w), rows, columns = window, height // window[0], width // window[1]
     x = images[:, : rows * h, : columns * w]
-    return _max_of_windows(x.reshape(batch, rows, h, columns, w, channels))
+    return x.reshape(batch, rows, h, columns, w, channels)
 
 
 @jax.custom_jvp

@@ -94,6 +94,19 @@ def test_a_network_of_plain_layers_trains_alike_without_native_operators(model):
         np.testing.assert_allclose(actual, expected, atol=2e-4, err_msg=str(path))
 
 
+def test_a_dense_layer_of_pixels_is_a_product_of_two_matrices():
+    layer = nn.Dense(6)
+    variables = layer.init(jax.random.key(0), images())
+    fast = fast_cpu(layer.apply)
+    program = str(jax.make_jaxpr(fast)(variables, images()))
+    assert "(([1], [0]), ([], []))" in program
+    assert "(([3], [0]), ([], []))" not in program
+    np.testing.assert_allclose(
+        fast(variables, images()), layer.apply(variables, images()), rtol=1e-5, atol=1e-6
+    )
+    assert fast(variables, images()[:0]).shape == (0, 10, 10, 6)
+
+
 def test_what_is_not_covered_stays_native():
     def fn(x, w):
         x = nn.max_pool(x, (3, 3), (2, 2))  # windows overlap

@@ -21,12 +21,14 @@ from benchmarks.peers.contenders.flax_networks import (
 )
 from cnn.ops import convolution
 
+_TUNED = ("baseline", "net94")  # networks that are written with `cnn.ops`
+
 
 def _model(network: str) -> nn.Module:
+    if network not in _TUNED:
+        return textbook_model(network)  # with `fast_cpu`
     if network == "baseline":
         return cnn.CNN(shared.NUM_CLASSES)
-    if network != "net94":
-        return textbook_model(network)  # with `fast_cpu`
     return Net94(
         conv=convolution.conv_general_dilated,
         conv_max_pool=functools.partial(convolution.conv_general_dilated, pool=2),
@@ -52,7 +54,7 @@ def program(problem: shared.Problem, variant: str) -> JaxProgram:
         shared.IMAGE_SHAPE,
     )
     state = state.replace(params=place(problem.weights, model))
-    if problem.network not in ("baseline", "net94"):
+    if problem.network not in _TUNED:
         state = state.replace(apply_fn=cnn.fast_cpu(state.apply_fn))
     train_step = jax.jit(cnn.train_step, donate_argnums=0)
 

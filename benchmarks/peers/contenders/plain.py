@@ -59,14 +59,12 @@ class Sized(NamedTuple):
 
     Attributes:
       name: in the weights.
-      layer: of `PLAIN`.
       kernel: shape of its kernel, as in Flax; () for a normalization.
       channels: of its output.
       side: of its output, in pixels.
     """
 
     name: str
-    layer: Layer
     kernel: tuple[int, ...]
     channels: int
     side: int
@@ -92,7 +90,7 @@ def sized_layers(network: str, channels: int = 3, side: int = 32) -> list[Sized]
             elif kind in ("pool", "mean"):
                 side = side // 2 if kind == "pool" else 1
             if kernel or kind in ("norm", "layer_norm"):
-                found.append(Sized(f"{kind}_{len(found)}", layer, kernel, channels, side))
+                found.append(Sized(f"{kind}_{len(found)}", kernel, channels, side))
         return channels, side
 
     add(PLAIN[network], channels, side)
