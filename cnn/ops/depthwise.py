@@ -7,6 +7,7 @@ and products of whole images are vectorized over the channels.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -15,12 +16,10 @@ from jax import lax
 
 from cnn.ops.layout import pad
 from cnn.ops.linear_map import bilinear
+from cnn.ops.microbatch import MicrobatchPlan
 
-# The gradients of so many weights are one program; of more, a loop, which is slower but compiles in
-# a quarter of the time for 7x7 weights.
-_FEW_WEIGHTS = 9
-# Images whose gradients are added before their pixels are, in that program and in the loop.
-_ADDED_IMAGES = 8, 16
+# Images whose products with a gradient are added before their pixels are (benchmarks/NOTES.md).
+_ADDED_IMAGES = 8
 
 
 def convolve(
@@ -66,26 +65,32 @@ def _product_with(strides: tuple[int, int]) -> Any:
         return _product_with((1, 1))(apart, w[::-1, ::-1], None)
 
     def gradient_w(g: jax.Array, x: jax.Array, _: Any) -> jax.Array:
-        batch, channels = g.shape[0], g.shape[-1]
-        kh, kw = (
-            n - (m - 1) * s for n, m, s in zip(x.shape[1:3], g.shape[1:3], strides, strict=True)
-        )
-        is_loop = kh * kw > _FEW_WEIGHTS
-        added = next(n for n in range(_ADDED_IMAGES[is_loop], 0, -1) if batch % n == 0)
+        batch, *size, channels = g.shape
+        sides = [(n - 1) * stride + 1 for n, stride in zip(size, strides, strict=True)]
+        kh, kw = (n - side + 1 for n, side in zip(x.shape[1:3], sides, strict=True))
+        # Some images of one device are added, then their pixels, by a product; what is left are
+        # sums of several devices, which meet once, after the loop.
+        images = batch // MicrobatchPlan.for_batch(g).num_shards
+        added = next(n for n in range(_ADDED_IMAGES, 0, -1) if images % n == 0)
         x, g = (one.reshape(-1, added, *one.shape[1:]) for one in (x, g))
-        height = (g.shape[2] - 1) * strides[0] + 1
-        ones = jnp.ones((1, g[:, 0, ..., 0].size), g.dtype)
+        groups = g.shape[0]
+        ones = jnp.ones((groups, 1, math.prod(size)), g.dtype)
 
-        def row(i: jax.Array) -> jax.Array:
-            rows = lax.dynamic_slice_in_dim(x, i, height, axis=2)
-            views = [_views(rows[:, n], (1, kw), strides) for n in range(added)]
-            terms = [sum(view(0, j) * g[:, n] for n, view in enumerate(views)) for j in range(kw)]
-            taps = [jnp.reshape(one, (-1, channels)) for one in terms]
-            return jnp.concatenate([ones @ lax.optimization_barrier(one) for one in taps])
+        def weight(place: jax.Array) -> jax.Array:
+            def view(n: int) -> jax.Array:
+                start = 0, n, place // kw, place % kw, 0
+                part = lax.dynamic_slice(
+                    x, start, (groups, 1, *sides, channels), allow_negative_indices=False
+                )
+                return part[:, 0, :: strides[0], :: strides[1]]
 
-        if is_loop:
-            return lax.map(row, jnp.arange(kh))
-        return jnp.stack([row(jnp.int32(i)) for i in range(kh)])
+            terms = functools.reduce(jnp.add, [view(n) * g[:, n] for n in range(added)])
+            terms = lax.optimization_barrier(terms.reshape(groups, -1, channels))
+            return lax.dot_general(ones, terms, (((2,), (1,)), ((0,), (0,))))
+
+        # A loop: a program of all weights takes longer, to run and to compile.
+        sums = lax.map(weight, jnp.arange(kh * kw))
+        return sums.sum((1, 2)).reshape(kh, kw, channels)
 
     return bilinear(product, gradient_x, gradient_w)
 
