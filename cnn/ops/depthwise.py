@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -68,29 +69,37 @@ def _product_with(strides: tuple[int, int]) -> Any:
         batch, *size, channels = g.shape
         sides = [(n - 1) * stride + 1 for n, stride in zip(size, strides, strict=True)]
         kh, kw = (n - side + 1 for n, side in zip(x.shape[1:3], sides, strict=True))
-        # Some images of one device are added, then their pixels, by a product; what is left are
-        # sums of several devices, which meet once, after the loop.
-        images = batch // MicrobatchPlan.for_batch(g).num_shards
-        added = next(n for n in range(_ADDED_IMAGES, 0, -1) if images % n == 0)
-        x, g = (one.reshape(-1, added, *one.shape[1:]) for one in (x, g))
-        groups = g.shape[0]
-        ones = jnp.ones((groups, 1, math.prod(size)), g.dtype)
+        # A few images of each device after the other, which stay in its cache for all weights; the
+        # products with a gradient are added, then their pixels, by a product with ones. The sums
+        # of several devices meet once, after the loop.
+        shards = MicrobatchPlan.for_batch(g).num_shards
+        added = next(n for n in range(_ADDED_IMAGES, 0, -1) if batch // shards % n == 0)
+        x, g = (one.reshape(shards, -1, added, *one.shape[1:]) for one in (x, g))
+        groups = g.shape[1]
+        ones = jnp.ones((shards, 1, math.prod(size)), g.dtype)
 
         def weight(place: jax.Array) -> jax.Array:
-            def view(n: int) -> jax.Array:
-                start = 0, n, place // kw, place % kw, 0
-                part = lax.dynamic_slice(
-                    x, start, (groups, 1, *sides, channels), allow_negative_indices=False
-                )
-                return part[:, 0, :: strides[0], :: strides[1]]
+            group, i, j = place // (kh * kw), place // kw % kh, place % kw
 
-            terms = functools.reduce(jnp.add, [view(n) * g[:, n] for n in range(added)])
-            terms = lax.optimization_barrier(terms.reshape(groups, -1, channels))
+            def part(of: jax.Array, n: int, i: Any, j: Any, sides: Sequence[int]) -> jax.Array:
+                one = lax.dynamic_slice(
+                    of,
+                    (0, group, n, i, j, 0),
+                    (shards, 1, 1, *sides, channels),
+                    allow_negative_indices=False,
+                )
+                return one[:, 0, 0]
+
+            def term(n: int) -> jax.Array:
+                view = part(x, n, i, j, sides)[:, :: strides[0], :: strides[1]]
+                return view * part(g, n, 0, 0, size)
+
+            terms = functools.reduce(jnp.add, map(term, range(added)))
+            terms = lax.optimization_barrier(terms.reshape(shards, -1, channels))
             return lax.dot_general(ones, terms, (((2,), (1,)), ((0,), (0,))))
 
-        # A loop: a program of all weights takes longer, to run and to compile.
-        sums = lax.map(weight, jnp.arange(kh * kw))
-        return sums.sum((1, 2)).reshape(kh, kw, channels)
+        sums = lax.map(weight, jnp.arange(groups * kh * kw))
+        return sums.reshape(groups, kh, kw, shards, channels).sum((0, 3))
 
     return bilinear(product, gradient_x, gradient_w)
 
