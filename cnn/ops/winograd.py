@@ -60,7 +60,7 @@ _KERNEL_SCALE = {2: 1, 4: 24}
 # To transform a large kernel and its gradient, and to read them from memory, takes as long as the
 # products of so many tiles (benchmarks/NOTES.md). Kernels of fewer pairs of channels stay in the
 # caches.
-_TILES_PER_KERNEL = 90
+_TILES_PER_KERNEL = 80
 _LARGE_KERNEL = 128 * 128
 
 
