@@ -55,9 +55,13 @@ def _product_with(strides: tuple[int, int]) -> Any:
 
     def product(x: jax.Array, w: jax.Array, _: Any) -> jax.Array:
         kh, kw = w.shape[:2]
-        view = _views(x, (kh, kw), strides)
-        terms = [view(i, j) * w[None, None, i, j, None] for i in range(kh) for j in range(kw)]
-        return functools.reduce(jnp.add, terms)
+        high, wide = x.shape[1] - kh + 1, x.shape[2] - kw + 1
+
+        def term(i: int, j: int) -> jax.Array:
+            view = x[:, i : i + high : strides[0], j : j + wide : strides[1]]
+            return view * w[None, None, i, j, None]
+
+        return functools.reduce(jnp.add, [term(i, j) for i in range(kh) for j in range(kw)])
 
     def gradient_x(g: jax.Array, w: jax.Array, _: Any) -> jax.Array:
         kh, kw = w.shape[:2]
@@ -102,10 +106,3 @@ def _product_with(strides: tuple[int, int]) -> Any:
         return sums.reshape(groups, kh, kw, shards, channels).sum((0, 3))
 
     return bilinear(product, gradient_x, gradient_w)
-
-
-def _views(x: jax.Array, window: tuple[int, int], strides: tuple[int, int]) -> Any:
-    """A function of (i, j): pixel (i, j) of each window of `[B, H, W, C]`."""
-    (kh, kw), (high, wide) = window, strides
-    last = x.shape[1] - kh, x.shape[2] - kw
-    return lambda i, j: x[:, i : i + last[0] + 1 : high, j : j + last[1] + 1 : wide]
