@@ -15,16 +15,17 @@ import jax.numpy as jnp
 
 from cnn.ops.microbatch import MicrobatchPlan
 
-# Values of the images of a chunk: with SpeedNet, 1.4 times the speed at a batch of 2,000 and no
-# difference at 128 (benchmarks/NOTES.md).
-_CHUNK_VALUES = 2_000_000
+# The copies of so many values of images stay in the cache of a core; each chunk also transforms the
+# kernel and adds to its gradient, which is to be little beside its products (benchmarks/NOTES.md).
+_LEAST_VALUES = 125_000
+_VALUES_PER_WEIGHT = 7
 
 
 def in_chunks(
     convolve: Callable[[jax.Array, jax.Array], jax.Array],
     images: jax.Array,
     kernel: jax.Array,
-    values: int = _CHUNK_VALUES,
+    values: int | None = None,
 ) -> jax.Array:
     """`convolve(images, kernel)`, one chunk of each device's images after the other.
 
@@ -32,8 +33,10 @@ def in_chunks(
       convolve: each image independently.
       images: `float[B, H, W, C]`.
       kernel: `float[kh, kw, C, K]`.
-      values: that the images of a chunk should have.
+      values: that the images of a chunk should have; by default as many as suit the kernel.
     """
+    if values is None:
+        values = max(_LEAST_VALUES, _VALUES_PER_WEIGHT * kernel.size)
     plan = MicrobatchPlan.for_batch(images, values=values)
     if plan.num_microbatches == 1:
         return convolve(images, kernel)
