@@ -166,10 +166,14 @@ def conv_general_dilated(
                 fields["round_factors"] = precision is None and _is_fast_in_bfloat16(rhs)
                 own = functools.partial(winograd.convolve, **fields)
             if own is not None:
-                # The gradients of the kernel are summed over the chunks in float32.
-                return in_chunks(
-                    lambda x, w: own(x.astype(wide), w).astype(dtype), lhs, rhs.astype(wide)
-                )
+
+                def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
+                    return own(x.astype(wide), w).astype(dtype)
+
+                # Sums of shifted images, and windows side by side, need no larger copies.
+                copies = not is_depthwise and math.prod(rhs.shape[:2]) > math.prod(strides)
+                rhs = rhs.astype(wide)  # the gradients are summed over the chunks in float32
+                return in_chunks(convolve, lhs, rhs) if copies else convolve(lhs, rhs)
     y = native(lhs, rhs)
     if pool == 1:
         return y

@@ -7,6 +7,8 @@ and products of whole images are vectorized over the channels.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,12 +17,10 @@ from jax import lax
 
 from cnn.ops.layout import pad
 from cnn.ops.linear_map import bilinear
+from cnn.ops.microbatch import MicrobatchPlan
 
-# The gradients of so many weights are one program; of more, a loop, which is slower but compiles in
-# a quarter of the time for 7x7 weights.
-_FEW_WEIGHTS = 9
-# Images whose gradients are added before their pixels are, in that program and in the loop.
-_ADDED_IMAGES = 8, 16
+# Images whose products with a gradient are added before their pixels are (benchmarks/NOTES.md).
+_ADDED_IMAGES = 8
 
 
 def convolve(
@@ -55,9 +55,13 @@ def _product_with(strides: tuple[int, int]) -> Any:
 
     def product(x: jax.Array, w: jax.Array, _: Any) -> jax.Array:
         kh, kw = w.shape[:2]
-        view = _views(x, (kh, kw), strides)
-        terms = [view(i, j) * w[None, None, i, j, None] for i in range(kh) for j in range(kw)]
-        return functools.reduce(jnp.add, terms)
+        high, wide = x.shape[1] - kh + 1, x.shape[2] - kw + 1
+
+        def term(i: int, j: int) -> jax.Array:
+            view = x[:, i : i + high : strides[0], j : j + wide : strides[1]]
+            return view * w[None, None, i, j, None]
+
+        return functools.reduce(jnp.add, [term(i, j) for i in range(kh) for j in range(kw)])
 
     def gradient_x(g: jax.Array, w: jax.Array, _: Any) -> jax.Array:
         kh, kw = w.shape[:2]
@@ -66,32 +70,39 @@ def _product_with(strides: tuple[int, int]) -> Any:
         return _product_with((1, 1))(apart, w[::-1, ::-1], None)
 
     def gradient_w(g: jax.Array, x: jax.Array, _: Any) -> jax.Array:
-        batch, channels = g.shape[0], g.shape[-1]
-        kh, kw = (
-            n - (m - 1) * s for n, m, s in zip(x.shape[1:3], g.shape[1:3], strides, strict=True)
-        )
-        is_loop = kh * kw > _FEW_WEIGHTS
-        added = next(n for n in range(_ADDED_IMAGES[is_loop], 0, -1) if batch % n == 0)
-        x, g = (one.reshape(-1, added, *one.shape[1:]) for one in (x, g))
-        height = (g.shape[2] - 1) * strides[0] + 1
-        ones = jnp.ones((1, g[:, 0, ..., 0].size), g.dtype)
+        batch, *size, channels = g.shape
+        sides = [(n - 1) * stride + 1 for n, stride in zip(size, strides, strict=True)]
+        kh, kw = (n - side + 1 for n, side in zip(x.shape[1:3], sides, strict=True))
+        # A few images of each device after the other, which stay in its cache for all weights; the
+        # products with a gradient are added, then their pixels, by a product with ones. The sums
+        # of several devices meet once, after the loop.
+        shards = MicrobatchPlan.for_batch(g).num_shards
+        added = next(n for n in range(_ADDED_IMAGES, 0, -1) if batch // shards % n == 0)
+        x, g = (one.reshape(shards, -1, added, *one.shape[1:]) for one in (x, g))
+        groups = g.shape[1]
+        ones = jnp.ones((shards, 1, math.prod(size)), g.dtype)
 
-        def row(i: jax.Array) -> jax.Array:
-            rows = lax.dynamic_slice_in_dim(x, i, height, axis=2)
-            views = [_views(rows[:, n], (1, kw), strides) for n in range(added)]
-            terms = [sum(view(0, j) * g[:, n] for n, view in enumerate(views)) for j in range(kw)]
-            taps = [jnp.reshape(one, (-1, channels)) for one in terms]
-            return jnp.concatenate([ones @ lax.optimization_barrier(one) for one in taps])
+        def weight(place: jax.Array) -> jax.Array:
+            group, i, j = place // (kh * kw), place // kw % kh, place % kw
 
-        if is_loop:
-            return lax.map(row, jnp.arange(kh))
-        return jnp.stack([row(jnp.int32(i)) for i in range(kh)])
+            def part(of: jax.Array, n: int, i: Any, j: Any, sides: Sequence[int]) -> jax.Array:
+                one = lax.dynamic_slice(
+                    of,
+                    (0, group, n, i, j, 0),
+                    (shards, 1, 1, *sides, channels),
+                    allow_negative_indices=False,
+                )
+                return one[:, 0, 0]
+
+            def term(n: int) -> jax.Array:
+                view = part(x, n, i, j, sides)[:, :: strides[0], :: strides[1]]
+                return view * part(g, n, 0, 0, size)
+
+            terms = functools.reduce(jnp.add, map(term, range(added)))
+            terms = lax.optimization_barrier(terms.reshape(shards, -1, channels))
+            return lax.dot_general(ones, terms, (((2,), (1,)), ((0,), (0,))))
+
+        sums = lax.map(weight, jnp.arange(groups * kh * kw))
+        return sums.reshape(groups, kh, kw, shards, channels).sum((0, 3))
 
     return bilinear(product, gradient_x, gradient_w)
-
-
-def _views(x: jax.Array, window: tuple[int, int], strides: tuple[int, int]) -> Any:
-    """A function of (i, j): pixel (i, j) of each window of `[B, H, W, C]`."""
-    (kh, kw), (high, wide) = window, strides
-    last = x.shape[1] - kh, x.shape[2] - kw
-    return lambda i, j: x[:, i : i + last[0] + 1 : high, j : j + last[1] + 1 : wide]

@@ -25,6 +25,7 @@ m = 4 it would be 2 %.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ from cnn.ops.layout import (
     unstack,
 )
 from cnn.ops.linear_map import linear_map
+from cnn.ops.microbatch import MicrobatchPlan
 from cnn.ops.pooling import tournament_max
 
 # A^T by m: interpolation points 0, 1, -1 and infinity for m = 2; also 2 and -2 for m = 4.
@@ -49,12 +51,17 @@ _OUTPUT = {
     2: [[1, 1, 1, 0], [0, 1, -1, -1]],
     4: [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
 }
-# G times `_KERNEL_SCALE`, so that its entries are whole numbers.
+# G times `_KERNEL_SCALE`, so that its entries are exact.
 _KERNEL = {
-    2: [[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]],
+    2: [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]],
     4: [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]],
 }
-_KERNEL_SCALE = {2: 2, 4: 24}
+_KERNEL_SCALE = {2: 1, 4: 24}
+# To transform a large kernel and its gradient, and to read them from memory, takes as long as the
+# products of so many tiles (benchmarks/NOTES.md). Kernels of fewer pairs of channels stay in the
+# caches.
+_TILES_PER_KERNEL = 80
+_LARGE_KERNEL = 128 * 128
 
 
 def convolve(
@@ -84,7 +91,8 @@ def convolve(
     x = pad(nhwc_to_hwnc(images), padding)
     height, width = ((n - 2) // pool for n in x.shape[:2])
     sizes = (2,) if round_factors else _OUTPUT
-    m = min(sizes, key=lambda m: _num_products(m, height * pool, width * pool))
+    overhead = _overhead(images, kernel)
+    m = min(sizes, key=lambda m: _num_products(m, height * pool, width * pool, overhead))
     tiles = -(-height * pool // m), -(-width * pool // m)
     x, kernel = _factors(x, kernel, m, tiles)
     if round_factors:
@@ -99,9 +107,17 @@ def convolve(
     return hwnc_to_nhwc(y[:height, :width])
 
 
-def _num_products(m: int, height: int, width: int) -> int:
+def _overhead(images: jax.Array, kernel: jax.Array) -> float:
+    """The tiles, per image, whose products take as long as what a kernel costs in itself."""
+    batch = images.shape[0]
+    if math.prod(kernel.shape[2:]) < _LARGE_KERNEL or not isinstance(batch, int):
+        return 0  # a symbolic size, of `jax.export`, may be any
+    return _TILES_PER_KERNEL * MicrobatchPlan.for_batch(images).num_shards / batch
+
+
+def _num_products(m: int, height: int, width: int, overhead: float) -> float:
     """Number of products, per image and channel pair, for tiles that cover height x width."""
-    return (m + 2) ** 2 * -(-height // m) * -(-width // m)
+    return (m + 2) ** 2 * (-(-height // m) * -(-width // m) + overhead)
 
 
 def _factors(

@@ -512,6 +512,29 @@ def test_winograd_takes_the_tiles_with_the_fewest_products(fn, side, products):
     assert f"f32[{products},12,4]" in str(program)
 
 
+@pytest.mark.parametrize(("images", "products"), [(1, 16), (10_000, 36)])
+def test_winograd_takes_small_tiles_where_a_large_kernel_meets_few_images(images, products):
+    """4x4 outputs: four tiles of 2x2 have a smaller transformed kernel than one of 4x4."""
+    shapes = [(images, 6, 6, 128), (3, 3, 128, 128)]
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    fn = functools.partial(apply, convolution.conv_general_dilated, implementation="winograd")
+    assert f"f32[{products},9]" in str(jax.make_jaxpr(fn)(x, w))  # the transform of the kernel
+
+
+@pytest.mark.parametrize(("side", "stride", "chunks"), [(1, 1, False), (2, 2, False), (2, 1, True)])
+def test_large_batches_are_in_chunks_where_their_images_are_copied(side, stride, chunks):
+    x, w = (
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in ((4096, 8, 8, 64), (side, side, 64, 8))
+    )
+    program = jax.make_jaxpr(
+        lambda x, w: convolution.conv_general_dilated(
+            x, w, (stride, stride), "VALID", dimension_numbers=LAYOUT, implementation="patches"
+        )
+    )(x, w)
+    assert ("scan" in str(program)) == chunks
+
+
 def test_the_native_implementation_has_forward_mode_derivatives():
     x, w, dx, dw = whole((1, 6, 6, 2), (3, 3, 2, 3), (1, 6, 6, 2), (3, 3, 2, 3))
     fn = functools.partial(apply, conv_max_pool)

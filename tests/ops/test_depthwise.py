@@ -1,12 +1,14 @@
 """A depthwise convolution on a CPU against XLA's own."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cnn import batch_sharding, data_mesh, replicated_sharding
 from cnn.ops import convolution
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -24,7 +26,8 @@ def convolve(x, w, strides, padding, implementation):
     [
         ((4, 6, 5, 3), (3, 3), (1, 1), "SAME"),
         ((3, 7, 9, 4), (3, 2), (2, 3), "VALID"),  # pixels are left over
-        ((2, 9, 8, 2), (5, 7), (1, 2), "SAME"),  # so many weights are a loop
+        ((2, 9, 8, 2), (5, 7), (1, 2), "SAME"),
+        ((11 * jax.device_count(), 4, 3, 2), (3, 3), (1, 1), "SAME"),  # several groups of images
         ((1, 4, 4, 5), (1, 1), (3, 1), ((2, 0), (1, 3))),
     ],
 )
@@ -48,6 +51,28 @@ def test_it_is_the_native_one_with_all_derivatives(shape, kernel, strides, paddi
         np.testing.assert_allclose(actual, expected, rtol=1e-6)
     program = jax.make_jaxpr(lambda x, w: convolve(x, w, strides, padding, "auto"))(x, w)
     assert "conv_general_dilated" not in str(program)
+
+
+def test_devices_meet_once_for_the_gradient_of_the_weights():
+    mesh = data_mesh(jax.devices()[:2], 4)
+    x = np.random.default_rng(0).normal(size=(4, 6, 6, 2)).astype(np.float32)
+    w = np.ones((3, 3, 1, 2), np.float32)
+
+    def gradient(x, w, name="auto"):
+        fn = functools.partial(convolve, strides=(1, 1), padding="SAME", implementation=name)
+        return jax.grad(lambda w: jnp.sin(fn(x, w)).sum())(w)
+
+    with jax.set_mesh(mesh):
+        placed = (
+            jax.device_put(x, batch_sharding(mesh)),
+            jax.device_put(w, replicated_sharding(mesh)),
+        )
+        program = jax.jit(gradient).lower(*placed).compile()
+        found = program(*placed)
+    np.testing.assert_allclose(found, gradient(x, w, "native"), rtol=1e-4, atol=1e-5)
+    # Within the loop over the weights they would meet for each of them.
+    (meeting,) = re.findall(r".* all-reduce\(.*", program.as_text())
+    assert "while" not in meeting
 
 
 def test_images_of_a_stack_are_convolved_alike():
