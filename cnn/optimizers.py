@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from cnn.errors import UserError
+from cnn.ops.partial_grad import PartialOptimizer
 from cnn.registry import REQUIRED, Field, Schema, complete, schema, select
 
 _P = ParamSpec("_P")
@@ -362,7 +363,12 @@ def create_optimizer(
     if checked["freeze"]:
         labels = functools.partial(_labels, patterns=checked["freeze"])
         tx = optax.partition({_TRAINED: tx, _FROZEN: _unchanged()}, labels)
-    return tx
+    # Clipping takes the norm of all gradients, of groups that no longer move too.
+    ending = {} if grad_clip_norm else {k: g for k, g in groups.items() if g.get("num_updates")}
+    if not checked["freeze"] and not ending:
+        return tx
+    unused = functools.partial(_unused, freeze=checked["freeze"], groups=ending)
+    return PartialOptimizer(*optax.with_extra_args_support(tx), unused)
 
 
 def _create_group(
@@ -423,6 +429,10 @@ class _UntilState(NamedTuple):
     inner: optax.OptState
 
 
+def _is_until_state(node: Any) -> bool:
+    return isinstance(node, _UntilState)
+
+
 def _until(tx: optax.GradientTransformation, num_updates: int) -> optax.GradientTransformation:
     """An optimizer that makes some updates, and then changes neither parameters nor its state."""
 
@@ -439,6 +449,36 @@ def _until(tx: optax.GradientTransformation, num_updates: int) -> optax.Gradient
         return after, _UntilState(jnp.minimum(state.num_updates + 1, num_updates), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _unused(
+    params: Any, opt_state: Any, *, freeze: Sequence[str], groups: Mapping[str, Mapping[str, Any]]
+) -> Any:
+    """Which gradients updates do not use: see `PartialOptimizer`.
+
+    Args:
+      params: the parameters.
+      opt_state: holds the states of the groups, somewhere within.
+      freeze: the patterns of parameters that are never trained.
+      groups: those that are frozen after some updates.
+    """
+    nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_is_until_state)
+    has_ended = {
+        group: node.num_updates >= fields["num_updates"]
+        for group, fields in groups.items()
+        for path, node in nodes
+        if _is_until_state(node) and jax.tree_util.DictKey(group) in path
+    }
+
+    def of(path: str) -> bool | jax.Array:
+        if any(covers(pattern, path) for pattern in freeze):
+            return True
+        for group, fields in groups.items():
+            if any(covers(pattern, path) for pattern in fields["params"]):
+                return has_ended[group]
+        return False
+
+    return jax.tree.unflatten(jax.tree.structure(params), [of(path) for path in _paths(params)])
 
 
 def frozen(params: Any, patterns: Sequence[str]) -> Any:

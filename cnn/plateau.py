@@ -9,6 +9,8 @@ import jax
 import optax
 from optax import contrib
 
+from cnn.ops.partial_grad import PartialOptimizer
+
 
 @functools.lru_cache(maxsize=64)  # `jit` compiles anew for another object
 def reduce_on_plateau(
@@ -37,7 +39,8 @@ def reduce_on_plateau(
     plateau = contrib.reduce_on_plateau(
         factor, patience, accumulation_size=steps_per_epoch, min_scale=min_scale
     )
-    return optax.chain(tx, plateau)
+    chained = optax.chain(tx, plateau)
+    return PartialOptimizer(*chained, tx.unused) if isinstance(tx, PartialOptimizer) else chained
 
 
 def plateau_scale(opt_state: Any) -> float:

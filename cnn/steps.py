@@ -50,6 +50,7 @@ from cnn.ops.microbatch import (
     is_per_example,
     map_microbatches,
 )
+from cnn.ops.partial_grad import partial_grad
 
 Batch = Mapping[str, AnyArray]
 # (proxy, batch, step, key) -> (proxy, batch)
@@ -277,8 +278,10 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         metrics = Metrics.from_logits(losses, logits, batch["label"], metric_fns=state.metric_fns)
         return losses.astype(jnp.float32).sum() / divisor, (metrics, model_state)
 
+    grad = partial_grad(objective, state.tx, state.params, state.opt_state)
+
     def gradients(batch: Batch) -> tuple[Any, Metrics, Any]:
-        grads, (metrics, model_state) = jax.grad(objective, has_aux=True)(state.params, batch)
+        grads, (metrics, model_state) = grad(batch)
         return grads, metrics, model_state
 
     # The whole batch at once, unless this is a CPU and model and loss declare `per_example`.
