@@ -25,6 +25,7 @@ from cnn.data.dataset import Dataset, Split
 from cnn.errors import UserError, array_type
 from cnn.ops import explicit_mesh
 from cnn.ops.linen_apply import hashable
+from cnn.ops.threefry import fold_in
 from cnn.runtime.devices import (
     batch_sharding,
     data_mesh,
@@ -146,14 +147,8 @@ def stream_key(seed: int, stream: int) -> PRNGKeyArray:
     It is made of its two words, so that no setting of JAX changes it (`jax_random_seed_offset` adds
     to seeds).
     """
-    return _fold_in(np.array([0, seed], np.uint32), np.uint32(stream))
-
-
-@jax.jit
-def _fold_in(words: AnyArray, stream: AnyArray) -> jax.Array:
-    return jax.random.fold_in(
-        jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"), stream
-    )
+    words = np.array(fold_in((0, seed), stream), np.uint32)
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
