@@ -147,7 +147,7 @@ def stream_key(seed: int, stream: int) -> PRNGKeyArray:
     It is made of its two words, so that no setting of JAX changes it (`jax_random_seed_offset` adds
     to seeds).
     """
-    words = np.array(fold_in((0, seed), stream), np.uint32)
+    words: Any = np.array(fold_in((0, seed), stream), np.uint32)
     return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
