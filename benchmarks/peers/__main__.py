@@ -69,7 +69,13 @@ def _settings(argv: Sequence[str]) -> Settings:
     known, default = ",".join(NETWORKS), ",".join(_DEFAULT_NETWORKS)
     add("--networks", type=names, metavar="A,B", help=f"of {known} ({default})")
     add("--batches", type=_batches, metavar="N,M", help="batch sizes, instead of each network's")
-    add("--dtypes", type=names, default=list(DTYPES[:1]), metavar="A,B", help=f"of {','.join(DTYPES)} (float32)")
+    add(
+        "--dtypes",
+        type=names,
+        default=list(DTYPES[:1]),
+        metavar="A,B",
+        help=f"of {','.join(DTYPES)} (float32)",
+    )
     groups = ",".join(GROUPS)
     add("--contenders", type=names, metavar="A,B", help=f"of {groups}, or a variant (all)")
     add("--quick", action="store_true", help="seconds instead of minutes; the figures mean little")
