@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cnn.data.pipeline import Pipeline
 from cnn.errors import UserError
 from cnn.metrics import Metrics
-from cnn.runtime.devices import limit_in_flight, replicated_sharding
+from cnn.runtime.devices import is_on_cpu, limit_in_flight, replicated_sharding
 from cnn.steps import Batch, TrainState, has_native_convolution, train_step, train_steps
 
 _train_steps = jax.jit(train_steps, donate_argnames="state")
@@ -29,7 +29,7 @@ class TrainSteps:
 
     def __init__(self, state: TrainState, pipeline: Pipeline) -> None:
         self._mesh = pipeline.mesh
-        on_cpu = self._mesh.devices.flat[0].platform == "cpu"
+        on_cpu = is_on_cpu(self._mesh)
         shape = (pipeline.batch_size, *pipeline.dataset.image_shape)
         # A native convolution is slow in a loop on a CPU: see `cnn.ops.microbatch`.
         self._is_looped = not (on_cpu and has_native_convolution(state, shape))

@@ -28,7 +28,8 @@ from cnn.ops.fast_cpu import fast_cpu
 from cnn.optimization import create_proxy, optimizer_arguments, run_schedule
 from cnn.optimizers import create_optimizer, frozen
 from cnn.plateau import plateau_scale, reduce_on_plateau
-from cnn.runtime.devices import data_mesh, replicated_sharding, select_devices
+from cnn.runtime.devices import data_mesh, is_on_cpu, replicated_sharding, select_devices
+from cnn.runtime.jit_once import jit_once
 from cnn.runtime.provenance import describe_object
 from cnn.runtime.screen import waiting
 from cnn.selection import hardest_images
@@ -50,9 +51,6 @@ SECTIONS = {
     "dataset": "dataset",
 }
 _INIT = 0  # the stream of random keys of the initialization; `cnn.data.pipeline` has the others
-# For programs that run once: level 1 cuts their compilation to a third on a CPU, for the same
-# numbers.
-_RUNS_ONCE = {"xla_backend_optimization_level": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,13 +263,8 @@ class Experiment:
     def jit_once(
         self, fn: Callable[..., Any], static_argnames: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
-        """`jax.jit` for a program that runs once in a run.
-
-        Args:
-          fn: a module-level function: the compiled program is kept for later runs.
-          static_argnames: as for `jax.jit`.
-        """
-        return _jit_once(fn, static_argnames, self.mesh.devices.flat[0].platform == "cpu")
+        """See `cnn.runtime.jit_once`."""
+        return jit_once(fn, static_argnames, on_cpu=is_on_cpu(self.mesh))
 
     def learning_rate(self, step: int, opt_state: Any) -> float | None:
         """The learning rate of the last update; None if it is not known.
@@ -284,14 +277,6 @@ class Experiment:
             return None
         update = max(step // self._accumulation - 1, 0)
         return float(_scheduled(self.schedule, np.int32(update))) * plateau_scale(opt_state)
-
-
-@functools.cache
-def _jit_once(
-    fn: Callable[..., Any], static_argnames: tuple[str, ...], on_cpu: bool
-) -> Callable[..., Any]:
-    options = _RUNS_ONCE if on_cpu else None
-    return jax.jit(fn, static_argnames=static_argnames, compiler_options=options)
 
 
 @functools.partial(jax.jit, static_argnames="schedule")

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import machine, report
 from benchmarks.command_line import Parser, command, items, log, names, positive
 from benchmarks.peers.contenders.plain import PLAIN
-from benchmarks.peers.contenders.problem import NETWORKS
+from benchmarks.peers.contenders.problem import DTYPES, NETWORKS
 from benchmarks.peers.lineup import GROUPS, MATMUL, REFERENCE, Contender, choose
 from benchmarks.peers.rotation import Series, run_block
 from benchmarks.peers.tables import all_variants, comparison, plot
@@ -46,10 +46,12 @@ class Settings:
     Attributes:
       contenders: by network.
       blocks: (network, batch size) -> phases: what one set of processes measures.
+      dtypes: of every block.
     """
 
     contenders: dict[str, list[Contender]]
     blocks: dict[tuple[str, int], list[str]]
+    dtypes: list[str]
     rounds: int
     seconds: float
     out: Path
@@ -67,6 +69,13 @@ def _settings(argv: Sequence[str]) -> Settings:
     known, default = ",".join(NETWORKS), ",".join(_DEFAULT_NETWORKS)
     add("--networks", type=names, metavar="A,B", help=f"of {known} ({default})")
     add("--batches", type=_batches, metavar="N,M", help="batch sizes, instead of each network's")
+    add(
+        "--dtypes",
+        type=names,
+        default=list(DTYPES[:1]),
+        metavar="A,B",
+        help=f"of {','.join(DTYPES)} (float32)",
+    )
     groups = ",".join(GROUPS)
     add("--contenders", type=names, metavar="A,B", help=f"of {groups}, or a variant (all)")
     add("--quick", action="store_true", help="seconds instead of minutes; the figures mean little")
@@ -75,23 +84,32 @@ def _settings(argv: Sequence[str]) -> Settings:
     for network in networks:
         if network not in NETWORKS:
             parser.error(f"unknown network {network!r}; known: {', '.join(NETWORKS)}")
+    for dtype in flags.dtypes:
+        if dtype not in DTYPES:
+            parser.error(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     batches = flags.batches or ([16] if flags.quick else None)
     chosen = choose(flags.contenders or GROUPS)
     if flags.quick:
         chosen = [dataclasses.replace(one, env={**one.env, **QUICK_ENV}) for one in chosen]
     return Settings(
-        contenders={network: _taking_part(chosen, network) for network in networks},
+        contenders={network: _taking_part(chosen, network, flags.dtypes) for network in networks},
         blocks=_blocks(networks, batches),
+        dtypes=flags.dtypes,
         rounds=flags.rounds or (2 if flags.quick else 7),
         seconds=flags.seconds or (0.05 if flags.quick else 1.5),
         out=flags.out,
     )
 
 
-def _taking_part(contenders: Sequence[Contender], network: str) -> list[Contender]:
+def _taking_part(
+    contenders: Sequence[Contender], network: str, dtypes: Sequence[str]
+) -> list[Contender]:
     found = [one for one in contenders if network in one.networks]
-    if all(one.group == MATMUL for one in found):
-        raise UserError(f"none of these --contenders runs {network}; add {REFERENCE}")
+    for dtype in dtypes:
+        if all(one.group == MATMUL for one in found if dtype in one.dtypes):
+            raise UserError(
+                f"none of these --contenders runs {network} in {dtype}; add {REFERENCE}"
+            )
     return found
 
 
@@ -138,14 +156,12 @@ def main(argv: Sequence[str]) -> None:
     series: list[Series] = []
     text = ""
     for (network, batch_size), phases in settings.blocks.items():
-        contenders = settings.contenders[network]
-        names = [one.name for one in contenders if one.group != MATMUL]
         series += run_block(
-            contenders,
+            settings.contenders[network],
             network,
             batch_size,
             phases,
-            reference=REFERENCE if REFERENCE in names else names[0],
+            settings.dtypes,
             rounds=settings.rounds,
             seconds=settings.seconds,
             log=log,

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from benchmarks.peers.contenders.problem import NETWORKS
+from benchmarks.peers.contenders.problem import DTYPES, NETWORKS
 from benchmarks.workers import JAX_ENV
 from cnn import UserError
 
@@ -52,6 +52,7 @@ class Contender:
       env: environment variables of its worker; None unsets one.
       phases: "train", "infer" or both.
       networks: those it implements.
+      dtypes: those it computes in.
     """
 
     group: str
@@ -60,6 +61,7 @@ class Contender:
     env: Mapping[str, str | None]
     phases: tuple[str, ...] = ("train", "infer")
     networks: tuple[str, ...] = NETWORKS
+    dtypes: tuple[str, ...] = DTYPES
 
     @property
     def name(self) -> str:
@@ -93,11 +95,19 @@ CONTENDERS = (
     ),
     *(
         Contender(
-            "keras", variant, ("keras", "tensorflow"), _KERAS_ENV, networks=("baseline", "net94")
+            "keras",
+            variant,
+            ("keras", "tensorflow"),
+            _KERAS_ENV,
+            networks=("baseline", "net94"),
+            dtypes=("float32",),
         )
         for variant in ("graph", "xla")
     ),
-    *(Contender(MATMUL, variant, (variant,), JAX_ENV) for variant in ("jax", "numpy")),
+    *(
+        Contender(MATMUL, variant, (variant,), JAX_ENV, dtypes=("float32",))
+        for variant in ("jax", "numpy")
+    ),
 )
 GROUPS = tuple(dict.fromkeys(contender.group for contender in CONTENDERS))
 

@@ -14,27 +14,33 @@ from benchmarks.peers.lineup import MATMUL
 from benchmarks.peers.rotation import Series
 from benchmarks.report import Spread, table
 
+_ROW_HEAD = ("network", "phase", "batch", "dtype")
 _PEERS = ("textbook", "keras", "pytorch")
 _BAR_COLORS = {"ours": "#1b7837", "textbook": "#c51b7d", "keras": "#d6604d", "pytorch": "#f4a582"}
 
 
 class Row(NamedTuple):
-    """One comparison: a network, a phase and a batch size."""
+    """One comparison: a network, a phase, a batch size and a dtype."""
 
     network: str
     phase: str
     batch_size: int
+    dtype: str
 
     def text(self) -> str:
         """For a heading."""
-        return f"{self.network}, {self.phase}, batch {self.batch_size}"
+        return f"{self.network}, {self.phase}, batch {self.batch_size}, {self.dtype}"
+
+    def cells(self) -> list[str]:
+        """For a table."""
+        return [self.network, self.phase, str(self.batch_size), self.dtype]
 
 
 def rows(series: Sequence[Series]) -> dict[Row, list[Series]]:
     """The series by row, in order of appearance."""
     found: dict[Row, list[Series]] = {}
     for one in series:
-        found.setdefault(Row(one.network, one.phase, one.batch_size), []).append(one)
+        found.setdefault(Row(one.network, one.phase, one.batch_size, one.dtype), []).append(one)
     return found
 
 
@@ -58,23 +64,28 @@ def matmul_share(one: Series, yardstick: Series) -> float:
 
 
 def comparison(series: Sequence[Series]) -> str:
-    """A Markdown table: a row per network, phase and batch size; the best variant of each peer."""
-    head = ["network", "phase", "batch", "ours, images/s", "matmul, GFLOP/s", "ours / matmul"]
-    cells = []
-    for row, members in rows(series).items():
+    """A Markdown table with a line for each `Row`; the best variant of each peer.
+
+    The last column compares our bfloat16 with our float32, if both were run.
+    """
+    head = [*_ROW_HEAD, "ours, images/s", "matmul, GFLOP/s", "ours / matmul"]
+    cells, by_row = [], rows(series)
+    for row, members in by_row.items():
         ours, yardstick = best(members, "ours"), best(members, MATMUL)
         share = matmul_share(ours, yardstick) if ours and yardstick else None
         others = [best(members, peer) for peer in _PEERS]
+        in_float32 = row._replace(dtype="float32")
+        others.append(best(by_row.get(in_float32, []), "ours") if row != in_float32 else None)
         cells.append(
             [
-                *(row.network, row.phase, str(row.batch_size)),
+                *row.cells(),
                 Spread.of(ours.rates).text() if ours else "-",
                 Spread.of(yardstick.rates).text() if yardstick else "-",
                 "-" if share is None else f"{share:.0%}",
                 *(_ratio_cell(ours, other) if ours and other else "-" for other in others),
             ]
         )
-    return table([*head, *(f"ours / {peer}" for peer in _PEERS)], cells)
+    return table([*head, *(f"ours / {peer}" for peer in _PEERS), "ours / ours float32"], cells)
 
 
 def _ratio_cell(ours: Series, other: Series) -> str:
@@ -84,7 +95,7 @@ def _ratio_cell(ours: Series, other: Series) -> str:
 
 def all_variants(series: Sequence[Series]) -> str:
     """A Markdown table with a row for each variant."""
-    head = ["network", "phase", "batch", "contender", "median (lowest to highest)"]
+    head = [*_ROW_HEAD, "contender", "median (lowest to highest)"]
     cells = []
     for row, members in rows(series).items():
         yardstick = best(members, MATMUL)
@@ -93,7 +104,7 @@ def all_variants(series: Sequence[Series]) -> str:
             share = matmul_share(one, yardstick) if yardstick and not is_yardstick else None
             cells.append(
                 [
-                    *(row.network, row.phase, str(row.batch_size), one.contender),
+                    *(*row.cells(), one.contender),
                     f"{Spread.of(one.rates).text()} {one.unit}",
                     "-" if share is None else f"{share:.0%}",
                     f"{one.peak_mib:,.0f}",

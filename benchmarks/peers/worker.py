@@ -1,6 +1,6 @@
 """The process of a contender: reads a command per line, and answers with a line.
 
-    python -m benchmarks.peers.worker GROUP VARIANT NETWORK BATCH_SIZE
+    python -m benchmarks.peers.worker GROUP VARIANT NETWORK BATCH_SIZE DTYPE
 
 Commands: {"do": "check", "steps": n}, {"do": "sample", "phase": p, "seconds": t},
 {"do": "memory"}. The process ends with its input.
@@ -18,7 +18,7 @@ _CHECKED_IMAGES = 32
 _MIN_STEPS = 3
 
 
-def load(group: str, variant: str, network: str, batch_size: int) -> Any:
+def load(group: str, variant: str, network: str, batch_size: int, dtype: str) -> Any:
     """Imports one framework, and builds the program of a contender in it."""
     if group == "matmul":
         from benchmarks.peers.contenders import matmul
@@ -26,7 +26,7 @@ def load(group: str, variant: str, network: str, batch_size: int) -> Any:
         return matmul.Matmul(variant)
     from benchmarks.peers.contenders.problem import make_problem
 
-    problem = make_problem(network, batch_size)
+    problem = make_problem(network, batch_size, dtype)
     if group == "ours":
         from benchmarks.peers.contenders import ours
 
@@ -74,10 +74,10 @@ class Worker:
         return {"peak_mib": peak_mib()}
 
 
-def main(group: str, variant: str, network: str, batch_size: str) -> None:
+def main(group: str, variant: str, network: str, batch_size: str, dtype: str) -> None:
     """Serves commands until there are no more."""
     answer = answering()  # what a framework prints goes to standard error
-    worker = Worker(load(group, variant, network, int(batch_size)))
+    worker = Worker(load(group, variant, network, int(batch_size), dtype))
     actions = {"check": worker.check, "sample": worker.sample, "memory": worker.memory}
     answer({"ready": True})
     for command in commands():

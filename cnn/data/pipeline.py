@@ -25,7 +25,15 @@ from cnn.data.dataset import Dataset, Split
 from cnn.errors import UserError, array_type
 from cnn.ops import explicit_mesh
 from cnn.ops.linen_apply import hashable
-from cnn.runtime.devices import batch_sharding, data_mesh, replicated_sharding, select_devices
+from cnn.ops.threefry import fold_in
+from cnn.runtime.devices import (
+    batch_sharding,
+    data_mesh,
+    is_on_cpu,
+    replicated_sharding,
+    select_devices,
+)
+from cnn.runtime.jit_once import jit_once
 
 NORMALIZATIONS = ("scale", "standardize")
 # Limits of one call on a CPU: 50 steps, half a second on two cores, and 50 MB of images.
@@ -123,12 +131,14 @@ def epoch_permutation(
     return _epoch_permutation(key, epoch, num_examples)
 
 
-# Compiled whole, not operator by operator.
-@functools.partial(jax.jit, static_argnames="num_examples")
-def _epoch_permutation(key: AnyArray, epoch: AnyArray | int, num_examples: int) -> jax.Array:
+def _permutation(key: AnyArray, epoch: AnyArray | int, num_examples: int) -> jax.Array:
     # Of an array of a known type: of a number the result would be int64 in JAX's 64-bit mode.
     examples = jnp.arange(num_examples, dtype=jnp.int32)
     return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
+
+
+# Compiled whole, not operator by operator.
+_epoch_permutation = jax.jit(_permutation, static_argnames="num_examples")
 
 
 def stream_key(seed: int, stream: int) -> PRNGKeyArray:
@@ -137,14 +147,8 @@ def stream_key(seed: int, stream: int) -> PRNGKeyArray:
     It is made of its two words, so that no setting of JAX changes it (`jax_random_seed_offset` adds
     to seeds).
     """
-    return _fold_in(np.array([0, seed], np.uint32), np.uint32(stream))
-
-
-@jax.jit
-def _fold_in(words: AnyArray, stream: AnyArray) -> jax.Array:
-    return jax.random.fold_in(
-        jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"), stream
-    )
+    words: Any = np.array(fold_in((0, seed), stream), np.uint32)
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,7 +205,7 @@ class Pipeline:
             object.__setattr__(self, "mesh", data_mesh(select_devices(), self.batch_size))
         if not self.steps_per_execution:
             values = self.batch_size * math.prod(self.dataset.image_shape)
-            if self.mesh.devices.flat[0].platform == "cpu":
+            if is_on_cpu(self.mesh):
                 most = max(1, min(_MAX_STEPS_PER_EXECUTION, _VALUES_PER_EXECUTION // values))
             else:
                 most = max(1, _VALUES_ON_ACCELERATOR // values)
@@ -295,7 +299,8 @@ class Pipeline:
 
     def order(self, epoch: int) -> jax.Array:
         """The places of the training images in an epoch's order, `int32[N]`."""
-        return epoch_permutation(self._shuffle_key, epoch, len(self.dataset.train))
+        permutation = jit_once(_permutation, ("num_examples",), on_cpu=is_on_cpu(self.mesh))
+        return permutation(self._shuffle_key, epoch, num_examples=len(self.dataset.train))
 
     @functools.cached_property
     def _shuffle_key(self) -> jax.Array:

@@ -41,7 +41,7 @@ from jax import lax
 
 from cnn.ops import depthwise, im2col, pooling, winograd
 from cnn.ops.chunks import in_chunks
-from cnn.ops.layout import unstack
+from cnn.ops.layout import nhwc_to_hwnc
 from cnn.ops.linear_map import bilinear
 from cnn.ops.precision import has_bfloat16_products, widened
 
@@ -294,14 +294,35 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 def flatten(images: jax.Array) -> jax.Array:
     """`[B, H, W, C]` -> `[B, H * W * C]`.
 
-    On a CPU small images are concatenated pixel by pixel: XLA would fuse a reshape with the
-    operation before it, and slow that down.
+    On a CPU small images are copied pixel by pixel: XLA would fuse a reshape with the operation
+    before it, and slow that down.
     """
     batch, height, width, channels = images.shape
-    if not _is_for_cpu() or not 0 < height * width <= _FEW_PIXELS:
+    is_small = 0 < height * width <= _FEW_PIXELS
+    if not _is_for_cpu() or not is_small or _are_explicitly_sharded(images):
         return images.reshape(batch, height * width * channels)
-    pixels = [pixel for row in unstack(images, 1) for pixel in unstack(row, 1)]
-    return jnp.concatenate(pixels, axis=-1)
+    return _flatten_by_pixel(images)
+
+
+@jax.custom_jvp
+def _flatten_by_pixel(images: jax.Array) -> jax.Array:
+    batch, height, width, channels = images.shape
+    pixels = nhwc_to_hwnc(images).reshape(height * width, batch, channels)
+
+    # In a loop: a concatenation would be a kernel to compile for each pixel.
+    def copy(state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        i, flat = state
+        pixel = lax.dynamic_index_in_dim(pixels, i, keepdims=False)
+        return i + 1, lax.dynamic_update_slice_in_dim(flat, pixel, i * channels, 1)
+
+    zeros = jnp.zeros_like(images, shape=(batch, height * width * channels))
+    return lax.while_loop(lambda state: state[0] < height * width, copy, (0, zeros))[1]
+
+
+@_flatten_by_pixel.defjvp
+def _flatten_by_pixel_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (images,), (tangent,) = primals, tangents
+    return _flatten_by_pixel(images), tangent.reshape(images.shape[0], -1)
 
 
 def _resolve(implementation: str) -> str:

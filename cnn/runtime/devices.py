@@ -165,6 +165,11 @@ def data_mesh(devices: list[Device], batch_size: int) -> Mesh:
     )
 
 
+def is_on_cpu(mesh: Mesh) -> bool:
+    """Whether the devices are those of a CPU."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding by which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())

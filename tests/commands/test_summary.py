@@ -43,7 +43,7 @@ def test_the_figures_of_a_small_network(command, small, tmp_path):
 
 def test_nothing_is_compiled_unless_it_is_measured(command, small, monkeypatch):
     monkeypatch.setattr(summary, "compile_train_steps", None)
-    monkeypatch.setattr("cnn.experiment._jit_once", None)
+    monkeypatch.setattr("cnn.experiment.jit_once", None)
     monkeypatch.setattr("cnn.runtime.screen._PATIENCE", 1e-9)
     freeze = "--config.optimizer.freeze=('Conv_0',)"
     code, out, err = command("summary", *small, freeze, "--no-measure")

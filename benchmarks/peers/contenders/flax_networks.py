@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,13 @@ from benchmarks.peers.contenders import problem as shared
 
 
 class Baseline(nn.Module):
-    """The baseline as a Flax tutorial writes it."""
+    """The baseline as a Flax tutorial writes it.
+
+    Attributes:
+      dtype: of the computation, also below; parameters are float32.
+    """
+
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
@@ -26,76 +32,57 @@ class Baseline(nn.Module):
         del train
         x = image
         for features in (32, 64):
-            x = nn.relu(nn.Conv(features, (3, 3), padding="VALID")(x))
+            x = nn.relu(nn.Conv(features, (3, 3), padding="VALID", dtype=self.dtype)(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        x = nn.relu(nn.Dense(64)(x.reshape(x.shape[0], -1)))
-        return nn.Dense(shared.NUM_CLASSES)(x)
-
-
-def native_conv_max_pool(*args: Any, **kwargs: Any) -> jax.Array:
-    """`lax.conv_general_dilated`, then 2x2 max-pooling."""
-    return nn.max_pool(jax.lax.conv_general_dilated(*args, **kwargs), (2, 2), strides=(2, 2))
+        x = nn.relu(nn.Dense(64, dtype=self.dtype)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(shared.NUM_CLASSES, dtype=self.dtype)(x)
 
 
 class Net94(nn.Module):
-    """The body of the 94 % network: whitening, three groups of two convolutions, a dense layer.
+    """The body of the 94 % network: whitening, three groups of two convolutions, a dense layer."""
 
-    Attributes:
-      conv: `conv_general_dilated` of the `nn.Conv` layers.
-      conv_max_pool: the same, followed by 2x2 max-pooling.
-      max_pool: has the signature of `nn.max_pool`.
-    """
-
-    conv: Callable[..., jax.Array] = jax.lax.conv_general_dilated
-    conv_max_pool: Callable[..., jax.Array] = native_conv_max_pool
-    max_pool: Callable[..., jax.Array] = nn.max_pool
-    # In inference mode the logits of an image depend on no other image.
-    per_example: ClassVar[bool] = True
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
         """`float[B, 32, 32, 3]` -> `float[B, 10]`."""
-        x = self._conv(image, shared.WHITENING_CHANNELS, "whiten", self.conv, window=2)
+        x = self._conv(image, shared.WHITENING_CHANNELS, "whiten", window=2)
         x = nn.gelu(x, approximate=False)
         for group, width in enumerate(shared.GROUPS):
-            x = self._conv(x, width, f"conv_{group}_0", self.conv_max_pool)
+            x = self._conv(x, width, f"conv_{group}_0")
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
             x = nn.gelu(self._norm(x, f"norm_{group}_0", train), approximate=False)
-            x = self._conv(x, width, f"conv_{group}_1", self.conv)
+            x = self._conv(x, width, f"conv_{group}_1")
             x = nn.gelu(self._norm(x, f"norm_{group}_1", train), approximate=False)
-        x = self.max_pool(x, (3, 3), strides=(3, 3)).reshape(x.shape[0], -1)
-        head = nn.Dense(shared.NUM_CLASSES, use_bias=False, name="head")
+        x = nn.max_pool(x, (3, 3), strides=(3, 3)).reshape(x.shape[0], -1)
+        head = nn.Dense(shared.NUM_CLASSES, use_bias=False, dtype=self.dtype, name="head")
         return head(x) * shared.LOGIT_SCALE
 
-    def _conv(
-        self,
-        x: jax.Array,
-        features: int,
-        name: str,
-        conv: Callable[..., jax.Array],
-        window: int = 3,
-    ) -> jax.Array:
+    def _conv(self, x: jax.Array, features: int, name: str, window: int = 3) -> jax.Array:
         return nn.Conv(
             features,
             (window, window),
             padding="VALID" if name == "whiten" else "SAME",
             use_bias=name == "whiten",
-            conv_general_dilated=conv,
+            dtype=self.dtype,
             name=name,
         )(x)
 
-    @staticmethod
-    def _norm(x: jax.Array, name: str, train: bool) -> jax.Array:
+    def _norm(self, x: jax.Array, name: str, train: bool) -> jax.Array:
         return nn.BatchNorm(
             use_running_average=not train,
             momentum=shared.BATCH_NORM_DECAY,
             epsilon=shared.BATCH_NORM_EPSILON,
             use_scale=False,
+            dtype=self.dtype,
             name=name,
         )(x)
 
 
 class ResNet18(nn.Module):
     """ResNet-18 for small images, as people write it in Flax."""
+
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
@@ -110,6 +97,7 @@ class ResNet18(nn.Module):
                 strides=(stride, stride),
                 padding=size // 2,
                 use_bias=False,
+                dtype=self.dtype,
                 name=f"conv_{name}",
             )
             return norm(name=f"norm_{name}")(conv(x))
@@ -119,6 +107,7 @@ class ResNet18(nn.Module):
             use_running_average=not train,
             momentum=shared.RESNET_DECAY,
             epsilon=shared.RESNET_EPSILON,
+            dtype=self.dtype,
         )
         x = nn.relu(conv_norm(image, shared.RESNET_WIDTHS[0], "stem"))
         for stage, width in enumerate(shared.RESNET_WIDTHS):
@@ -129,7 +118,8 @@ class ResNet18(nn.Module):
                 if x.shape != y.shape:
                     x = conv_norm(x, width, f"{name}_project", size=1, stride=stride)
                 x = nn.relu(x + y)
-        return nn.Dense(shared.NUM_CLASSES, name="head")(x.mean(axis=(1, 2)))
+        head = nn.Dense(shared.NUM_CLASSES, dtype=self.dtype, name="head")
+        return head(x.mean(axis=(1, 2)))
 
 
 class Plain(nn.Module):
@@ -140,6 +130,7 @@ class Plain(nn.Module):
     """
 
     network: str
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
@@ -159,25 +150,32 @@ class Plain(nn.Module):
                 features, size, stride = sizes
                 padding = size // 2 if size % 2 else 0
                 x = nn.Conv(
-                    features, (size, size), stride, padding, use_bias=bias, name=next(names)
-                )(x)
+                    features, (size, size), stride, padding,
+                    use_bias=bias, dtype=self.dtype, name=next(names),
+                )(x)  # fmt: skip
             elif kind == "depthwise":
                 (size, stride), groups = sizes, x.shape[-1]
                 x = nn.Conv(
                     groups, (size, size), stride, size // 2, feature_group_count=groups,
-                    use_bias=bias, name=next(names),
+                    use_bias=bias, dtype=self.dtype, name=next(names),
                 )(x)  # fmt: skip
             elif kind == "norm":
                 x = nn.BatchNorm(
                     use_running_average=not train,
                     momentum=shared.RESNET_DECAY,
                     epsilon=shared.RESNET_EPSILON,
+                    dtype=self.dtype,
                     name=next(names),
                 )(x)
             elif kind == "layer_norm":
-                x = nn.LayerNorm(epsilon=shared.RESNET_EPSILON, name=next(names))(x)
+                norm = nn.LayerNorm(shared.RESNET_EPSILON, dtype=self.dtype, name=next(names))
+                x = norm(x)
             elif kind == "dense":
-                x = nn.Dense(sizes[0], use_bias=bias, name=next(names))(x)
+                x = nn.Dense(sizes[0], use_bias=bias, dtype=self.dtype, name=next(names))(x)
+            elif kind == "attention":
+                heads = x.reshape(*x.shape[:2], 3, sizes[0], -1)
+                x = nn.dot_product_attention(heads[:, :, 0], heads[:, :, 1], heads[:, :, 2])
+                x = x.reshape(*x.shape[:2], -1)
             else:
                 x = _UNSIZED[kind](x)
         return x
@@ -187,18 +185,19 @@ _UNSIZED: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "gelu": nn.gelu,
     "pool": lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)),
-    "mean": lambda x: x.mean(axis=(1, 2)),
+    "tokens": lambda x: x.reshape(x.shape[0], -1, x.shape[-1]),
+    "mean": lambda x: x.mean(axis=tuple(range(1, x.ndim - 1))),
 }
 
 
-def textbook_model(network: str) -> nn.Module:
-    """A network, in plain layers."""
-    named: dict[str, type[nn.Module]] = {
+def textbook_model(network: str, dtype: str = "float32") -> nn.Module:
+    """A network, in plain layers that compute in `dtype`; parameters are float32."""
+    named: dict[str, Any] = {
         "baseline": Baseline,
         "net94": Net94,
         "resnet18": ResNet18,
     }
-    return named[network]() if network in named else Plain(network)
+    return named.get(network, functools.partial(Plain, network))(dtype=jnp.dtype(dtype))
 
 
 def optimizer(network: str) -> optax.GradientTransformation:
@@ -253,7 +252,7 @@ class JaxProgram:
 
     def logits(self) -> np.ndarray:
         """Of the first batch."""
-        return np.asarray(self.forward(self._state, self.images[0]))
+        return np.asarray(self.forward(self._state, self.images[0]).astype(jnp.float32))
 
     def train(self, steps: int) -> None:
         """Dispatches `steps` steps and waits for the last."""

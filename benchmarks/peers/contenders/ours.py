@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import cnn
 from benchmarks.peers.contenders import problem as shared
-from benchmarks.peers.contenders.flax_networks import (
-    JaxProgram,
-    Net94,
-    optimizer,
-    textbook_model,
-)
-from cnn.ops import convolution
+from benchmarks.peers.contenders.flax_networks import JaxProgram, optimizer, textbook_model
 
-_TUNED = ("baseline", "net94")  # networks that are written with `cnn.ops`
-
-
-def _model(network: str) -> nn.Module:
-    if network not in _TUNED:
-        return textbook_model(network)  # with `fast_cpu`
-    if network == "baseline":
-        return cnn.CNN(shared.NUM_CLASSES)
-    return Net94(
-        conv=convolution.conv_general_dilated,
-        conv_max_pool=functools.partial(convolution.conv_general_dilated, pool=2),
-        max_pool=convolution.max_pool,
-    )
+_TUNED = {"baseline": cnn.CNN, "net94": cnn.SpeedNet}  # the others are plain, with `fast_cpu`
 
 
 def program(problem: shared.Problem, variant: str) -> JaxProgram:
@@ -46,7 +28,11 @@ def program(problem: shared.Problem, variant: str) -> JaxProgram:
     """
     cnn.use_all_cpu_cores()
     mesh = cnn.data_mesh(jax.devices(), problem.images.shape[1])
-    model = _model(problem.network)
+    model: nn.Module
+    if problem.network in _TUNED:
+        model = _TUNED[problem.network](shared.NUM_CLASSES, dtype=jnp.dtype(problem.dtype))
+    else:
+        model = textbook_model(problem.network, problem.dtype)
     state = cnn.create_train_state(
         model,
         optimizer(problem.network),
@@ -96,7 +82,7 @@ def place(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         paths.extend((path, leaf.shape) for path, leaf in leaves.items())
         return params
 
-    jax.eval_shape(init, jax.random.key(0), jax.numpy.zeros((1, *shared.IMAGE_SHAPE)))
+    jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *shared.IMAGE_SHAPE)))
     waiting: dict[Any, list[np.ndarray]] = {}
     for arrays in weights.values():
         for name, array in arrays.items():

@@ -10,6 +10,8 @@ import numpy as np
 
 from benchmarks.peers.contenders import plain
 
+# Of the computation; weights, their updates, images and the loss are float32.
+DTYPES = ("float32", "bfloat16")
 IMAGE_SHAPE = (32, 32, 3)
 NUM_CLASSES = 10
 
@@ -66,15 +68,17 @@ class Problem:
         which the layers are applied.
       images: `float32[N, B, 32, 32, 3]`, N batches.
       labels: `int32[N, B]`.
+      dtype: one of `DTYPES`.
     """
 
     network: str
     weights: dict[str, dict[str, np.ndarray]]
     images: np.ndarray
     labels: np.ndarray
+    dtype: str = "float32"
 
 
-def make_problem(network: str, batch_size: int) -> Problem:
+def make_problem(network: str, batch_size: int, dtype: str = "float32") -> Problem:
     """Draws weights and batches, the same in every process."""
     rng = np.random.default_rng(0)
     draw = {
@@ -89,6 +93,7 @@ def make_problem(network: str, batch_size: int) -> Problem:
         weights=weights,
         images=rng.random((count, batch_size, *IMAGE_SHAPE), dtype=np.float32),
         labels=rng.integers(NUM_CLASSES, size=(count, batch_size), dtype=np.int32),
+        dtype=dtype,
     )
 
 

@@ -1,4 +1,4 @@
-"""PyTorch: eager or compiled, NCHW or channels-last ("nhwc") memory."""
+"""PyTorch: eager or compiled, NCHW or channels-last ("nhwc") memory; bfloat16 by autocast."""
 
 from __future__ import annotations
 
@@ -109,6 +109,32 @@ def _resnet18() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
+class _Tokens(nn.Module):
+    """`[B, C, H, W]` -> `[B, H * W, C]`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2).transpose(1, 2)
+
+
+class _Attention(nn.Module):
+    """`[B, T, 3 * C]`, queries, keys and values of all heads -> `[B, T, C]`."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = x.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+class _Mean(nn.Module):
+    """Over the pixels of `[B, C, H, W]` or the tokens of `[B, T, C]`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1) if x.ndim == 3 else F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
 class _LastAxis(nn.Module):
     """Applies a layer to the channels of `[B, C, H, W]`, together in channels-last memory."""
 
@@ -141,8 +167,10 @@ def _plain(network: str) -> nn.Sequential:
     def build_one(kind: str, *sizes: Any) -> list[nn.Module]:
         if kind == "residual":
             return [_Residual(build(sizes[0]))]
+        if kind == "attention":
+            return [_Attention(*sizes)]
         if kind in _UNSIZED:
-            return _UNSIZED[kind]()
+            return [_UNSIZED[kind]()]
         channels, kernel = (one := next(sized)).channels, one.kernel
         if kind == "norm":
             momentum = 1 - shared.RESNET_DECAY
@@ -159,11 +187,12 @@ def _plain(network: str) -> nn.Sequential:
     return nn.Sequential(*build(plain.PLAIN[network]))
 
 
-_UNSIZED: dict[str, Callable[[], list[nn.Module]]] = {
-    "relu": lambda: [nn.ReLU()],
-    "gelu": lambda: [nn.GELU(approximate="tanh")],
-    "pool": lambda: [nn.MaxPool2d(2)],
-    "mean": lambda: [nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+_UNSIZED: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": lambda: nn.GELU(approximate="tanh"),
+    "pool": lambda: nn.MaxPool2d(2),
+    "tokens": _Tokens,
+    "mean": _Mean,
 }
 
 
@@ -178,6 +207,9 @@ class TorchProgram:
         mode, layout = variant.split("-")
         memory: Any = torch.channels_last if layout == "nhwc" else torch.contiguous_format
         self._network = problem.network
+        self._autocast = functools.partial(
+            torch.autocast, "cpu", torch.bfloat16, enabled=problem.dtype == "bfloat16"
+        )
         named = {"baseline": _baseline, "net94": _net94, "resnet18": _resnet18}
         build = named.get(problem.network, functools.partial(_plain, problem.network))
         self._module = build().to(memory_format=memory)
@@ -227,8 +259,8 @@ class TorchProgram:
     def logits(self) -> np.ndarray:
         """Of the first batch."""
         self._module.eval()
-        with torch.inference_mode():
-            return self._forward(self._images[0]).numpy()
+        with torch.inference_mode(), self._autocast():
+            return self._forward(self._images[0]).float().numpy()
 
     def train(self, steps: int) -> None:
         """On a CPU a step has ended when its last call returns, compiled or not."""
@@ -237,7 +269,7 @@ class TorchProgram:
     def infer(self, steps: int) -> None:
         """Computes `steps` batches in inference mode."""
         self._module.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), self._autocast():
             for step in range(steps):
                 self._forward(self._images[step % len(self._images)])
 
@@ -246,7 +278,8 @@ class TorchProgram:
         loss = torch.zeros(())
         for step in range(start, start + steps):
             batch = step % len(self._images)
-            loss = self._loss(self._images[batch], self._labels[batch])
+            with self._autocast():
+                loss = self._loss(self._images[batch], self._labels[batch])
             loss.backward()
             self._optimizer.step()
             self._optimizer.zero_grad()

@@ -21,7 +21,7 @@ class _State(train_state.TrainState):
 
 def program(problem: shared.Problem) -> JaxProgram:
     """JAX without settings: one CPU device, on which XLA uses its own thread pool."""
-    model = textbook_model(problem.network)
+    model = textbook_model(problem.network, problem.dtype)
     variables = model.init(jax.random.key(0), jnp.zeros((1, *shared.IMAGE_SHAPE)))
     state = _State.create(
         apply_fn=model.apply,
@@ -43,6 +43,9 @@ def _step(state: _State, image: jax.Array, label: jax.Array) -> tuple[_State, ja
     def mean_loss(params: Any) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, updated = state.apply_fn(variables, image, train=True, mutable=["batch_stats"])
+        logits = logits.astype(
+            jnp.float32
+        )  # as Flax's examples do; it is already, but for bfloat16
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         return losses.mean(), updated.get("batch_stats", {})
 
