@@ -13,11 +13,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from cnn.ops.microbatch import MicrobatchPlan
+from cnn.ops.microbatch import WHOLE, MicrobatchPlan
 
-# The copies of so many values of images stay in the cache of a core; each chunk also transforms the
-# kernel and adds to its gradient, which is to be little beside its products (benchmarks/NOTES.md).
-_LEAST_VALUES = 125_000
+# Of so many values for each device, the copies of a batch are worth computing in chunks: what comes
+# before and after is then no longer fused with them (benchmarks/NOTES.md).
+_MANY_VALUES = 1_200_000
+# The copies of so many values stay in the cache of a core. Each chunk transforms the kernel and adds
+# to its gradient, which is to be little beside its products.
+_LEAST_VALUES = 200_000
 _VALUES_PER_WEIGHT = 7
 
 
@@ -35,9 +38,12 @@ def in_chunks(
       kernel: `float[kh, kw, C, K]`.
       values: that the images of a chunk should have; by default as many as suit the kernel.
     """
-    if values is None:
+    if (
+        values is None
+        and MicrobatchPlan.for_batch(images, values=_MANY_VALUES).num_microbatches > 1
+    ):
         values = max(_LEAST_VALUES, _VALUES_PER_WEIGHT * kernel.size)
-    plan = MicrobatchPlan.for_batch(images, values=values)
+    plan = MicrobatchPlan.for_batch(images, values=values) if values else WHOLE
     if plan.num_microbatches == 1:
         return convolve(images, kernel)
     parts = images.reshape(plan.num_shards, plan.num_microbatches, -1, *images.shape[1:])

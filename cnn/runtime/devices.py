@@ -60,7 +60,7 @@ def _keep_freed_memory() -> None:
         return
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_TRIM_THRESHOLD, -1)  # never: a step of a large batch frees more than an int says
     # The heaps of other arenas are too small for such blocks, and would map them each time.
     mallopt(_M_ARENA_MAX, 1)
 
