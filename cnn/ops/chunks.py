@@ -18,8 +18,8 @@ from cnn.ops.microbatch import WHOLE, MicrobatchPlan
 # Of so many values for each device, the copies of a batch are worth computing in chunks: what comes
 # before and after is then no longer fused with them (benchmarks/NOTES.md).
 _MANY_VALUES = 1_200_000
-# The copies of so many values stay in the cache of a core. Each chunk transforms the kernel and adds
-# to its gradient, which is to be little beside its products.
+# The copies of so many values stay in the cache of a core. Each chunk transforms the kernel and
+# adds to its gradient, which is to be little beside its products.
 _LEAST_VALUES = 200_000
 _VALUES_PER_WEIGHT = 7
 
