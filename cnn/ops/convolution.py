@@ -234,8 +234,8 @@ def dot_general(
     It can be passed as `nn.Dense(dot_general=...)`; arguments and errors are those of
     `lax.dot_general`. On a CPU a product of the last axis with a matrix is one of two matrices, and
     the gradient of a weight matrix is computed in the layout in which it is stored; the gradient
-    that JAX derives is transposed. Products of bfloat16 and float16
-    have float32 sums there, which are rounded.
+    that JAX derives is transposed. Products of bfloat16 and float16 have float32 sums there, which
+    are rounded.
     """
     native = functools.partial(
         lax.dot_general,

@@ -43,9 +43,7 @@ def _step(state: _State, image: jax.Array, label: jax.Array) -> tuple[_State, ja
     def mean_loss(params: Any) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, updated = state.apply_fn(variables, image, train=True, mutable=["batch_stats"])
-        logits = logits.astype(
-            jnp.float32
-        )  # as Flax's examples do; it is already, but for bfloat16
+        logits = logits.astype(jnp.float32)  # those of a network in bfloat16 are not
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         return losses.mean(), updated.get("batch_stats", {})
 
