@@ -103,7 +103,7 @@ def create_proxy(
     groups = {
         name: group
         for name, group in groups
-        if not all(any(covers(one, path) for one in frozen) for path in group["params"])
+        if not all(covers(frozen, path) for path in group["params"])
     }
     for group in groups.values():
         group["num_updates"] = -(-group["num_updates"] // every)

@@ -471,12 +471,10 @@ def _unused(
     }
 
     def of(path: str) -> bool | jax.Array:
-        if any(covers(pattern, path) for pattern in freeze):
+        if covers(freeze, path):
             return True
-        for group, fields in groups.items():
-            if any(covers(pattern, path) for pattern in fields["params"]):
-                return has_ended[group]
-        return False
+        own = (group for group, fields in groups.items() if covers(fields["params"], path))
+        return next((has_ended[group] for group in own), False)
 
     return jax.tree.unflatten(jax.tree.structure(params), [of(path) for path in _paths(params)])
 
@@ -530,18 +528,20 @@ def _paths(params: Any) -> list[str]:
 
 def _matches(field: str, patterns: Sequence[str], paths: Sequence[str]) -> list[bool]:
     """Which paths a field's patterns cover; raises UserError for a pattern that covers none."""
-    covered = {pattern: [covers(pattern, path) for path in paths] for pattern in patterns}
+    covered = {pattern: [covers([pattern], path) for path in paths] for pattern in patterns}
     for pattern, matches in covered.items():
         if not any(matches):
             raise UserError(f"{field}: {pattern!r} matches no parameter; {_near(pattern, paths)}")
     return [any(one) for one in zip(*covered.values(), strict=True)] or [False] * len(paths)
 
 
-def covers(pattern: str, path: str) -> bool:
-    """Whether a pattern is, or matches, a path or one of the modules above it."""
+def covers(patterns: Sequence[str], path: str) -> bool:
+    """Whether one of the patterns is, or matches, a path or one of the modules above it."""
     names = path.split("/")
     above = ["/".join(names[:end]) for end in range(1, len(names) + 1)]
-    return any(one == pattern or fnmatch.fnmatchcase(one, pattern) for one in above)
+    return any(
+        one == pattern or fnmatch.fnmatchcase(one, pattern) for pattern in patterns for one in above
+    )
 
 
 def _near(pattern: str, paths: Sequence[str], most: int = 8) -> str:

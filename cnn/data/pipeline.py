@@ -131,14 +131,12 @@ def epoch_permutation(
     return _epoch_permutation(key, epoch, num_examples)
 
 
-def _permutation(key: AnyArray, epoch: AnyArray | int, num_examples: int) -> jax.Array:
+# Compiled whole, not operator by operator.
+@functools.partial(jax.jit, static_argnames="num_examples")
+def _epoch_permutation(key: AnyArray, epoch: AnyArray | int, num_examples: int) -> jax.Array:
     # Of an array of a known type: of a number the result would be int64 in JAX's 64-bit mode.
     examples = jnp.arange(num_examples, dtype=jnp.int32)
     return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
-
-
-# Compiled whole, not operator by operator.
-_epoch_permutation = jax.jit(_permutation, static_argnames="num_examples")
 
 
 def stream_key(seed: int, stream: int) -> PRNGKeyArray:
@@ -299,7 +297,7 @@ class Pipeline:
 
     def order(self, epoch: int) -> jax.Array:
         """The places of the training images in an epoch's order, `int32[N]`."""
-        permutation = jit_once(_permutation, ("num_examples",), on_cpu=is_on_cpu(self.mesh))
+        permutation = jit_once(epoch_permutation, ("num_examples",), on_cpu=is_on_cpu(self.mesh))
         return permutation(self._shuffle_key, epoch, num_examples=len(self.dataset.train))
 
     @functools.cached_property

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from cnn.ops.microbatch import WHOLE, MicrobatchPlan
+from cnn.ops.microbatch import MicrobatchPlan
 
 # Of so many values for each device, the copies of a batch are worth computing in chunks: what comes
 # before and after is then no longer fused with them (benchmarks/NOTES.md).
@@ -38,12 +38,9 @@ def in_chunks(
       kernel: `float[kh, kw, C, K]`.
       values: that the images of a chunk should have; by default as many as suit the kernel.
     """
-    if (
-        values is None
-        and MicrobatchPlan.for_batch(images, values=_MANY_VALUES).num_microbatches > 1
-    ):
-        values = max(_LEAST_VALUES, _VALUES_PER_WEIGHT * kernel.size)
-    plan = MicrobatchPlan.for_batch(images, values=values) if values else WHOLE
+    if values is None:
+        values = _suiting_values(images, kernel)
+    plan = MicrobatchPlan.for_batch(images, values=values)
     if plan.num_microbatches == 1:
         return convolve(images, kernel)
     parts = images.reshape(plan.num_shards, plan.num_microbatches, -1, *images.shape[1:])
@@ -51,3 +48,10 @@ def in_chunks(
     kernels = jnp.broadcast_to(kernel, (plan.num_shards, *kernel.shape))
     results = jax.lax.map(lambda part: jax.vmap(convolve)(part, kernels), parts.swapaxes(0, 1))
     return results.swapaxes(0, 1).reshape(images.shape[0], *results.shape[3:])
+
+
+def _suiting_values(images: jax.Array, kernel: jax.Array) -> int:
+    """The values of a chunk that suit the kernel; all that there are where these are not many."""
+    if MicrobatchPlan.for_batch(images, values=_MANY_VALUES).num_microbatches == 1:
+        return images.size
+    return max(_LEAST_VALUES, _VALUES_PER_WEIGHT * kernel.size)
