@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cnn import UserError, create_model
+from cnn.augment.resizing import ProgressiveResizing, Stage, scaled_size
 from cnn.evaluation import TEST_TIME_VIEWS
 from cnn.models import model_schema
 from cnn.models.summary import model_layers
@@ -97,23 +98,34 @@ def run_flop(
     Raises:
       UserError: the model was passed by a script, so the config does not say what it is.
     """
-    flop, proxy = _of_config(config, dataset, "model"), config.get("proxy", {"name": "none"})
-    batch_size = config["batch_size"]
+    steps_per_epoch = dataset["train_count"] // config["batch_size"]
     if num_steps is None:
-        num_steps = round(config["num_epochs"] * (dataset["train_count"] // batch_size))
-    if proxy["name"] == "none":
-        training = num_steps * batch_size * flop.training
-    else:
-        chooses = _of_config(config, dataset, "proxy")
-        updates = -(-num_steps // proxy["update_every"])
-        choosing = num_steps * chooses.forward + updates * (chooses.training - chooses.forward)
-        training = num_steps * proxy["keep"] * flop.training + batch_size * choosing
+        num_steps = round(config["num_epochs"] * steps_per_epoch)
+    resizing = ProgressiveResizing(**config.get("resizing", {}))
+    stages = resizing.stages(num_steps, steps_per_epoch)
+    training = sum(_stage_flop(config, dataset, stage) for stage in stages)
+    flop = _of_config(config, dataset, "model")
     views = len(TEST_TIME_VIEWS[config["evaluation"]["tta"]])
     return RunFlop(training, evaluation=dataset["test_count"] * views * flop.forward)
 
 
-def _of_config(config: Mapping[str, Any], dataset: Mapping[str, Any], section: str) -> NetworkFlop:
-    """Of the network of a section, "model" or "proxy"."""
+def _stage_flop(config: Mapping[str, Any], dataset: Mapping[str, Any], stage: Stage) -> float:
+    """Of the steps of a stage."""
+    num_steps, batch_size = stage.stop - stage.start, config["batch_size"]
+    flop = _of_config(config, dataset, "model", stage.scale)
+    proxy = config.get("proxy", {"name": "none"})
+    if proxy["name"] == "none":
+        return num_steps * batch_size * flop.training
+    chooses, every = _of_config(config, dataset, "proxy", stage.scale), proxy["update_every"]
+    updates = -(-stage.stop // every) - -(-stage.start // every)
+    choosing = num_steps * chooses.forward + updates * (chooses.training - chooses.forward)
+    return num_steps * proxy["keep"] * flop.training + batch_size * choosing
+
+
+def _of_config(
+    config: Mapping[str, Any], dataset: Mapping[str, Any], section: str, scale: float = 1.0
+) -> NetworkFlop:
+    """Of the network of a section, "model" or "proxy", for images of a scale."""
     fields, num_classes = config[section], len(dataset["class_names"])
     if "name" not in fields:
         raise UserError(
@@ -122,7 +134,9 @@ def _of_config(config: Mapping[str, Any], dataset: Mapping[str, Any], section: s
     own = {name: fields[name] for name in ("name", *model_schema(fields["name"])) if name in fields}
     holder = config["optimizer"] if section == "model" else fields
     model = create_model(num_classes=num_classes, **own)
-    return network_flop(model, tuple(dataset["image_shape"]), tuple(holder.get("freeze", ())))
+    *size, channels = dataset["image_shape"]
+    shape = (*scaled_size(tuple(size), scale), channels)
+    return network_flop(model, shape, tuple(holder.get("freeze", ())))
 
 
 def _variables_and_first_layer(

@@ -4,6 +4,7 @@ Importing it starts no backend, reads no flag and touches no file.
 """
 
 from cnn.augment import Mix, create_augment
+from cnn.augment.resizing import ProgressiveResizing
 from cnn.averaging import ExponentialMovingAverage, Lookahead
 from cnn.config import load_config
 from cnn.data import Dataset, Split, load_dataset, load_folder, load_images
@@ -49,6 +50,7 @@ __all__ = [
     "Metrics",
     "Mix",
     "Pipeline",
+    "ProgressiveResizing",
     "SpeedNet",
     "Split",
     "TrainState",

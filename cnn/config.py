@@ -24,6 +24,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cnn.augment import augment_schema, create_augmentations, mix_schema
+from cnn.augment.resizing import ProgressiveResizing
 from cnn.averaging import AVERAGINGS, averaging_schema, create_averaging
 from cnn.data.folder import ON_UNREADABLE
 from cnn.data.images import IMAGE_SIZE_MUST, RESIZE, is_image_size
@@ -122,6 +123,8 @@ _RUN_FIELDS: dict[str, _RunField] = {
         float, 0.0, valid=lambda value: 0 <= value < 1, must="be at least 0 and below 1"
     ),
     "optimizer.learning_rate": _RunField(float),
+    "resizing.scales": _RunField(tuple, (), entries=float),
+    "resizing.until_epochs": _RunField(tuple, (), entries=float),
     "evaluation.tta": _choice("none", *TEST_TIME_VIEWS),
     "early_stopping.patience": _at_least(0, 0),
     "early_stopping.monitor": _RunField(str, "test_loss"),
@@ -146,7 +149,7 @@ _RUN_FIELDS: dict[str, _RunField] = {
 # In the order of a config file.
 SECTIONS = (
     *("dataset", "model", "proxy", "loss", "optimizer", "schedule", "averaging", "augment"),
-    *("evaluation", "early_stopping", "runtime"),
+    *("resizing", "evaluation", "early_stopping", "runtime"),
 )
 # What a config builds by name: the names, the default one, and the fields of what has a name.
 _BUILT: dict[str, tuple[Iterable[str], Any, Callable[[str], Schema]]] = {
@@ -519,6 +522,7 @@ def _check_built(config: Any) -> None:
             )
     create_loss(**config.loss.to_dict())
     create_augmentations(**config.augment.to_dict())
+    ProgressiveResizing(**config.resizing.to_dict())
     find_metrics(config.metrics)
     check_monitor(config.early_stopping.monitor, config.metrics)
     optimizer = config.optimizer.to_dict()

@@ -29,6 +29,7 @@ class TrainSteps:
 
     def __init__(self, state: TrainState, pipeline: Pipeline) -> None:
         self._mesh = pipeline.mesh
+        self._image_shape = pipeline.dataset.image_shape
         on_cpu = is_on_cpu(self._mesh)
         shape = (pipeline.batch_size, *pipeline.dataset.image_shape)
         # A native convolution is slow in a loop on a CPU: see `cnn.ops.microbatch`.
@@ -36,10 +37,12 @@ class TrainSteps:
         self._compiles_each_length = self._is_looped and not on_cpu
         self._in_flight: list[Any] = []
 
-    def what_compiles(self, num_steps: int) -> str:
-        """What the first call with `num_steps` compiles, for the screen."""
+    def what_compiles(self, batches: Batch, num_steps: int) -> str:
+        """What the first call with such batches and `num_steps` compiles, for the screen."""
         length = f" ({num_steps:,} in one call)" if self._compiles_each_length else ""
-        return f"compiling the training step{length}"
+        height, width, _ = shape = batches["image"].shape[2:]
+        size = "" if shape == self._image_shape else f" for images of {height}x{width}"
+        return f"compiling the training step{size}{length}"
 
     def __call__(
         self, state: TrainState, batches: Batch, num_steps: int

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.errors import FlaxError
 from jax.sharding import Mesh
 
 from cnn.augment import Augment, create_augmentations
+from cnn.augment.resizing import ProgressiveResizing, Stage, scaled_size
 from cnn.averaging import Averaging, create_averaging
 from cnn.data import Dataset, load_dataset, load_folder
 from cnn.data.pipeline import Pipeline, stream_key
@@ -145,6 +147,11 @@ class Experiment:
         pipeline = self.pipeline.with_seed(config.seed)
         return dataclasses.replace(self, config=config, pipeline=pipeline)
 
+    @property
+    def stages(self) -> list[Stage]:
+        """The parts of the run in which the images have one size."""
+        return self.pipeline.resizing.stages(self.num_steps, self.steps_per_epoch)
+
     def epoch(self, step: int) -> int | float:
         """Passes over the training images after some steps; whole ones as an int."""
         whole, rest = divmod(step, self.steps_per_epoch)
@@ -167,8 +174,9 @@ class Experiment:
         """The state before the first step, on every device of the mesh.
 
         Raises:
-          UserError: the model does not fit the images, a batch of one image meets batch
-            normalization, or a training step with what a script has passed cannot be traced.
+          UserError: the model does not fit the images, whole or smaller ones, a batch of one image
+            meets batch normalization, or a training step with what a script has passed cannot be
+            traced.
         """
         static = self._static_arguments()
         state = self.jit_once(initialize, tuple(static))(self._initial_key, **static)
@@ -243,11 +251,12 @@ class Experiment:
 
     def _check_step(self, state: TrainState) -> None:
         """Traces what a script has passed, so that a mistake in it leaves no run directory."""
+        shape = self.dataset.image_shape
+        for scale in {stage.scale for stage in self.stages if stage.scale != 1}:
+            self._check_smaller(state, (*scaled_size(shape[:2], scale), shape[2]))
         if not self.given:
             return
-        size, shape = self.config.batch_size, self.dataset.image_shape
-        image = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
-        label = jax.ShapeDtypeStruct((size,), jnp.int32)
+        image, label = self._batch_types(shape)
         logits = jax.eval_shape(predict_step, state, image)
         if logits.shape[1] < self.dataset.num_classes:
             raise UserError(
@@ -259,6 +268,29 @@ class Experiment:
         except TypeError as error:
             reason = (str(error).splitlines() or ["TypeError"])[0]
             raise UserError(f"a training step cannot be traced: {reason}") from error
+
+    def _check_smaller(self, state: TrainState, shape: tuple[int, int, int]) -> None:
+        image, label = self._batch_types(shape)
+        try:
+            jax.eval_shape(train_step, state, {"image": image, "label": label})
+        except UserError as error:
+            raise UserError(f"resizing.scales={self.pipeline.resizing.scales}: {error}") from error
+        except (FlaxError, TypeError, ValueError) as error:
+            height, width, _ = self.dataset.image_shape
+            raise UserError(
+                f"resizing.scales={self.pipeline.resizing.scales}: {type(self.model).__name__} "
+                f"takes images of {height}x{width} pixels but none of {shape[0]}x{shape[1]}; "
+                f"choose a model that pools over all places before its head, such as resnet18, or "
+                f"set resizing.scales=()"
+            ) from error
+
+    def _batch_types(
+        self, shape: tuple[int, int, int]
+    ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Of the images and the labels of a batch."""
+        size = self.config.batch_size
+        image = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+        return image, jax.ShapeDtypeStruct((size,), jnp.int32)
 
     def jit_once(
         self, fn: Callable[..., Any], static_argnames: tuple[str, ...] = ()
@@ -338,6 +370,7 @@ def create_experiment(
         seed=config.seed,
         normalization=config.dataset.normalization,
         augment=augment,
+        resizing=ProgressiveResizing(**config.resizing.to_dict()),
         mix=mix,
         mesh=data_mesh(devices, config.batch_size),
         steps_per_execution=config.runtime.steps_per_execution,
@@ -457,6 +490,11 @@ def notes(experiment: Experiment) -> list[str]:
         lines.append(
             f"runtime.checkpoint_every_steps={every} has no effect: the run has {num_steps:,} steps"
         )
+    if experiment.stages[-1].scale != 1:
+        lines.append(
+            f"resizing.until_epochs={experiment.pipeline.resizing.until_epochs}: the run ends "
+            f"before it trains on whole images"
+        )
     patience, num_epochs = config.early_stopping.patience, experiment.epoch(num_steps)
     if patience and patience + 1 >= num_epochs:  # the first epoch always improves
         lines.append(
@@ -513,6 +551,8 @@ def describe(experiment: Experiment, variables: Any, *, width: int) -> str:
         + (f"; {number_of(left_out, 'image')} left out" if left_out else ""),
         f"devices: {used} x {kind}, {batch_size // used:,} images each per step",
     ]
+    if len(experiment.stages) > 1:
+        lines.append(f"sizes: {_sizes(experiment)}")
     lines += [f"{name}: {_origin(origin)}" for name, origin in experiment.given.items() if origin]
     if used < experiment.num_devices:
         lines.append(
@@ -532,6 +572,15 @@ def describe(experiment: Experiment, variables: Any, *, width: int) -> str:
         lines.append(f"frozen: {kept:,} of {total:,} parameters")
     table = model_summary(experiment.model, variables, data.image_shape, width=width)
     return "\n".join([*lines, table])
+
+
+def _sizes(experiment: Experiment) -> str:
+    """Of the images that are trained on, by epoch."""
+    parts = []
+    for stage in experiment.stages:
+        height, width = scaled_size(experiment.dataset.image_shape[:2], stage.scale)
+        parts.append(f"{height}x{width} up to epoch {experiment.epoch(stage.stop):g}")
+    return ", ".join(parts)
 
 
 def num_frozen(experiment: Experiment, params: Any) -> int:

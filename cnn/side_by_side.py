@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from cnn.augment import Augment, Mix
+from cnn.augment.resizing import resize_images
 from cnn.data.pipeline import DeviceSplit, make_batches, mix_batches
 from cnn.divergence import DivergenceError
 from cnn.errors import Interrupted
@@ -28,7 +29,9 @@ from cnn.runtime.signals import GracefulShutdown
 from cnn.steps import Batch, TrainState, train_steps
 
 
-@functools.partial(jax.jit, static_argnames=("num_steps", "batch_size", "augment", "mix", "mesh"))
+@functools.partial(
+    jax.jit, static_argnames=("num_steps", "batch_size", "augment", "scale", "mix", "mesh")
+)
 def _batches_of_each(
     train: DeviceSplit,
     orders: jax.Array,
@@ -39,6 +42,7 @@ def _batches_of_each(
     num_steps: int,
     batch_size: int,
     augment: Augment | None,
+    scale: float,
     mix: Mix | None,
     mesh: Mesh,
 ) -> dict[str, jax.Array]:
@@ -56,6 +60,8 @@ def _batches_of_each(
             batch_size=batch_size,
             augment=augment,
         )
+        if scale != 1:
+            batches["image"] = resize_images(batches["image"], scale)
         return batches if mix is None else mix_batches(batches, mix_key, step, mix=mix)
 
     of_each = jax.vmap(of_one, in_axes=(None, 0, 0, 0, None))
@@ -159,7 +165,8 @@ def train_side_by_side(runs: Sequence[Run], devices: Sequence[Any]) -> dict[int,
             scores: list[tuple[Metrics, int]] = []
             while step < stop and signum is None:
                 size = first.pipeline.steps_per_execution
-                num_steps = min(size, stop - step)
+                stage = first.pipeline.stage(step)
+                num_steps = min(size, min(stop, stage.stop) - step)
                 batches = _batches_of_each(
                     train,
                     orders,
@@ -169,6 +176,7 @@ def train_side_by_side(runs: Sequence[Run], devices: Sequence[Any]) -> dict[int,
                     num_steps=size,
                     batch_size=first.pipeline.batch_size,
                     augment=first.pipeline.augment,
+                    scale=stage.scale,
                     mix=first.pipeline.mix,
                     mesh=mesh,
                 )

@@ -111,7 +111,8 @@ def train_run(run: Run) -> None:
             accumulator, signum = MetricsAccumulator(step, metrics), None
             for batches, num_steps in pipeline.batches(step, experiment.next_stop(step)):
                 step += num_steps
-                with progress.first_time(train_steps.what_compiles(num_steps), step):
+                what = train_steps.what_compiles(batches, num_steps)
+                with progress.first_time(what, step):
                     run.state, scores = train_steps(run.state, batches, num_steps)
                 accumulator.add(scores, num_steps)
                 checkpoints.check_for_errors()

@@ -120,6 +120,12 @@ def get_config() -> ConfigDict:
     # Shift it by up to this many pixels in both directions; the border is reflected.
     config.augment.translate = 0
 
+    config.resizing = ConfigDict()
+    # Train on smaller images at first: scales of height and width such as (0.5, 0.75), ...
+    config.resizing.scales = ()
+    # ... and the epochs up to which each holds, such as (2.0, 5.0); whole images follow.
+    config.resizing.until_epochs = ()
+
     config.evaluation = ConfigDict()
     # Score the test images once more, after the last epoch, by the mean of the logits of several
     # views: "flip" (mirrored too) or "flip_translate" (six views). result.json has it beside the

@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.flops import RunFlop, network_flop, run_flop
 from cnn import Dataset, compile_train_steps, digest, evaluate, limit_in_flight
+from cnn.augment.resizing import WHOLE_IMAGES
 from cnn.config import to_json_dict
 from cnn.experiment import Experiment, create_experiment
 from cnn.steps import TrainState, forward_losses
@@ -115,9 +116,14 @@ def epoch_seconds(experiment: Experiment, steps_per_call: int) -> float:
 def profile(experiment: Experiment) -> list[Part]:
     """The parts of a run, each timed alone: the devices are never without work, apart from starts.
 
-    So what is left of the time of a run is what the devices wait for the host.
+    So what is left of the time of a run is what the devices wait for the host. All images are whole
+    here, also where the config has smaller ones at first.
     """
-    config, pipeline, steps = experiment.config, experiment.pipeline, experiment.num_steps
+    config = experiment.config.copy_and_resolve_references()
+    config.resizing.scales = config.resizing.until_epochs = ()
+    pipeline = dataclasses.replace(experiment.pipeline, resizing=WHOLE_IMAGES)
+    experiment = dataclasses.replace(experiment, config=config, pipeline=pipeline)
+    steps = experiment.num_steps
     state = experiment.initial_state()
     flop = network_flop(experiment.model, experiment.dataset.image_shape, experiment.freeze)
     count = config.batch_size if config.proxy.name == "none" else config.proxy.keep

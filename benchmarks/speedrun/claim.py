@@ -13,11 +13,12 @@ from cnn.errors import number_of
 _INCLUDED = """\
 Seconds of training: gathering, augmenting and normalizing batches, and all steps, without
 compilation and without the dataset's loading; from the speed of each epoch, where one in which a
-process began counts with the median speed of the others. The last evaluation is timed apart, on
-this machine, once it is compiled. The initial weights and the whitening are in neither. Whole run:
-`wall_seconds` of `result.json`, from the start of `train_and_evaluate`, with loading, compilation,
-saves and the test after each epoch. FLOPs: two per multiply-add, of training and of the last
-evaluation with all its views (`benchmarks/flops.py`)."""
+process, or images of another size, began counts with the median speed of the others of its size.
+The last evaluation is timed apart, on this machine, once it is compiled. The initial weights and
+the whitening are in neither. Whole run: `wall_seconds` of `result.json`, from the start of
+`train_and_evaluate`, with loading, compilation, saves and the test after each epoch. FLOPs: two
+per multiply-add, of training and of the last evaluation with all its views
+(`benchmarks/flops.py`)."""
 
 
 def claim(name: str, seeds: Sequence[Seed], evaluation: float | None) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.flops import run_flop
 from cnn import UserError, evaluate
+from cnn.augment.resizing import ProgressiveResizing
 from cnn.config import config_diff, to_json_dict
 from cnn.experiment import Experiment
 from cnn.report.runs import Run, read_runs
@@ -26,9 +27,10 @@ class Seed:
       accuracy: on the test images after the last step, as they are.
       tta_accuracy: with test-time augmentation; None if the config asks for none.
       training_seconds: of all steps: batches gathered, augmented and normalized, gradients,
-        updates. The images of each epoch divided by its speed; an epoch in which a process began,
-        and so compiled, counts with the median speed of the others. Saves within an epoch, if the
-        config asks for them, are in it.
+        updates. The images of each epoch divided by its speed; an epoch in which a process or
+        images of another size began, and so something was compiled, counts with the median speed
+        of the others with images of its size. Saves within an epoch, if the config asks for them,
+        are in it.
       wall_seconds: of `cnn.train_and_evaluate`, up to the last evaluation: also devices, dataset,
         compilation, initial state, the test after each epoch, saves, the last evaluation.
       num_steps: made.
@@ -110,22 +112,33 @@ def _seed(run: Run) -> Seed:
 
 
 def _epochs(run: Run) -> list[tuple[float, float, float]]:
-    """As in `Seed`. In an epoch in which a process began it may have compiled without a pause.
+    """As in `Seed`. What was compiled may be in the speed of an epoch, or hide a part of it.
 
-    So such an epoch counts with the median speed of the others, if there are others.
+    So an epoch in which something was compiled counts with the median speed of the others with
+    images of the same size, if there are others.
     """
     ends = [record["step"] for record in run.records]
     begins = [0, *ends[:-1]]
     speeds = [record["images_per_second"] for record in run.records]
+    resizing = ProgressiveResizing(**run.config.get("resizing", {}))
+    stages = resizing.stages(ends[-1], run.dataset["train_count"] // run.config["batch_size"])
     compiled = [
-        any(begin <= start < end for start in run.starts or [0])
+        any(begin <= start < end for start in [*(run.starts or [0]), *(s.start for s in stages)])
         for begin, end in zip(begins, ends, strict=True)
     ]
-    clean = [speed for speed, mark in zip(speeds, compiled, strict=True) if not mark]
+    scales = [
+        tuple(stage.scale for stage in stages if stage.start < end and begin < stage.stop)
+        for begin, end in zip(begins, ends, strict=True)
+    ]
+    clean: dict[tuple[float, ...], list[float]] = {}
+    for scale, speed, mark in zip(scales, speeds, compiled, strict=True):
+        if not mark:
+            clean.setdefault(scale, []).append(speed)
     found: list[tuple[float, float, float]] = []
     seconds = 0.0
     for i, record in enumerate(run.records):
-        speed = statistics.median(clean) if clean and compiled[i] else speeds[i]
+        others = clean.get(scales[i])
+        speed = statistics.median(others) if others and compiled[i] else speeds[i]
         seconds += (ends[i] - begins[i]) * run.config["batch_size"] / speed
         found.append((record["epoch"], seconds, record["test_accuracy"]))
     return found

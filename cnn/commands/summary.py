@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from cnn.augment.resizing import Stage
 from cnn.commands.common import print_json
 from cnn.commands.prepare import prepared
 from cnn.execution import compile_train_steps
@@ -101,18 +102,44 @@ def _size(tree: Any) -> int:
 
 def _measure(experiment: Experiment) -> dict[str, Any]:
     """Temporaries of the compiled step, and times; the state that is trained is thrown away."""
-    pipeline = experiment.pipeline
     with waiting("initializing the model"):
         state = experiment.initial_state()
+    parts = []
+    for stage in experiment.stages:
+        state, part = _measure_stage(experiment, state, stage)
+        parts.append((stage.stop - stage.start, part))
+
+    def mean(name: str) -> float:
+        return sum(steps * part[name] for steps, part in parts) / experiment.num_steps
+
+    known = [found for _, part in parts if (found := part["temporary_bytes"]) is not None]
+    step_seconds, batch_seconds = mean("step_seconds"), mean("batch_seconds")
+    seconds = step_seconds + batch_seconds
+    return {
+        "temporary_bytes": max(known, default=None),
+        "measured_steps": sum(part["measured_steps"] for _, part in parts),
+        "step_seconds": step_seconds,
+        "batch_seconds": batch_seconds,
+        "images_per_second_estimate": experiment.pipeline.batch_size / seconds,
+        "epoch_seconds_estimate": seconds * experiment.steps_per_epoch,
+        "run_seconds_estimate": seconds * experiment.num_steps,
+    }
+
+
+def _measure_stage(
+    experiment: Experiment, state: TrainState, stage: Stage
+) -> tuple[TrainState, dict[str, Any]]:
+    """With images of one size: the state after some steps, and what they took."""
+    pipeline = experiment.pipeline
     most = pipeline.steps_per_execution
     train_steps = compile_train_steps(state, pipeline)
 
     def make_batches() -> Any:
-        batches, _ = next(pipeline.batches(0, most))
+        batches, _ = next(pipeline.batches(stage.start, stage.stop))
         return batches
 
-    with waiting(train_steps.what_compiles(most)):
-        batches = jax.block_until_ready(make_batches())
+    batches = jax.block_until_ready(make_batches())
+    with waiting(train_steps.what_compiles(batches, most)):
         temporaries = _temporaries(train_steps.lower(state, batches, most).compile())
 
         def train(num_steps: int) -> Any:
@@ -128,15 +155,11 @@ def _measure(experiment: Experiment) -> dict[str, Any]:
             num_steps = min(most, max(1, int(_MEASURED_SECONDS / _seconds(train, num_steps))))
         step_seconds = _seconds(train, num_steps) / num_steps
         batch_seconds = _seconds(make_batches) / most
-    seconds = step_seconds + batch_seconds
-    return {
+    return state, {
         "temporary_bytes": temporaries,
         "measured_steps": num_steps,
         "step_seconds": step_seconds,
         "batch_seconds": batch_seconds,
-        "images_per_second_estimate": pipeline.batch_size / seconds,
-        "epoch_seconds_estimate": seconds * experiment.steps_per_epoch,
-        "run_seconds_estimate": seconds * experiment.num_steps,
     }
 
 

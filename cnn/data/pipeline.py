@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 
 from cnn.arrays import AnyArray
 from cnn.augment import Augment, Mix, apply_augment
+from cnn.augment.resizing import WHOLE_IMAGES, ProgressiveResizing, Stage, resize_images
 from cnn.data.dataset import Dataset, Split
 from cnn.errors import UserError, array_type
 from cnn.ops import explicit_mesh
@@ -164,6 +165,7 @@ class Pipeline:
       normalization: "scale" (pixel / 255), or "standardize" (mean 0 and variance 1 per channel of
         the train split).
       augment: of the training images; see `cnn.augment`.
+      resizing: of the normalized batches, in the first epochs.
       mix: of the normalized batches, mixup or CutMix.
       mesh: the devices, by default the largest number of them that divides the batch.
       steps_per_execution: how many batches are made, and trained on, in one call. 0: those of an
@@ -180,6 +182,7 @@ class Pipeline:
     seed: int = 0
     normalization: str = "scale"
     augment: Augment | None = None
+    resizing: ProgressiveResizing = WHOLE_IMAGES
     mix: Mix | None = None
     mesh: Mesh = None  # type: ignore[assignment] - never None after initialization
     steps_per_execution: int = 0
@@ -278,7 +281,8 @@ class Pipeline:
         Yields:
           `image` float32[S, B, H, W, C] and `label` int32[S, B], sharded over axis 1, where S is
           `steps_per_execution`; and how many of the S batches count. With `mix` also `other_label`
-          int32[S, B] and `label_weight` float32[S, B]: see `cnn.train_step`.
+          int32[S, B] and `label_weight` float32[S, B]: see `cnn.train_step`. With `resizing` H and
+          W are smaller at first.
         """
         per_epoch = self.steps_per_epoch
         stop = (start // per_epoch + 1) * per_epoch if stop is None else stop
@@ -287,13 +291,17 @@ class Pipeline:
             end = min(stop, (epoch + 1) * per_epoch)
             order = jax.device_put(self.order(epoch), replicated_sharding(self.mesh))
             while start < end:
-                num_steps = min(self.steps_per_execution, end - start)
+                num_steps = min(self.steps_per_execution, min(end, self.stage(start).stop) - start)
                 yield self._make_batches(order, start), num_steps
                 start += num_steps
 
     def epoch(self, epoch: int) -> Iterator[tuple[dict[str, jax.Array], int]]:
         """The batches of an epoch, counted from 0: see `batches`."""
         return self.batches(epoch * self.steps_per_epoch)
+
+    def stage(self, step: int) -> Stage:
+        """The part of the run with images of one size that the step after `step` steps is in."""
+        return self.resizing.stage(step, self.steps_per_epoch)
 
     def order(self, epoch: int) -> jax.Array:
         """The places of the training images in an epoch's order, `int32[N]`."""
@@ -326,6 +334,8 @@ class Pipeline:
             augment=self.augment,
             sharding=sharding,
         )
+        if (scale := self.stage(step).scale) != 1:
+            batches["image"] = _resize(batches["image"], scale)
         if self.mix is None:
             return batches
         return _mix(batches, self.mix_key, step, mix=self.mix, sharding=sharding)
@@ -406,7 +416,8 @@ def mix_batches(
     return mixed if sharding is None else jax.lax.with_sharding_constraint(mixed, sharding)
 
 
-# Compiled by itself: on a CPU, XLA would otherwise make each image twice.
+# Compiled by themselves: on a CPU, XLA would otherwise make each image twice.
+_resize = jax.jit(resize_images, static_argnames="scale")
 _mix = jax.jit(mix_batches, static_argnames=("mix", "sharding"))
 
 

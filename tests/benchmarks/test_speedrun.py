@@ -119,6 +119,22 @@ def test_an_epoch_in_which_a_process_began_counts_with_the_speed_of_the_others(t
     assert found == pytest.approx(list(itertools.accumulate(seconds)))
 
 
+def test_so_does_one_in_which_images_of_another_size_began(trained_run):
+    """Small images in two epochs and a half: the third epoch has no other like it."""
+    (run,) = read_runs([str(trained_run)])
+    speeds = [1.0, 800.0, 300.0, 200.0, 100.0]
+    records = [
+        {**run.records[0], "epoch": i + 1, "step": 14 * (i + 1), "images_per_second": speed}
+        for i, speed in enumerate(speeds)
+    ]
+    config = {**run.config, "resizing": {"scales": [0.5], "until_epochs": [2.5]}}
+    resized = dataclasses.replace(run, records=records, config=config)
+    images = 14 * 96
+    seconds = [images / speed for speed in (800, 800, 300, 200, 100)]
+    found = [end for _, end, _ in _epochs(resized)]
+    assert found == pytest.approx(list(itertools.accumulate(seconds)))
+
+
 def test_other_runs_are_refused_and_unfinished_ones_left_out(
     digits, tiny, trained_run, tmp_path, capsys
 ):
