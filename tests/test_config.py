@@ -388,7 +388,7 @@ def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
     for name, complaint in (
         ("digit", r"config file digit does not exist; did you mean --config digits\?"),
         ("configs/baselin.py", r"did you mean --config baseline\?"),
-        ("xyz", "there are baseline, digits, fast_cpu"),
+        ("xyz", "there are baseline, digits, fast94_cpu, fast_cpu"),
         ("", "'' is not a path: it is empty"),
         ("x" * 5000, "does not exist"),
     ):
