@@ -82,20 +82,22 @@ def speedrun_method(found: Mapping[str, Any]) -> Method:
     views = [seed["tta_accuracy"] for seed in seeds]
     accuracy = Mean.of(views if None not in views else [seed["accuracy"] for seed in seeds])
     flop = seeds[0]["training_flop"], seeds[0]["evaluation_flop"]
-    end = seeds[0]["epochs"][-1][0]
+    num_epochs, name = seeds[0]["epochs"][-1][0], found["config"]
+    path = REPOSITORY / "configs" / f"{name}.py"
+    # Not the whole recipe; epochs of whole batches are not quite those of the config.
+    if path.exists() and abs(load_config(path).num_epochs - num_epochs) > 0.1:
+        name = f"{name} ({num_epochs:g} epochs)"
     steps = zip(*(seed["epochs"] for seed in seeds), strict=True)
     epochs = [np.mean(one, axis=0) for one in steps]
     seconds = float(epochs[-1][1]) + (evaluation["seconds"] if evaluation else 0.0)
     return Method(
-        name=found["config"],
+        name=name,
         device=" / ".join(dict.fromkeys(seed["device"] for seed in seeds)),
         accuracy=accuracy.mean,
         error=_half(accuracy),
         seconds=seconds,
         pflop=sum(flop) / 1e15,
-        path=[
-            (float(one[1]), flop[0] * float(one[0]) / end / 1e15, float(one[2])) for one in epochs
-        ],
+        path=[(float(one[1]), float(one[3]) / 1e15, float(one[2])) for one in epochs],
         is_ours=True,
     )
 

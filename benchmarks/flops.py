@@ -9,6 +9,8 @@ layer, and the kernels that the config freezes. A proxy that chooses images coun
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -133,10 +135,17 @@ def _of_config(
         )
     own = {name: fields[name] for name in ("name", *model_schema(fields["name"])) if name in fields}
     holder = config["optimizer"] if section == "model" else fields
-    model = create_model(num_classes=num_classes, **own)
     *size, channels = dataset["image_shape"]
     shape = (*scaled_size(tuple(size), scale), channels)
-    return network_flop(model, shape, tuple(holder.get("freeze", ())))
+    return _of_fields(json.dumps(own), num_classes, shape, tuple(holder.get("freeze", ())))
+
+
+@functools.cache  # a run asks for the same networks at the end of each epoch
+def _of_fields(
+    fields: str, num_classes: int, shape: tuple[int, int, int], freeze: tuple[str, ...]
+) -> NetworkFlop:
+    model = create_model(num_classes=num_classes, **json.loads(fields))
+    return network_flop(model, shape, freeze)
 
 
 def _variables_and_first_layer(

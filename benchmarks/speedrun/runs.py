@@ -36,7 +36,7 @@ class Seed:
       num_steps: made.
       num_processes: that trained it in turns; of more than one, what each made after its last
         save counts in none of the seconds.
-      epochs: (epoch, training seconds until its end, test accuracy).
+      epochs: (epoch, training seconds until its end, test accuracy, FLOPs until its end).
       training_flop: see `benchmarks.flops`.
       evaluation_flop: of the last evaluation.
       digest: of the final state.
@@ -52,7 +52,7 @@ class Seed:
     wall_seconds: float
     num_steps: int
     num_processes: int
-    epochs: list[tuple[float, float, float]]
+    epochs: list[tuple[float, float, float, float]]
     training_flop: float
     evaluation_flop: float
     digest: str
@@ -111,7 +111,7 @@ def _seed(run: Run) -> Seed:
     )
 
 
-def _epochs(run: Run) -> list[tuple[float, float, float]]:
+def _epochs(run: Run) -> list[tuple[float, float, float, float]]:
     """As in `Seed`. What was compiled may be in the speed of an epoch, or hide a part of it.
 
     So an epoch in which something was compiled counts with the median speed of the others with
@@ -134,13 +134,14 @@ def _epochs(run: Run) -> list[tuple[float, float, float]]:
     for scale, speed, mark in zip(scales, speeds, compiled, strict=True):
         if not mark:
             clean.setdefault(scale, []).append(speed)
-    found: list[tuple[float, float, float]] = []
+    found: list[tuple[float, float, float, float]] = []
     seconds = 0.0
     for i, record in enumerate(run.records):
         others = clean.get(scales[i])
         speed = statistics.median(others) if others and compiled[i] else speeds[i]
         seconds += (ends[i] - begins[i]) * run.config["batch_size"] / speed
-        found.append((record["epoch"], seconds, record["test_accuracy"]))
+        flop = run_flop(run.config, run.dataset, ends[i]).training
+        found.append((record["epoch"], seconds, record["test_accuracy"], flop))
     return found
 
 

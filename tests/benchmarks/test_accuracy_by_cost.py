@@ -15,7 +15,7 @@ def speedrun_record(tta_accuracy, evaluation):
         "tta_accuracy": tta_accuracy,
         "training_flop": 8e15,
         "evaluation_flop": 1e15,
-        "epochs": [[1, 10.0, 0.5], [2, 20.0, 0.93]],
+        "epochs": [[4, 10.0, 0.5, 4e15], [8.01, 20.0, 0.93, 8e15]],
         "device": "2 x cpu",
     }
     return {"config": "speed94", "seeds": [seed, seed], "evaluation": evaluation}
@@ -23,10 +23,17 @@ def speedrun_record(tta_accuracy, evaluation):
 
 def test_a_speed_run_ends_with_its_last_evaluation():
     one = picture.speedrun_method(speedrun_record(0.94, {"seconds": 5.0}))
-    assert (one.accuracy, one.seconds, one.pflop) == (0.94, 25.0, 9.0)
+    assert (one.name, one.accuracy, one.seconds, one.pflop) == ("speed94", 0.94, 25.0, 9.0)
     assert one.path == [(10.0, 4.0, 0.5), (20.0, 8.0, 0.93)]
     plain = picture.speedrun_method(speedrun_record(None, None))
     assert (plain.accuracy, plain.seconds) == (0.93, 20.0)
+
+
+def test_a_run_of_other_than_the_recipes_epochs_says_how_many():
+    record = speedrun_record(0.8, None)
+    for seed in record["seeds"]:
+        seed["epochs"] = seed["epochs"][:1]
+    assert picture.speedrun_method(record).name == "speed94 (4 epochs)"
 
 
 def test_a_run_on_a_gpu_is_a_square_at_its_median(tmp_path, monkeypatch, capsys):

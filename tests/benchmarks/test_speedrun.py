@@ -115,7 +115,7 @@ def test_an_epoch_in_which_a_process_began_counts_with_the_speed_of_the_others(t
     resumed = dataclasses.replace(run, records=records, environments=environments)
     images = 14 * 96
     seconds = [images / 300, images / 200, images / 300, images / 400]  # 300 is the median of two
-    found = [end for _, end, _ in _epochs(resumed)]
+    found = [one[1] for one in _epochs(resumed)]
     assert found == pytest.approx(list(itertools.accumulate(seconds)))
 
 
@@ -131,7 +131,7 @@ def test_so_does_one_in_which_images_of_another_size_began(trained_run):
     resized = dataclasses.replace(run, records=records, config=config)
     images = 14 * 96
     seconds = [images / speed for speed in (800, 800, 300, 200, 100)]
-    found = [end for _, end, _ in _epochs(resized)]
+    found = [one[1] for one in _epochs(resized)]
     assert found == pytest.approx(list(itertools.accumulate(seconds)))
 
 
