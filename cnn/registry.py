@@ -28,7 +28,7 @@ _DESCRIPTIONS = {
     tuple: "a tuple",
 }
 # By the type of the entries of a tuple; of strings a config holds the names of parameters mostly.
-_TUPLES = {int: (16, 32), float: (0.5, 1.0), str: ("Conv_*",), bool: (True, False)}
+_TUPLES = {int: (16, 32), float: (0.5, 0.75), str: ("Conv_*",), bool: (True, False)}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "strings", bool: "booleans"}
 
 
