@@ -551,7 +551,7 @@ def describe(experiment: Experiment, variables: Any, *, width: int) -> str:
         + (f"; {number_of(left_out, 'image')} left out" if left_out else ""),
         f"devices: {used} x {kind}, {batch_size // used:,} images each per step",
     ]
-    if len(experiment.stages) > 1:
+    if experiment.stages[0].scale != 1:
         lines.append(f"sizes: {_sizes(experiment)}")
     lines += [f"{name}: {_origin(origin)}" for name, origin in experiment.given.items() if origin]
     if used < experiment.num_devices:

@@ -164,16 +164,16 @@ def train_side_by_side(runs: Sequence[Run], devices: Sequence[Any]) -> dict[int,
             orders, stop, signum = jax.device_put(orders, stacked), first.next_stop(step), None
             scores: list[tuple[Metrics, int]] = []
             while step < stop and signum is None:
-                size = first.pipeline.steps_per_execution
+                most = first.pipeline.steps_per_execution
                 stage = first.pipeline.stage(step)
-                num_steps = min(size, min(stop, stage.stop) - step)
+                num_steps = min(most, min(stop, stage.stop) - step)
                 batches = _batches_of_each(
                     train,
                     orders,
                     augment_keys,
                     mix_keys,
                     step,
-                    num_steps=size,
+                    num_steps=most,
                     batch_size=first.pipeline.batch_size,
                     augment=first.pipeline.augment,
                     scale=stage.scale,
@@ -181,7 +181,11 @@ def train_side_by_side(runs: Sequence[Run], devices: Sequence[Any]) -> dict[int,
                     mesh=mesh,
                 )
                 step += num_steps
-                what = f"compiling the training step of {len(runs)} runs ({num_steps} in one call)"
+                size = "x".join(map(str, batches["image"].shape[-3:-1]))
+                what = (
+                    f"compiling the training step of {len(runs)} runs ({num_steps} in one call"
+                    + (f", images of {size})" if stage.scale != 1 else ")")
+                )
                 with progress.first_time(what, step):
                     states, metrics = _train_steps_of_each(
                         states, batches, num_steps=num_steps, mesh=mesh
