@@ -17,6 +17,7 @@ def speedrun_record(tta_accuracy, evaluation):
         "evaluation_flop": 1e15,
         "epochs": [[4, 10.0, 0.5, 4e15], [8.01, 20.0, 0.93, 8e15]],
         "device": "2 x cpu",
+        "commit": "a",
     }
     return {"config": "speed94", "seeds": [seed, seed], "evaluation": evaluation}
 
@@ -27,6 +28,16 @@ def test_a_speed_run_ends_with_its_last_evaluation():
     assert one.path == [(10.0, 4.0, 0.5), (20.0, 8.0, 0.93)]
     plain = picture.speedrun_method(speedrun_record(None, None))
     assert (plain.accuracy, plain.seconds) == (0.93, 20.0)
+
+
+def test_the_seconds_are_those_of_the_fastest_code():
+    record = speedrun_record(0.94, None)
+    slow, fast = record["seeds"][0], {**record["seeds"][1], "commit": "b", "tta_accuracy": 0.96}
+    fast["epochs"] = [[4, 5.0, 0.7, 4e15], [8, 12.0, 0.95, 8e15]]
+    one = picture.speedrun_method({**record, "seeds": [slow, fast, slow]})
+    assert one.seconds == 12.0
+    assert one.path == [(5.0, 4.0, 0.7), (12.0, 8.0, 0.95)]
+    assert one.accuracy == pytest.approx((0.94 + 0.96 + 0.94) / 3)
 
 
 def test_a_run_of_other_than_the_recipes_epochs_says_how_many():
