@@ -268,18 +268,33 @@ def _draw_ours(
         axis.errorbar(
             x, method.accuracy, yerr=method.error, fmt=mark, color=colour, markersize=7, capsize=3
         )
+    for method in methods:
+        colour, x = colours[method.name], getattr(method, cost)
         if cost == "pflop" and method.name in named:
             continue  # the same work on another device
         named.add(method.name)
         # Beside the published points there is room on the left only.
         is_beside, up = method.accuracy > 0.9, list(colours).index(method.name) % 2
+        if any(
+            getattr(other, cost) < x < 2 * getattr(other, cost)
+            and abs(other.accuracy - method.accuracy) < 0.005
+            for other in methods
+            if is_beside and other.name != method.name
+        ):
+            place, ha, va = (4, 10), "right", "bottom"  # above the label of its neighbour
+        elif is_beside:
+            place, ha, va = (-12, 0), "right", "center"
+        elif axis.transAxes.inverted().transform(axis.transData.transform((x, 0.5)))[0] > 0.75:
+            place, ha, va = (8, 13), "right", "bottom"
+        else:
+            place, ha, va = (0, 13 if up else -13), "center", "bottom" if up else "top"
         text = axis.annotate(
             f"{method.name}{'*' * method.is_whole}  {100 * method.accuracy:.2f} %",
             (x, method.accuracy),
-            xytext=(-12, 0) if is_beside else (0, 13 if up else -13),
+            xytext=place,
             textcoords="offset points",
-            ha="right" if is_beside else "center",
-            va="center" if is_beside else "bottom" if up else "top",
+            ha=ha,
+            va=va,
             fontsize=10,
             fontweight="bold",
             color=colour,

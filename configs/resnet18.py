@@ -3,8 +3,8 @@
     python train.py --config configs/resnet18.py
 
 Test accuracy 64.01 % (1 seed) after one epoch: --config.num_epochs=1
---config.schedule.warmup_epochs=0.2, on 2 cores of an AMD EPYC with AVX-512, where it trains some 50
-images a second. The 200 epochs were not run.
+--config.schedule.warmup_epochs=0.2, on 2 cores of an AMD EPYC with AVX-512, where it trains some 70
+images a second; 74.31 % (1 seed) after two, --config.num_epochs=2. The 200 epochs were not run.
 """
 
 from ml_collections import ConfigDict
