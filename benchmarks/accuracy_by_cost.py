@@ -191,6 +191,7 @@ def draw(methods: Sequence[Method], path: Path) -> None:
         _draw_ours(axis, ours, cost, colours)
         axis.set_xlabel(f"{unit} of a run", color=_INK)
         axis.margins(x=0.2)
+        _label_ours(axis, ours, cost, colours)
     axes[0].set_ylabel("test accuracy on CIFAR-10", color=_INK)
     marks = []
     for mark, is_accelerated in (("circles", False), ("squares", True)):
@@ -257,8 +258,7 @@ def _draw_others(
 def _draw_ours(
     axis: Axes, methods: Sequence[Method], cost: str, colours: Mapping[str, str]
 ) -> None:
-    """The means with their intervals, the way to them, and their names."""
-    named: set[str] = set()
+    """The means with their intervals, and the way to them."""
     for method in methods:
         colour, x = colours[method.name], getattr(method, cost)
         column = 0 if cost == "seconds" else 1
@@ -268,13 +268,22 @@ def _draw_ours(
         axis.errorbar(
             x, method.accuracy, yerr=method.error, fmt=mark, color=colour, markersize=7, capsize=3
         )
+
+
+def _label_ours(
+    axis: Axes, methods: Sequence[Method], cost: str, colours: Mapping[str, str]
+) -> None:
+    """Their names and accuracies; the limits of the axis are known."""
+    named: set[str] = set()
+    left, right = np.log(axis.get_xlim())
     for method in methods:
         colour, x = colours[method.name], getattr(method, cost)
         if cost == "pflop" and method.name in named:
             continue  # the same work on another device
         named.add(method.name)
-        # Beside the published points there is room on the left only.
-        is_beside, up = method.accuracy > 0.9, list(colours).index(method.name) % 2
+        # Beside the published points there is room on the left only; below the others only for the
+        # least accurate one.
+        is_beside, up = method.accuracy > 0.9, method.name != methods[0].name
         if any(
             getattr(other, cost) < x < 2 * getattr(other, cost)
             and abs(other.accuracy - method.accuracy) < 0.005
@@ -284,7 +293,7 @@ def _draw_ours(
             place, ha, va = (4, 10), "right", "bottom"  # above the label of its neighbour
         elif is_beside:
             place, ha, va = (-12, 0), "right", "center"
-        elif axis.transAxes.inverted().transform(axis.transData.transform((x, 0.5)))[0] > 0.75:
+        elif np.log(x) > 0.3 * left + 0.7 * right:  # it would go beyond the right edge
             place, ha, va = (8, 13), "right", "bottom"
         else:
             place, ha, va = (0, 13 if up else -13), "center", "bottom" if up else "top"
