@@ -121,9 +121,9 @@ def get_config() -> ConfigDict:
     config.augment.translate = 0
 
     config.resizing = ConfigDict()
-    # Train on smaller images at first: scales of height and width such as (0.5, 0.75), ...
+    # Train on smaller images at first: scales of height and width, such as (0.5, 0.75).
     config.resizing.scales = ()
-    # ... and the epochs up to which each holds, such as (2.0, 5.0); whole images follow.
+    # The epochs up to which each scale holds, such as (2.0, 5.0); whole images follow.
     config.resizing.until_epochs = ()
 
     config.evaluation = ConfigDict()
