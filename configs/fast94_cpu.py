@@ -12,7 +12,7 @@ from configs import speed94
 
 
 def get_config() -> ConfigDict:
-    """A CPU saves all of the operations that smaller images need less."""
+    """The fields of speed94, with smaller images: a CPU takes nearly in proportion less time."""
     config = speed94.get_config()
     config.num_epochs = 8.5
     # 16x16, then 24x24 pixels.
