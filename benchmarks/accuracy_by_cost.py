@@ -284,11 +284,11 @@ def _label_ours(
         # Beside the published points there is room on the left only; below the others only for the
         # least accurate one.
         is_beside, up = method.accuracy > 0.9, method.name != methods[0].name
-        if any(
+        if is_beside and any(
             getattr(other, cost) < x < 2 * getattr(other, cost)
             and abs(other.accuracy - method.accuracy) < 0.005
             for other in methods
-            if is_beside and other.name != method.name
+            if other.name != method.name
         ):
             place, ha, va = (4, 10), "right", "bottom"  # above the label of its neighbour
         elif is_beside:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -100,15 +99,22 @@ def run_flop(
     Raises:
       UserError: the model was passed by a script, so the config does not say what it is.
     """
-    steps_per_epoch = dataset["train_count"] // config["batch_size"]
-    if num_steps is None:
-        num_steps = round(config["num_epochs"] * steps_per_epoch)
-    resizing = ProgressiveResizing(**config.get("resizing", {}))
-    stages = resizing.stages(num_steps, steps_per_epoch)
+    stages = run_stages(config, dataset, num_steps)
     training = sum(_stage_flop(config, dataset, stage) for stage in stages)
     flop = _of_config(config, dataset, "model")
     views = len(TEST_TIME_VIEWS[config["evaluation"]["tta"]])
     return RunFlop(training, evaluation=dataset["test_count"] * views * flop.forward)
+
+
+def run_stages(
+    config: Mapping[str, Any], dataset: Mapping[str, Any], num_steps: int | None = None
+) -> list[Stage]:
+    """The parts of a run with images of one size; arguments as for `run_flop`."""
+    steps_per_epoch = dataset["train_count"] // config["batch_size"]
+    if num_steps is None:
+        num_steps = round(config["num_epochs"] * steps_per_epoch)
+    resizing = ProgressiveResizing(**config.get("resizing", {}))
+    return resizing.stages(num_steps, steps_per_epoch)
 
 
 def _stage_flop(config: Mapping[str, Any], dataset: Mapping[str, Any], stage: Stage) -> float:
@@ -137,15 +143,12 @@ def _of_config(
     holder = config["optimizer"] if section == "model" else fields
     *size, channels = dataset["image_shape"]
     shape = (*scaled_size(tuple(size), scale), channels)
-    return _of_fields(json.dumps(own), num_classes, shape, tuple(holder.get("freeze", ())))
+    model = create_model(num_classes=num_classes, **own)
+    return _network_flop(model, shape, tuple(holder.get("freeze", ())))
 
 
-@functools.cache  # a run asks for the same networks at the end of each epoch
-def _of_fields(
-    fields: str, num_classes: int, shape: tuple[int, int, int], freeze: tuple[str, ...]
-) -> NetworkFlop:
-    model = create_model(num_classes=num_classes, **json.loads(fields))
-    return network_flop(model, shape, freeze)
+# A run asks for the same networks at the end of each epoch.
+_network_flop = functools.cache(network_flop)
 
 
 def _variables_and_first_layer(

@@ -60,8 +60,7 @@ def _batches_of_each(
             batch_size=batch_size,
             augment=augment,
         )
-        if scale != 1:
-            batches["image"] = resize_images(batches["image"], scale)
+        batches["image"] = resize_images(batches["image"], scale)
         return batches if mix is None else mix_batches(batches, mix_key, step, mix=mix)
 
     of_each = jax.vmap(of_one, in_axes=(None, 0, 0, 0, None))
@@ -166,7 +165,7 @@ def train_side_by_side(runs: Sequence[Run], devices: Sequence[Any]) -> dict[int,
             while step < stop and signum is None:
                 most = first.pipeline.steps_per_execution
                 stage = first.pipeline.stage(step)
-                num_steps = min(most, min(stop, stage.stop) - step)
+                num_steps = min(most, stop - step, stage.stop - step)
                 batches = _batches_of_each(
                     train,
                     orders,
@@ -181,11 +180,10 @@ def train_side_by_side(runs: Sequence[Run], devices: Sequence[Any]) -> dict[int,
                     mesh=mesh,
                 )
                 step += num_steps
-                size = "x".join(map(str, batches["image"].shape[-3:-1]))
-                what = (
-                    f"compiling the training step of {len(runs)} runs ({num_steps} in one call"
-                    + (f", images of {size})" if stage.scale != 1 else ")")
-                )
+                what = f"compiling the training step of {len(runs)} runs ({num_steps} in one call)"
+                if stage.scale != 1:
+                    height, width = batches["image"].shape[-3:-1]
+                    what += f" for images of {height}x{width}"
                 with progress.first_time(what, step):
                     states, metrics = _train_steps_of_each(
                         states, batches, num_steps=num_steps, mesh=mesh

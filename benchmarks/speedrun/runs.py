@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.flops import run_flop
+from benchmarks.flops import run_flop, run_stages
 from cnn import UserError, evaluate
-from cnn.augment.resizing import ProgressiveResizing
 from cnn.config import config_diff, to_json_dict
 from cnn.experiment import Experiment
 from cnn.report.runs import Run, read_runs
@@ -118,29 +117,24 @@ def _epochs(run: Run) -> list[tuple[float, float, float, float]]:
     images of the same size, if there are others.
     """
     ends = [record["step"] for record in run.records]
-    begins = [0, *ends[:-1]]
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
     speeds = [record["images_per_second"] for record in run.records]
-    resizing = ProgressiveResizing(**run.config.get("resizing", {}))
-    stages = resizing.stages(ends[-1], run.dataset["train_count"] // run.config["batch_size"])
-    compiled = [
-        any(begin <= start < end for start in [*(run.starts or [0]), *(s.start for s in stages)])
-        for begin, end in zip(begins, ends, strict=True)
-    ]
+    stages = run_stages(run.config, run.dataset, ends[-1])
+    starts = [*(run.starts or [0]), *(stage.start for stage in stages)]
+    compiled = [any(begin <= start < end for start in starts) for begin, end in spans]
     scales = [
-        tuple(stage.scale for stage in stages if stage.start < end and begin < stage.stop)
-        for begin, end in zip(begins, ends, strict=True)
+        [stage.scale for stage in stages if stage.start < end and begin < stage.stop]
+        for begin, end in spans
     ]
-    clean: dict[tuple[float, ...], list[float]] = {}
-    for scale, speed, mark in zip(scales, speeds, compiled, strict=True):
-        if not mark:
-            clean.setdefault(scale, []).append(speed)
+    clean = [i for i, mark in enumerate(compiled) if not mark]
     found: list[tuple[float, float, float, float]] = []
     seconds = 0.0
     for i, record in enumerate(run.records):
-        others = clean.get(scales[i])
+        others = [speeds[other] for other in clean if scales[other] == scales[i]]
         speed = statistics.median(others) if others and compiled[i] else speeds[i]
-        seconds += (ends[i] - begins[i]) * run.config["batch_size"] / speed
-        flop = run_flop(run.config, run.dataset, ends[i]).training
+        begin, end = spans[i]
+        seconds += (end - begin) * run.config["batch_size"] / speed
+        flop = run_flop(run.config, run.dataset, end).training
         found.append((record["epoch"], seconds, record["test_accuracy"], flop))
     return found
 

@@ -291,8 +291,9 @@ class Pipeline:
             end = min(stop, (epoch + 1) * per_epoch)
             order = jax.device_put(self.order(epoch), replicated_sharding(self.mesh))
             while start < end:
-                num_steps = min(self.steps_per_execution, min(end, self.stage(start).stop) - start)
-                yield self._make_batches(order, start), num_steps
+                stage = self.stage(start)
+                num_steps = min(self.steps_per_execution, end - start, stage.stop - start)
+                yield self._make_batches(order, start, stage.scale), num_steps
                 start += num_steps
 
     def epoch(self, epoch: int) -> Iterator[tuple[dict[str, jax.Array], int]]:
@@ -322,7 +323,7 @@ class Pipeline:
         """Of the mixing; each step is folded into it."""
         return stream_key(self.seed, _MIX)
 
-    def _make_batches(self, order: AnyArray, step: int) -> dict[str, jax.Array]:
+    def _make_batches(self, order: AnyArray, step: int, scale: float) -> dict[str, jax.Array]:
         sharding = batch_sharding(self.mesh, axis=1)
         batches = _gather(
             self.train,
@@ -334,7 +335,7 @@ class Pipeline:
             augment=self.augment,
             sharding=sharding,
         )
-        if (scale := self.stage(step).scale) != 1:
+        if scale != 1:
             batches["image"] = _resize(batches["image"], scale)
         if self.mix is None:
             return batches
